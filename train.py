@@ -1,0 +1,703 @@
+"""
+Train any model of model.py with one loop.
+
+    python train.py                                           a small GPT on Python's documentation, about a minute
+    python train.py --dataset shakespeare --preset nano       another text, another row of the table
+    python train.py --init_from resume --max_iters 2000       go on, bit for bit as if never stopped
+    torchrun --nproc_per_node=4 train.py --gradient_accumulation_steps 4
+
+The data flow, and all that the loop knows of a task:
+
+    ids --objective--> examples --collate--> batch --model(**batch)--> (logits, loss)
+
+An example is a dict whose keys are the arguments of model.forward(). A step is a pure function of the checkpoint and its
+number: which windows it reads, and what dropout drops, is drawn from (seed, step), so nothing about the loader needs
+saving, and a resumed run is the unbroken one.
+
+    Settings, RECIPES   the flags, and good values for them
+    causal_lm           what is shown and what is asked: the objectives
+    Data, get_batch     which part of the text a step sees
+    Muon                an optimizer for matrices
+    evaluate, train     the loop
+    start, main         new, resumed, or from another checkpoint
+
+References:
+    [1] Loshchilov and Hutter 2017, Decoupled Weight Decay Regularization (AdamW), https://arxiv.org/abs/1711.05101
+    [2] Micikevicius et al. 2017, Mixed Precision Training, https://arxiv.org/abs/1710.03740
+    [3] Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon
+"""
+
+import contextlib
+import csv
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import prepare_data
+import sample
+from model import IGNORE, PRESETS, Config, build, load, optimizer_groups, save
+from prepare_data import check_flags, flag, progress, read_flags, read_json, run, tokenizer_to_dict
+
+# -----------------------------------------------------------------------------
+# Settings. The architecture is elsewhere (Config in model.py): it outlives the training.
+
+
+@dataclass
+class Settings:
+    """The flags of training. Raises ValueError where one is out of its range."""
+    # what to train
+    dataset: str = flag('pydoc', 'name of a folder in data/, or a folder that prepare_data.py made')
+    preset: str = flag('gpt2', 'row of the table in model.py', choices=tuple(PRESETS))
+    init_from: str = flag('scratch', 'scratch | resume (out_dir/ckpt.pt) | auto (resume where there is one) | a checkpoint')
+    out_dir: str = flag('out', 'folder for ckpt.pt, best.pt and log.csv')
+    eval_only: bool = flag(False, 'print the loss over the whole validation split, and write nothing')
+    objective: str = flag('causal_lm', 'what is asked', choices=('causal_lm',))
+    # how much
+    batch_size: int = flag(16, 'examples in a micro-batch', low=1)
+    gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes together', low=1)
+    max_iters: int = flag(600, 'steps', low=0)
+    eval_interval: int = flag(100, 'steps between evaluations; each writes ckpt.pt', low=1)
+    eval_iters: int = flag(20, 'batches in an evaluation', low=1)
+    log_interval: int = flag(10, 'steps between lines of the log', low=1)
+    sample_tokens: int = flag(60, 'tokens of the sample that an evaluation prints; 0: none', low=0)
+    target_loss: float = flag(0.0, 'stop once the loss over the whole validation split is at most this; 0: never', low=0)
+    # how
+    optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', choices=('adamw', 'muon'))
+    learning_rate: float = flag(2e-3, 'of AdamW, at its highest', above=0)
+    muon_learning_rate: float = flag(0.02, 'of Muon, at its highest', above=0)
+    min_lr: float = flag(None, 'learning rate at the end [learning_rate / 10]', low=0, kind=float)
+    warmup_iters: int = flag(50, 'steps over which the learning rate rises', low=0)
+    lr_decay_iters: int = flag(None, 'step at which it has fallen to min_lr [max_iters]', low=1, kind=int)
+    lr_schedule: str = flag('cosine', 'how it falls', choices=('cosine', 'linear', 'constant'))
+    weight_decay: float = flag(0.1, 'of matrices and embeddings', low=0)
+    beta1: float = flag(0.9, 'AdamW: memory of the gradient', low=0, below=1)
+    beta2: float = flag(0.99, 'AdamW: memory of its square', low=0, below=1)
+    grad_clip: float = flag(1.0, 'longest gradient, as a norm over all weights; 0: any', low=0)
+    # where
+    seed: int = flag(1337, 'of everything random', low=0)
+    device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
+    dtype: str = flag('auto', 'of products: bfloat16 where the device is good at it; weights stay float32',
+                      choices=('auto', 'float32', 'bfloat16', 'float16'))
+    compile: bool = flag(None, 'torch.compile [on a GPU]', kind=bool)
+    backend: str = flag('auto', 'of torchrun: nccl on GPUs, gloo on CPUs', choices=('auto', 'nccl', 'gloo'))
+
+    def __post_init__(self):
+        check_flags(self)
+
+
+# Good values where they differ from the defaults: first by what is trained, then by preset.
+RECIPES = {
+    'pretrain': {
+        'nano': dict(optimizer='muon', learning_rate=8e-3, min_lr=0.0, warmup_iters=0, lr_schedule='linear',
+                     weight_decay=0.0, beta1=0.8, beta2=0.95, grad_clip=0.0, batch_size=24),
+    },
+}
+
+# -----------------------------------------------------------------------------
+# Objectives: what is shown, and what is asked? Each is a function of (data, rows, rng, block_size) to a list of examples.
+# rows are the numbers of the examples since the first step; rng serves what is drawn anew each time.
+
+
+def causal_lm(data, rows, rng, block_size):
+    """
+    At every position: which token comes next?
+
+        text      T h e   c a t
+        ids       T h e   c a
+        targets   h e   c a t         already shifted here: the model shifts nothing
+    """
+    examples = []
+    for i in data.window_starts(rows, block_size):
+        window = data.tokens[i:i + block_size + 1].astype(np.int64)                    # (T + 1,)
+        examples.append({'ids': window[:-1], 'targets': window[1:]})
+    return examples
+
+
+OBJECTIVES = {'causal_lm': causal_lm}
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+class Data:
+    """One split of a folder that prepare_data.py made. Raises ValueError or OSError where it is not one."""
+
+    def __init__(self, folder, split, seed=0):
+        self.folder, self.split, self.seed = folder, split, seed
+        self.meta = read_json(os.path.join(folder, 'meta.json'))
+        path = os.path.join(folder, f'{split}.bin')
+        try:
+            self.counts = self.meta['counts'][split]
+            n, dtype, self.vocab_size = self.counts['tokens'], self.meta['dtype'], self.meta['vocab_size']
+            if dtype not in ('uint16', 'uint32') or os.path.getsize(path) != n * np.dtype(dtype).itemsize or n < 2:
+                raise ValueError(f"{path} is not the {n} ids that meta.json speaks of: prepare the data again")
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{folder}/meta.json is not that of a text data set ({e}): prepare the data again") from None
+        self.tokens = np.memmap(path, dtype, mode='r')
+        self.epoch = None
+
+    def window_starts(self, rows, block_size):
+        """
+        Where each of `rows` begins. An epoch takes all of n windows once, in an order drawn from (seed, split, epoch), and
+        begins at another offset than the epoch before, so that a token meets every position.
+        """
+        last = len(self.tokens) - 1  # a window has block_size + 1 tokens: the last one is only ever a target
+        if last < block_size:
+            raise ValueError(f"{self.folder}/{self.split}.bin has {last + 1} tokens, fewer than block_size + 1 = "
+                             f"{block_size + 1}: lower --block_size, or prepare more text")
+        n = max(1, last // block_size - 1)
+        starts = []
+        for row in rows:
+            epoch, k = divmod(int(row), n)
+            if self.epoch != (epoch, block_size):
+                rng = np.random.default_rng((self.seed, SPLITS[self.split], epoch))
+                self.offset = rng.integers(last - n * block_size + 1)  # rng.integers and permutation exclude the end
+                self.order, self.epoch = rng.permutation(n), (epoch, block_size)
+            starts.append(int(self.offset + self.order[k] * block_size))
+        return starts
+
+
+SPLITS = {'train': 0, 'val': 1}
+
+
+def collate(examples, pad_id, device='cpu'):
+    """
+    A list of examples -> a batch: a dict of tensors on the device. Rows of unequal length are padded on the right, and
+    `keep` says what is real. The key `about` is for scoring only and stays behind.
+    """
+    fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE}
+    batch = {}
+    for key in examples[0]:
+        if key == 'about':
+            continue
+        rows = [np.asarray(example[key], np.int64) for example in examples]
+        shape = np.max([row.shape for row in rows], axis=0)
+        if any(row.shape != tuple(shape) for row in rows):
+            padded = np.full((len(rows), *shape), fill.get(key, 0))
+            for i, row in enumerate(rows):
+                padded[i, :len(row)] = row
+            rows = padded
+            if key == 'ids':
+                batch['keep'] = torch.from_numpy(np.arange(shape[0]) < [[len(e['ids'])] for e in examples])  # (B, T)
+        batch[key] = torch.from_numpy(np.stack(rows))
+    if device == 'cpu':
+        return batch
+    pinned = device.startswith('cuda')  # pinned memory lets the copy overlap with work; MPS has none
+    return {key: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for key, t in batch.items()}
+
+
+def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
+    """The examples first, first + 1, ..., first + n - 1 since the beginning of training, as a batch."""
+    rng = np.random.default_rng((data.seed, SPLITS[data.split], first))
+    batch = collate(OBJECTIVES[objective](data, range(first, first + n), rng, block_size), pad_id)
+    if int(batch['ids'].max()) >= data.vocab_size:
+        raise ValueError(f"{data.folder}/{data.split}.bin holds the id {int(batch['ids'].max())}, but its vocabulary has "
+                         f"only {data.vocab_size}: prepare the data again")
+    return batch if device == 'cpu' else {key: t.to(device, non_blocking=True) for key, t in batch.items()}
+
+# -----------------------------------------------------------------------------
+# Optimization
+
+
+def learning_rate(step, s):
+    """Up in a straight line for warmup_iters, then down to min_lr at lr_decay_iters, then level."""
+    low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
+    end = s.lr_decay_iters or s.max_iters
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    if s.lr_schedule == 'constant':
+        return s.learning_rate
+    done = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
+    return low + (s.learning_rate - low) * (0.5 * (1 + math.cos(math.pi * done)) if s.lr_schedule == 'cosine' else 1 - done)
+
+
+def orthogonalize(g, steps=5):
+    """
+    The orthogonal matrix nearest to each of g (n, rows, columns), roughly: a Newton-Schulz iteration that moves every
+    singular value towards 1. Coefficients of [3]; they end between about 0.7 and 1.2, which does.
+    """
+    tall = g.size(1) > g.size(2)
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum, made orthogonal [3]: each step turns a matrix by the same amount in all of its directions, where plain
+    gradients would follow the few largest. Matrices of one shape are worked on together: small products on their own
+    would leave a processor idle. lr is in units of a spectral norm; weight_decay is decoupled, as in AdamW.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                for p in params:
+                    if 'momentum' not in self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                momenta, grads = [self.state[p]['momentum'] for p in params], [p.grad for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+                ahead = torch._foreach_lerp(grads, momenta, group['momentum'])  # Nesterov: where momentum is going
+                update = orthogonalize(torch.stack(ahead).to(self.dtype)).to(params[0].dtype)
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(params, list(update.unbind()), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
+
+
+def make_optimizers(model, s, device):
+    """AdamW for all, or Muon for the matrices and AdamW for what is left."""
+    groups = optimizer_groups(model, s.weight_decay)
+    matrices = [g for g in groups if g['name'] == 'matrices' and s.optimizer == 'muon']
+    rest = [g for g in groups if g not in matrices]
+    optimizers = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=s.learning_rate, betas=(s.beta1, s.beta2),
+                                            fused=device.startswith(('cuda', 'cpu'))))
+    if matrices:
+        optimizers.append(Muon(matrices, lr=s.muon_learning_rate, dtype=torch.bfloat16 if device.startswith('cuda')
+                               else torch.float32))
+    return optimizers
+
+# -----------------------------------------------------------------------------
+# The machine: precision, compilation, processes
+
+
+class Machine:
+    """Where the training runs, and how: device, precision, and which of several processes this is."""
+
+    def __init__(self, s):
+        self.world = int(os.environ.get('WORLD_SIZE', 1))
+        self.rank = int(os.environ.get('RANK', 0))
+        self.device = sample.find_device(s.device)
+        if self.world > 1:
+            if self.device == 'cuda':
+                self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+                torch.cuda.set_device(self.device)
+            if not dist.is_initialized():
+                dist.init_process_group(s.backend if s.backend != 'auto' else
+                                        'nccl' if self.device.startswith('cuda') else 'gloo')
+        self.main = self.rank == 0
+        self.dtype = getattr(torch, s.dtype if s.dtype != 'auto' else self.best_dtype())
+        if s.dtype != 'float32' and self.device.startswith('cuda'):
+            torch.set_float32_matmul_precision('high')  # TF32 for the products that autocast leaves in float32
+        self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.dtype == torch.float16)
+
+    def best_dtype(self):
+        """bfloat16 where the hardware multiplies in it; float16, with its scaler, on older GPUs; else float32."""
+        if self.device.startswith('cuda'):
+            return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        if self.device == 'cpu' and torch.backends.mkldnn.is_available():
+            # Measured with AVX512-BF16: a step takes 0.5 of the time of float32 at 4 x 128, 0.3 at 6 x 384.
+            good = getattr(torch.cpu, '_is_avx512_bf16_supported', None) or (lambda: False)
+            amx = getattr(torch.cpu, '_is_amx_tile_supported', None) or (lambda: False)
+            return 'bfloat16' if good() or amx() else 'float32'
+        return 'float32'
+
+    def precision(self):
+        """Inside it, products are computed in self.dtype, and what needs care (norms, softmax, loss) in float32 [2]."""
+        return torch.autocast(self.device.split(':')[0], self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum(self, *values):
+        """Add numbers over all processes."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def say(self, text, **kwargs):
+        if self.main:
+            progress('')
+            print(text, flush=True, **kwargs)
+
+
+def compiled(model, batch, machine, wanted):
+    """torch.compile(model) where it is wanted and works, else the model itself and one warning."""
+    if not (machine.device.startswith('cuda') if wanted is None else wanted):
+        return model
+    try:
+        fast = torch.compile(model)
+        with machine.precision():
+            fast(**batch)[1].backward()  # compilation happens here: the first call
+        model.zero_grad(set_to_none=True)
+        return fast
+    except Exception as e:  # a missing C compiler, an unsupported GPU, ...
+        model.zero_grad(set_to_none=True)
+        reason = str(e).strip().splitlines() or ['']
+        warnings.warn(f"torch.compile failed, going on without it ({type(e).__name__}: {reason[0][:200]})", stacklevel=1)
+        return model
+
+# -----------------------------------------------------------------------------
+# The loop
+
+
+@torch.no_grad()
+def estimate_loss(forward, model, data, s, machine, pad_id):
+    """The mean loss over the same eval_iters batches every time, shared among the processes; dropout off."""
+    was_training = model.training
+    model.eval()
+    total, asked = 0.0, 0
+    for i in range(machine.rank, s.eval_iters, machine.world):
+        batch = get_batch(data, s.objective, model.config.block_size, i * s.batch_size, s.batch_size, pad_id, machine.device)
+        with machine.precision():
+            _, loss = forward(**batch, counts={'targets': 1})
+        total, asked = total + loss.item(), asked + int((batch['targets'] != IGNORE).sum())
+    model.train(was_training)
+    total, asked = machine.sum(total, asked)
+    return total / max(1, asked)
+
+
+def evaluate(model, data, machine):
+    """Scores over the whole split, in windows that do not overlap."""
+    nats, predictions = machine.sum(*sample.text_loss(model, data.tokens, rank=machine.rank, world=machine.world,
+                                                      context=machine.precision))
+    return sample.text_scores(nats, predictions, data.counts['bytes'])
+
+
+def share(step, s, machine):
+    """
+    This process's part of the examples of a step: (first, n) of each of its micro-batches. Whole micro-batches where they
+    can be dealt out evenly, else an equal slice of each.
+    """
+    k, n = s.gradient_accumulation_steps, s.batch_size
+    if k % machine.world == 0:
+        return [((step * k + i) * n, n) for i in range(machine.rank, k, machine.world)]
+    if n % machine.world == 0:
+        m = n // machine.world
+        return [((step * k + i) * n + machine.rank * m, m) for i in range(k)]
+    raise ValueError(f"--gradient_accumulation_steps {k} micro-batches of --batch_size {n} cannot be shared by "
+                     f"{machine.world} processes: make one of the two a multiple of {machine.world}")
+
+
+def gradient(step, model, wrapped, data, s, machine, pad_id):
+    """
+    Leave in .grad the gradient of the mean loss over all targets of the global batch of a step; returns that loss. The
+    micro-batches are made first, since each loss is divided by the number of targets in all of them.
+    """
+    batches = [(first, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device))
+               for first, n in share(step, s, machine)]
+    names = [key for key in batches[0][1] if key.endswith('targets')]
+    counts = machine.sum(*(sum(int((batch[name] != IGNORE).sum()) for _, batch in batches) for name in names))
+    counts = {name: max(1, int(count)) for name, count in zip(names, counts)}
+    total = 0.0
+    for i, (first, batch) in enumerate(batches):
+        torch.manual_seed(int(np.random.SeedSequence((s.seed, first)).generate_state(1)[0]))  # of dropout
+        # DDP adds the gradients of all processes in the last backward; it decides that in the forward, so both must
+        # lie inside no_sync. It takes the mean, we want the sum.
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last or wrapped is model or machine.world == 1 else wrapped.no_sync():
+            with machine.precision():
+                _, loss = wrapped(**batch, counts=counts)
+            machine.scaler.scale(loss * machine.world).backward()
+        total = total + loss.detach()
+    return total
+
+
+def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
+    """
+    Train `model` on the Data of both splits up to step s.max_iters; returns what the last checkpoint holds, without the
+    weights. checkpoint: what `load` returned, to go on from. stop: asked before every step; True saves and ends. Writes
+    ckpt.pt, best.pt and log.csv into s.out_dir. Raises ValueError at a loss or gradient that is not finite, before it
+    reaches the weights.
+    """
+    machine = Machine(s)
+    share(0, s, machine)  # raises early
+    model = model.to(machine.device).train()
+    pad_id = tokenizer._special_tokens['[PAD]']
+    optimizers = make_optimizers(model, s, machine.device)
+    state = {'step': 0, 'best': math.inf, 'seconds': 0.0}
+    if checkpoint:
+        for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
+            optimizer.load_state_dict(saved)
+        machine.scaler.load_state_dict(checkpoint['scaler'])
+        state = {key: checkpoint[key] for key in state}
+    resumed_at = state['step'] if checkpoint else None
+    probe = get_batch(data, s.objective, model.config.block_size, 0, share(0, s, machine)[0][1], pad_id, machine.device)
+    forward = compiled(model, probe, machine, s.compile)
+    wrapped = forward
+    if machine.world > 1:
+        wrapped = DistributedDataParallel(forward)
+    log = Log(s.out_dir, state['step']) if machine.main else None
+    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
+
+    def write_checkpoint(name, **extra):
+        if machine.main:
+            save(os.path.join(s.out_dir, name), model, tokenizer=tokenizer_to_dict(tokenizer), task='', labels=[],
+                 settings=dataclasses.asdict(s), **state, **extra)
+
+    def write_latest():
+        write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict())
+
+    reached, interrupted = False, False
+    began = last_log = time.perf_counter()
+    before = state['seconds']
+    logged_step = state['step']
+    while True:
+        step = state['step']
+        lr = learning_rate(step, s)
+        state['seconds'] = before + time.perf_counter() - began
+        interrupted = bool(machine.sum(float(stop()))[0])
+        if (step % s.eval_interval == 0 or step == s.max_iters) and step != resumed_at:
+            losses = {d.split: estimate_loss(forward, model, d, s, machine, pad_id) for d in (data, val)}
+            machine.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            scores = None
+            if s.target_loss and losses['val'] <= s.target_loss:
+                scores = evaluate(model, val, machine)
+                reached = scores['loss'] <= s.target_loss
+                losses['val'] = scores['loss']
+            if losses['val'] < state['best'] or reached:
+                state['best'] = losses['val']
+                write_checkpoint('best.pt')
+            write_latest()
+            if machine.main:
+                log.write(step, losses['train'], losses['val'], lr, step * tokens_per_step, state['seconds'])
+                if s.sample_tokens and not reached:
+                    print_sample(model, tokenizer, s)
+            if reached:
+                machine.say(f"target loss {s.target_loss} reached after {state['seconds']:.1f} seconds of training, at step "
+                            f"{step}: {sample.format_scores(scores)} over the whole validation split")
+                break
+        elif interrupted:
+            write_latest()
+        if step >= s.max_iters or interrupted:
+            break
+
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = lr * (s.muon_learning_rate / s.learning_rate if isinstance(optimizer, Muon) else 1)
+        loss = gradient(step, model, wrapped, data, s, machine, pad_id)
+        if machine.world > 1:
+            dist.all_reduce(loss)
+        for optimizer in optimizers:
+            machine.scaler.unscale_(optimizer)  # before clipping, or the limit would mean something else [2]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        # float16 overflows now and then: its scaler skips the step by itself, and halves the scale
+        if not loss.isfinite() or not (norm.isfinite() or machine.scaler.is_enabled()):
+            raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite. The weights are "
+                             f"untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower --learning_rate")
+        for optimizer in optimizers:
+            machine.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        machine.scaler.update()
+        state['step'] = step + 1
+
+        if step % s.log_interval == 0:
+            now = time.perf_counter()
+            speed = (state['step'] - logged_step) / (now - last_log)  # steps a second
+            last_log, logged_step = now, state['step']
+            machine.say(f"iter {step}: loss {loss.item():.4f}, lr {lr:.2e}, {speed * tokens_per_step:,.0f} tok/s, "
+                        f"ETA {duration((s.max_iters - step) / speed)}")
+    if machine.main:
+        log.plot()
+        if interrupted:
+            machine.say(f"stopped at step {state['step']}: go on with --init_from resume")
+        elif s.target_loss and not reached:
+            machine.say(f"target loss {s.target_loss} not reached: best validation loss {state['best']:.4f}")
+    if machine.world > 1:
+        dist.barrier()  # nobody leaves before the last checkpoint is written
+    return state
+
+
+def print_sample(model, tokenizer, s):
+    """A few words of what the model would write now, so that one can watch it learn."""
+    settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
+    was_training = model.training
+    model.eval()
+    text = ''.join(text for _, text in sample.write(model, tokenizer, '', settings))
+    model.train(was_training)
+    print(*(f'    | {line}' for line in text.splitlines() if line.strip()), sep='\n', flush=True)
+
+
+def duration(seconds):
+    """75 -> 1:15"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class Log:
+    """out/log.csv, a row an evaluation, and its picture. On resume the rows behind the checkpoint are dropped."""
+
+    COLUMNS = ['step', 'train_loss', 'val_loss', 'lr', 'tokens', 'seconds']
+
+    def __init__(self, folder, step):
+        self.path, self.picture = os.path.join(folder, 'log.csv'), os.path.join(folder, 'loss.png')
+        rows = []
+        if step and os.path.exists(self.path):
+            with open(self.path, newline='', encoding='utf-8') as f:
+                rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
+        os.makedirs(folder, exist_ok=True)
+        with open(self.path, 'w', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerows([self.COLUMNS, *rows])
+
+    def write(self, *values):
+        with open(self.path, 'a', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerow([values[0], *(f'{value:.6g}' for value in values[1:])])
+
+    def plot(self):
+        """loss.png, where matplotlib is installed."""
+        try:
+            import matplotlib
+        except ImportError:
+            return
+        matplotlib.use('Agg')
+        import matplotlib.pyplot as plt
+        with open(self.path, newline='', encoding='utf-8') as f:
+            rows = list(csv.DictReader(f))
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name in ('train_loss', 'val_loss'):
+            axes.plot([int(row['step']) for row in rows], [float(row[name]) for row in rows], label=name.replace('_', ' '))
+        axes.set(xlabel='step', ylabel='loss (nats per token)')
+        axes.legend()
+        figure.savefig(self.picture, dpi=120)
+        plt.close(figure)
+
+# -----------------------------------------------------------------------------
+# The script
+
+
+def find_dataset(name, machine):
+    """The folder of a data set. Plain pydoc is made on the spot, since it needs no network."""
+    folder = name if os.path.exists(os.path.join(name, 'meta.json')) else os.path.join('data', name)
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        if name != 'pydoc':
+            known = f"python prepare_data.py --dataset {name}" if name in prepare_data.DATASETS else \
+                f"python prepare_data.py --input FILE --out_dir data/{name}"
+            raise ValueError(f"--dataset {name}: there is no data folder {folder}: make it with {known}")
+        if machine.main:
+            machine.say("preparing data/pydoc from the documentation of this Python")
+            prepare_data.prepare(prepare_data.Settings(dataset='pydoc'))
+        if machine.world > 1:
+            dist.barrier()
+    return folder
+
+
+def check_tokenizer(checkpoint, tokenizer, path, folder):
+    if checkpoint['tokenizer'] != tokenizer_to_dict(tokenizer):
+        raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again with "
+                         "--tokenizer and the data folder of that training")
+
+
+def start(given):
+    """
+    The flags that were given -> (model, settings, tokenizer, train data, val data, checkpoint, machine), where checkpoint
+    is None unless the run is resumed. Raises ValueError or OSError, before anything is written.
+    """
+    ours = {f.name for f in dataclasses.fields(Settings)}
+    settings_given = {key: value for key, value in given.items() if key in ours}
+    config_given = {key: value for key, value in given.items() if key not in ours}
+    s = Settings(**settings_given)
+    path, origin = None, s.init_from
+    if origin == 'auto':
+        origin = 'resume' if os.path.exists(os.path.join(s.out_dir, 'ckpt.pt')) else 'scratch'
+    if s.eval_only and 'init_from' not in given:
+        path = s.out_dir
+    elif origin == 'resume':
+        path = os.path.join(s.out_dir, 'ckpt.pt')
+    elif origin != 'scratch':
+        path = origin
+    checkpoint = None
+    if path is None:
+        recipe = RECIPES['pretrain'].get(s.preset, {})
+        s = Settings(**{**recipe, **settings_given})
+    else:
+        changes = {key: config_given[key] for key in ('dropout', 'block_size') if key in config_given}
+        model, checkpoint = load(path, **changes)
+        for key, value in config_given.items():
+            if getattr(model.config, key) != value:
+                raise ValueError(f"--{key} {value}: {path} has {key}={getattr(model.config, key)}, and weights cannot "
+                                 "change their architecture: leave the flag out, or start from scratch")
+        saved = checkpoint.get('settings', {})
+        if origin == 'resume' or s.eval_only:
+            s = Settings(**{**{key: saved[key] for key in saved if key in ours}, 'eval_only': False, **settings_given})
+        else:
+            s = Settings(**{**RECIPES['pretrain'].get(saved.get('preset', ''), {}),
+                            **{key: saved[key] for key in ('preset', 'dataset') if key in saved}, **settings_given})
+    machine = Machine(s)
+    folder = find_dataset(s.dataset, machine)
+    tokenizer = prepare_data.load_tokenizer(folder)
+    data, val = (Data(folder, split, s.seed) for split in SPLITS)
+    if path is None:
+        config_given.setdefault('vocab_size', data.vocab_size)
+        if config_given['vocab_size'] < data.vocab_size:
+            raise ValueError(f"--vocab_size {config_given['vocab_size']}: the data has {data.vocab_size} different tokens")
+        torch.manual_seed(s.seed)
+        model = build(dataclasses.replace(PRESETS[s.preset], **config_given))
+    else:
+        check_tokenizer(checkpoint, tokenizer, path, folder)
+    for split in (data, val):
+        split.window_starts([0], model.config.block_size)  # raises where it is too short
+    return model, s, tokenizer, data, val, checkpoint if origin == 'resume' else None, machine
+
+
+def set_aside(folder):
+    """A new run in an old folder: what the old one left gets another name. Nothing is ever overwritten in silence."""
+    for name in ('ckpt', 'best', 'log'):
+        for suffix in ('.pt', '.csv'):
+            old, new = os.path.join(folder, name + suffix), os.path.join(folder, f'{name}.old{suffix}')
+            if os.path.exists(old):
+                os.replace(old, new)
+                print(f"{old} is of an earlier run: moved to {new}", flush=True)
+
+
+def on_signal():
+    """A function that tells whether Ctrl-C or SIGTERM has come; a second one ends at once. `signals` lists them."""
+    signals = []
+
+    def catch(number, frame):
+        if signals:
+            os._exit(128 + number)
+        signals.append(number)
+        print("\nsaving at the end of this step; once more to end at once", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return signals
+
+
+def main(argv):
+    given = read_flags(argv, __doc__, {'training': Settings, 'architecture (defaults: the preset\'s)': Config})
+    model, s, tokenizer, data, val, checkpoint, machine = start(given)
+    if s.eval_only:
+        scores = evaluate(model.to(machine.device), val, machine)
+        machine.say('val ' + sample.format_scores(scores))
+        return
+    if machine.main:
+        os.makedirs(s.out_dir, exist_ok=True)
+        if checkpoint is None:
+            set_aside(s.out_dir)
+    n = sum(p.numel() for p in model.parameters())
+    machine.say(f"{s.preset}: {n:,} parameters, {str(machine.dtype).removeprefix('torch.')} on {machine.device}"
+                + (f", {machine.world} processes" if machine.world > 1 else '')
+                + f"; {data.folder}: {len(data.tokens):,} tokens, vocabulary of {data.vocab_size:,}"
+                + (f"; resumed at step {checkpoint['step']}" if checkpoint else ''))
+    signals = on_signal()
+    state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals))
+    if signals:
+        sys.exit(128 + signals[0])
+    machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation loss {state['best']:.4f}. "
+                f"Ask the model: python sample.py --out_dir {s.out_dir} --start \"...\"")
+
+
+if __name__ == '__main__':
+    run(main)
