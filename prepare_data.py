@@ -26,11 +26,14 @@ References:
 import argparse
 import ast
 import base64
+import codecs
 import collections
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import math
@@ -42,6 +45,7 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -356,45 +360,41 @@ class Block(NamedTuple):
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out. Raises OSError or ValueError."""
     found = []
-    for path in paths:
-        if os.path.isdir(path):
-            inside = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                            if not name.startswith('.') and '/.' not in os.path.relpath(folder, path).replace(os.sep, '/'))
-            if not inside:
-                raise ValueError(f"folder {path} holds no files: put UTF-8 text files into it")
-            found += inside
-        elif os.path.exists(path):
-            found.append(path)
-        else:
+    for path in map(Path, paths):
+        if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}")
+        inside = [path] if not path.is_dir() else sorted(
+            p for p in path.rglob('*') if p.is_file() and not any(q.startswith('.') for q in p.relative_to(path).parts))
+        if not inside:
+            raise ValueError(f"folder {path} holds no files: put UTF-8 text files into it")
+        found += map(str, inside)
     return found
 
 
 def read_utf8(path):
-    """The text of a file in pieces of BLOCK characters, line ends as \\n. Raises ValueError naming the first bad byte."""
-    try:
-        with open(path, encoding='utf-8-sig') as f:  # -sig: the mark that some editors write first is not text
-            while text := f.read(BLOCK):
-                yield text
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8: the byte at offset {bad_byte(path)} cannot be read as text. "
-                         "Convert the file, or leave it out") from None
-
-
-def bad_byte(path):
-    """Where a file stops being UTF-8."""
-    before, rest = 0, b''
+    """The text of a file in pieces, line ends as \\n. Raises ValueError naming the offset of the first bad byte."""
+    utf8 = codecs.getincrementaldecoder('utf-8-sig')()  # -sig: the mark that some editors write first is not text
+    decoder, offset, data = io.IncrementalNewlineDecoder(utf8, translate=True), 0, b'first'
     with open(path, 'rb') as f:
-        while more := f.read(BLOCK):
-            data = rest + more
+        while data:
+            data = f.read(BLOCK)
+            offset += len(data)
             try:
-                data.decode('utf-8')
-                before, rest = before + len(data), b''
-            except UnicodeDecodeError as e:
-                if e.end < len(data) or 'unexpected end' not in e.reason:
-                    return before + e.start
-                before, rest = before + e.start, data[e.start:]  # a character across two reads
-    return before
+                yield decoder.decode(data, final=not data)
+            except UnicodeDecodeError as e:  # e.object ends where reading has come to
+                raise ValueError(f"{path} is not UTF-8: the byte at offset {offset - len(e.object) + e.start} cannot be "
+                                 "read as text. Convert the file, or leave it out") from None
+
+
+def read_lines(path):
+    """(number, line) of every line of a text file, counted from 1."""
+    n, rest = 1, ''
+    for text in read_utf8(path):
+        *lines, rest = (rest + text).split('\n')
+        yield from enumerate(lines, n)
+        n += len(lines)
+    if rest:
+        yield n, rest
 
 
 def safe_pieces(texts):
@@ -412,29 +412,16 @@ def safe_pieces(texts):
 
 def read_rows(path):
     """The `text` of every row of a JSONL file."""
-    with open(path, encoding='utf-8-sig') as f:
-        rows = enumerate(f, 1)
-        while True:
-            try:
-                n, line = next(rows)
-            except StopIteration:
-                return
-            except UnicodeDecodeError:
-                raise ValueError(f"{path} is not UTF-8: the byte at offset {bad_byte(path)} cannot be read as text") from None
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path}, line {n}: not JSON ({e})") from None
-            if not isinstance(row, dict) or not isinstance(row.get('text'), str):
-                raise ValueError(f'{path}, line {n}: a row must be an object with a string "text", '
-                                 f'such as {{"text": "Once upon a time"}}')
-            try:
-                row['text'].encode()
-            except UnicodeEncodeError as e:
-                raise ValueError(f"{path}, line {n}: not valid Unicode text ({e.reason})") from None
-            yield row['text']
+    for n, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)['text']
+            text.encode()  # JSON can hold half of a surrogate pair, which is not text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f'{path}, line {n}: a row must be JSON with a string "text", such as '
+                             f'{{"text": "Once upon a time"}} ({type(e).__name__})') from None
+        yield text
 
 
 def read_documents(path):
@@ -466,7 +453,7 @@ def survey(files):
     characters, alphabet, by_line, digest = 0, set(), {}, hashlib.sha256()
     for path in files:
         by_line[path] = True
-        for text, last in read_documents(path):
+        for text, _ in read_documents(path):
             characters += len(text)
             alphabet |= set(text)
             by_line[path] = by_line[path] and not BLANK.search(text)
@@ -634,29 +621,25 @@ def read_json(path):
             raise ValueError(f"{path} is damaged ({e}): prepare the data again") from None
 
 
-class new_folder:
+@contextlib.contextmanager
+def new_folder(path):
     """
     with new_folder(path) as temporary: ... The folder appears under its name when all of it is written, in the place of
     an older data folder; on an error nothing is left. Raises ValueError rather than replace anything else.
     """
-
-    def __init__(self, path):
-        self.path, self.temporary, self.old = path, f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.old'
-        if os.path.lexists(path) and not os.path.exists(os.path.join(path, 'meta.json')) and (
-                not os.path.isdir(path) or os.listdir(path)):
-            raise ValueError(f"--out_dir {path} exists and is not a data folder: choose another name, or move it away")
-
-    def __enter__(self):
-        os.makedirs(self.temporary)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace):
-        if error is None:
-            if os.path.exists(self.path):
-                os.rename(self.path, self.old)
-            os.rename(self.temporary, self.path)
-        for leftover in (self.temporary, self.old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    temporary, old = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.old'
+    if os.path.lexists(path) and not os.path.exists(os.path.join(path, 'meta.json')) and (
+            not os.path.isdir(path) or os.listdir(path)):
+        raise ValueError(f"--out_dir {path} exists and is not a data folder: choose another name, or move it away")
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 # -----------------------------------------------------------------------------
 # Built-in data sets: a function that writes one UTF-8 file

@@ -17,7 +17,7 @@ saving, and a resumed run is the unbroken one.
     Settings, RECIPES   the flags, and good values for them
     causal_lm           what is shown and what is asked: the objectives
     Data, get_batch     which part of the text a step sees
-    Muon                an optimizer for matrices
+    learning_rate       and the optimizers
     evaluate, train     the loop
     start, main         new, resumed, or from another checkpoint
 
@@ -98,8 +98,8 @@ class Settings:
 # Good values where they differ from the defaults: first by what is trained, then by preset.
 RECIPES = {
     'pretrain': {
-        'nano': dict(optimizer='muon', learning_rate=8e-3, min_lr=0.0, warmup_iters=0, lr_schedule='linear',
-                     weight_decay=0.0, beta1=0.8, beta2=0.95, grad_clip=0.0, batch_size=24),
+        'nano': dict(optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03, min_lr=0.0, warmup_iters=0,
+                     lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95, grad_clip=0.0, batch_size=24),
     },
 }
 
@@ -221,62 +221,19 @@ def learning_rate(step, s):
     return low + (s.learning_rate - low) * (0.5 * (1 + math.cos(math.pi * done)) if s.lr_schedule == 'cosine' else 1 - done)
 
 
-def orthogonalize(g, steps=5):
-    """
-    The orthogonal matrix nearest to each of g (n, rows, columns), roughly: a Newton-Schulz iteration that moves every
-    singular value towards 1. Coefficients of [3]; they end between about 0.7 and 1.2, which does.
-    """
-    tall = g.size(1) > g.size(2)
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """
-    Momentum, made orthogonal [3]: each step turns a matrix by the same amount in all of its directions, where plain
-    gradients would follow the few largest. Matrices of one shape are worked on together: small products on their own
-    would leave a processor idle. lr is in units of a spectral norm; weight_decay is decoupled, as in AdamW.
-    """
-
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                for p in params:
-                    if 'momentum' not in self.state[p]:
-                        self.state[p]['momentum'] = torch.zeros_like(p)
-                momenta, grads = [self.state[p]['momentum'] for p in params], [p.grad for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-                ahead = torch._foreach_lerp(grads, momenta, group['momentum'])  # Nesterov: where momentum is going
-                update = orthogonalize(torch.stack(ahead).to(self.dtype)).to(params[0].dtype)
-                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
-
-
 def make_optimizers(model, s, device):
-    """AdamW for all, or Muon for the matrices and AdamW for what is left."""
+    """
+    AdamW [1] for all, or Muon [3] for the matrices and AdamW for what is left. Muon makes each step orthogonal: it turns a
+    matrix by the same amount in all directions, where plain gradients would follow the few largest.
+    """
     groups = optimizer_groups(model, s.weight_decay)
     matrices = [g for g in groups if g['name'] == 'matrices' and s.optimizer == 'muon']
     rest = [g for g in groups if g not in matrices]
-    optimizers = []
+    # torch.optim.Muon works on one matrix after the other; stacking those of one shape was no faster on a CPU
+    optimizers = [torch.optim.Muon(matrices, lr=s.muon_learning_rate)] if matrices else []
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=s.learning_rate, betas=(s.beta1, s.beta2),
                                             fused=device.startswith(('cuda', 'cpu'))))
-    if matrices:
-        optimizers.append(Muon(matrices, lr=s.muon_learning_rate, dtype=torch.bfloat16 if device.startswith('cuda')
-                               else torch.float32))
     return optimizers
 
 # -----------------------------------------------------------------------------
@@ -411,18 +368,40 @@ def gradient(step, model, wrapped, data, s, machine, pad_id):
                 _, loss = wrapped(**batch, counts=counts)
             machine.scaler.scale(loss * machine.world).backward()
         total = total + loss.detach()
+    if machine.world > 1:
+        dist.all_reduce(total)
     return total
+
+
+def update(step, loss, model, optimizers, s, machine):
+    """
+    Move the weights along the gradient: clipped to a norm of grad_clip, at this step's learning rate. Raises ValueError
+    before that, where loss or gradient is not finite.
+    """
+    for optimizer in optimizers:
+        machine.scaler.unscale_(optimizer)  # before clipping, or the limit would mean something else [2]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    # float16 overflows now and then: its scaler skips such a step by itself, and halves the scale
+    if not loss.isfinite() or not (norm.isfinite() or machine.scaler.is_enabled()):
+        raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite. The weights are "
+                         f"untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower --learning_rate")
+    rate = learning_rate(step, s)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            muon = isinstance(optimizer, torch.optim.Muon)  # has a peak of its own, and the same schedule
+            group['lr'] = rate * s.muon_learning_rate / s.learning_rate if muon else rate
+        machine.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    machine.scaler.update()
 
 
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
-    Train `model` on the Data of both splits up to step s.max_iters; returns what the last checkpoint holds, without the
-    weights. checkpoint: what `load` returned, to go on from. stop: asked before every step; True saves and ends. Writes
-    ckpt.pt, best.pt and log.csv into s.out_dir. Raises ValueError at a loss or gradient that is not finite, before it
-    reaches the weights.
+    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'seconds'}: how far it came,
+    the best validation loss, how long it took. checkpoint: what `load` returned, to go on from. stop() is asked before
+    every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises ValueError as `update`.
     """
     machine = Machine(s)
-    share(0, s, machine)  # raises early
     model = model.to(machine.device).train()
     pad_id = tokenizer._special_tokens['[PAD]']
     optimizers = make_optimizers(model, s, machine.device)
@@ -432,14 +411,15 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
             optimizer.load_state_dict(saved)
         machine.scaler.load_state_dict(checkpoint['scaler'])
         state = {key: checkpoint[key] for key in state}
-    resumed_at = state['step'] if checkpoint else None
-    probe = get_batch(data, s.objective, model.config.block_size, 0, share(0, s, machine)[0][1], pad_id, machine.device)
-    forward = compiled(model, probe, machine, s.compile)
-    wrapped = forward
-    if machine.world > 1:
-        wrapped = DistributedDataParallel(forward)
+    first, n = share(0, s, machine)[0]
+    forward = compiled(model, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device),
+                       machine, s.compile)
+    wrapped = DistributedDataParallel(forward) if machine.world > 1 else forward
     log = Log(s.out_dir, state['step']) if machine.main else None
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
+    resumed_at, seconds_before = (state['step'], state['seconds']) if checkpoint else (None, 0.0)
+    began = time.perf_counter()
+    logged_at, logged_step, reached = began, state['step'], False
 
     def write_checkpoint(name, **extra):
         if machine.main:
@@ -449,71 +429,49 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     def write_latest():
         write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict())
 
-    reached, interrupted = False, False
-    began = last_log = time.perf_counter()
-    before = state['seconds']
-    logged_step = state['step']
     while True:
-        step = state['step']
-        lr = learning_rate(step, s)
-        state['seconds'] = before + time.perf_counter() - began
+        step, now = state['step'], time.perf_counter()
+        state['seconds'] = seconds_before + now - began
         interrupted = bool(machine.sum(float(stop()))[0])
         if (step % s.eval_interval == 0 or step == s.max_iters) and step != resumed_at:
             losses = {d.split: estimate_loss(forward, model, d, s, machine, pad_id) for d in (data, val)}
             machine.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-            scores = None
-            if s.target_loss and losses['val'] <= s.target_loss:
+            if s.target_loss and losses['val'] <= s.target_loss:  # an estimate: look at all of it
                 scores = evaluate(model, val, machine)
-                reached = scores['loss'] <= s.target_loss
-                losses['val'] = scores['loss']
+                losses['val'], reached = scores['loss'], scores['loss'] <= s.target_loss
             if losses['val'] < state['best'] or reached:
                 state['best'] = losses['val']
                 write_checkpoint('best.pt')
             write_latest()
             if machine.main:
-                log.write(step, losses['train'], losses['val'], lr, step * tokens_per_step, state['seconds'])
-                if s.sample_tokens and not reached:
-                    print_sample(model, tokenizer, s)
-            if reached:
-                machine.say(f"target loss {s.target_loss} reached after {state['seconds']:.1f} seconds of training, at step "
-                            f"{step}: {sample.format_scores(scores)} over the whole validation split")
-                break
+                log.write(step, losses['train'], losses['val'], learning_rate(step, s), step * tokens_per_step,
+                          state['seconds'])
+                print_sample(model, tokenizer, s)
+            logged_at += time.perf_counter() - now  # the speed in the log is that of the steps
         elif interrupted:
             write_latest()
-        if step >= s.max_iters or interrupted:
+        if step >= s.max_iters or interrupted or reached:
             break
 
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr * (s.muon_learning_rate / s.learning_rate if isinstance(optimizer, Muon) else 1)
         loss = gradient(step, model, wrapped, data, s, machine, pad_id)
-        if machine.world > 1:
-            dist.all_reduce(loss)
-        for optimizer in optimizers:
-            machine.scaler.unscale_(optimizer)  # before clipping, or the limit would mean something else [2]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        # float16 overflows now and then: its scaler skips the step by itself, and halves the scale
-        if not loss.isfinite() or not (norm.isfinite() or machine.scaler.is_enabled()):
-            raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite. The weights are "
-                             f"untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower --learning_rate")
-        for optimizer in optimizers:
-            machine.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        machine.scaler.update()
+        update(step, loss, model, optimizers, s, machine)
         state['step'] = step + 1
 
         if step % s.log_interval == 0:
             now = time.perf_counter()
-            speed = (state['step'] - logged_step) / (now - last_log)  # steps a second
-            last_log, logged_step = now, state['step']
-            machine.say(f"iter {step}: loss {loss.item():.4f}, lr {lr:.2e}, {speed * tokens_per_step:,.0f} tok/s, "
-                        f"ETA {duration((s.max_iters - step) / speed)}")
+            speed = (state['step'] - logged_step) / (now - logged_at)  # steps a second
+            logged_at, logged_step = now, state['step']
+            machine.say(f"iter {step}: loss {loss.item():.4f}, lr {learning_rate(step, s):.2e}, "
+                        f"{speed * tokens_per_step:,.0f} tok/s, ETA {duration((s.max_iters - step) / speed)}")
+    if reached:
+        machine.say(f"target loss {s.target_loss} reached after {state['seconds']:.1f} seconds of training, at step {step}: "
+                    f"{sample.format_scores(scores)} over the whole validation split")
+    elif interrupted:
+        machine.say(f"stopped at step {step}: go on with --init_from resume")
+    elif s.target_loss:
+        machine.say(f"target loss {s.target_loss} not reached: best validation loss {state['best']:.4f}")
     if machine.main:
         log.plot()
-        if interrupted:
-            machine.say(f"stopped at step {state['step']}: go on with --init_from resume")
-        elif s.target_loss and not reached:
-            machine.say(f"target loss {s.target_loss} not reached: best validation loss {state['best']:.4f}")
     if machine.world > 1:
         dist.barrier()  # nobody leaves before the last checkpoint is written
     return state
@@ -521,6 +479,8 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
 
 def print_sample(model, tokenizer, s):
     """A few words of what the model would write now, so that one can watch it learn."""
+    if not s.sample_tokens:
+        return
     settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
     was_training = model.training
     model.eval()

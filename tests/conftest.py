@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hypothesis
-import pytest
-import torch
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny models: threads would only wait for each other
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
