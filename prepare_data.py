@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import hashlib
 import heapq
+import http.client
 import io
 import itertools
 import json
@@ -77,7 +78,7 @@ def check_flags(settings):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             limits = [f"{text} {rules[name]}" for name, text in (('low', 'at least'), ('above', 'above'),
                       ('high', 'at most'), ('below', 'below')) if rules[name] is not None]
-            fits = (math.isfinite(value) and (rules['low'] is None or value >= rules['low'])
+            fits = ((isinstance(value, int) or math.isfinite(value)) and (rules['low'] is None or value >= rules['low'])
                     and (rules['high'] is None or value <= rules['high'])
                     and (rules['above'] is None or value > rules['above'])
                     and (rules['below'] is None or value < rules['below']))
@@ -161,6 +162,7 @@ def run(main):
             stream.reconfigure(encoding='utf-8', errors='replace')  # whatever the console of Windows prefers
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as e:
@@ -308,7 +310,10 @@ def tokenizer_from_dict(saved):
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
         raise ValueError(f"this is not a tokenizer of this project: its 'format' is not {FORMAT!r}")
     try:
-        ranks = {base64.b64decode(token): i for i, token in enumerate(saved['ranks'])}
+        ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(saved['ranks'])}
+        ids = [*range(len(saved['ranks'])), *saved['specials'].values()]
+        if len(ranks) != len(saved['ranks']) or len(set(ids)) != len(ids) or not set(SPECIALS) <= set(saved['specials']):
+            raise ValueError("an entry occurs twice, or a special token is missing")
         return tiktoken.Encoding(saved['name'], pat_str=saved['pattern'], mergeable_ranks=ranks,
                                  special_tokens=saved['specials'])
     except Exception as e:
@@ -343,8 +348,8 @@ def encode(tokenizer, text):
 # Text from files, a block at a time. A block ends where no tokenizer would put a piece across.
 
 BLOCK = 1 << 20                                    # characters read at once
-# The pattern of bpe never joins a letter with the white space behind it. Best after a line, else before a space.
-SAFE_CUT = [regex.compile(r'(?r)(?<=\S\n)(?=\S)'), regex.compile(r'(?r)(?<=\S)(?= )')]
+# The pattern of bpe never joins anything with the white space behind it. Best after a line, else before white space.
+SAFE_CUT = [regex.compile(r'(?r)(?<=\S\n)(?=\S)'), regex.compile(r'(?r)(?<=\S)(?<!<\|endoftext\|>)(?=\s)')]
 MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on a line of its own it begins a new document
 BLANK = re.compile(r'\n[^\S\n]*\n')
 
@@ -466,34 +471,36 @@ def survey(files):
 def read_blocks(files, by_line):
     """The blocks of all files, in order."""
     for path in files:
-        fresh = True
+        before = ''  # the end of what the document has so far
         for text, last in read_documents(path):
+            fresh = (not before.strip() or bool(SENTENCE_ENDED.search(before + text[:1]))
+                     or (by_line[path] and before.endswith('\n')))
             yield Block(text, by_line[path], fresh, last)
-            if last:
-                fresh = True
-            elif text:
-                fresh = bool(SENTENCE_ENDED.search(text[-100:])) or (by_line[path] and text.endswith('\n'))
+            before = '' if last else (before + text)[-100:]
 
 
 def split_blocks(blocks, cut):
     """(split, block): the first `cut` characters are for training, what follows is for validation."""
-    seen, split = 0, 'train'
+    seen, split, begins = 0, 'train', False
     for block in blocks:
         train, val = block.text[:max(0, cut - seen)], block.text[max(0, cut - seen):]
         seen += len(block.text)
         if train and val:  # the document goes on in the other split: no <|endoftext|> between
             yield 'train', block._replace(text=train, last=False)
             block = block._replace(text=val)
-        fresh = block.fresh or (bool(val) and split == 'train')
+        begins = begins or (bool(val) and split == 'train')  # validation begins with a sentence, be it half of one
         split = 'val' if val else 'train' if train else split  # a block without text ends the document before it
-        yield split, block._replace(fresh=fresh)
+        yield split, block._replace(fresh=block.fresh or begins)
+        begins = begins and not block.text.strip()
 
 
 # A sentence ends at . ! ? 。 ！ ？ before white space, and where a paragraph ends. In bytes, since tokens count bytes.
-SPACE = rb'(?:\s|\xe3\x80\x80)'                   # \u3000 is the space of Chinese and Japanese
+SPACE = (rb'(?:[\s\x1c-\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)')
 ENDS = rb'(?:[.!?]|\xe3\x80\x82|\xef\xbc\x81|\xef\xbc\x9f)(?=' + SPACE + rb')' + SPACE + rb'*'
-SENTENCES = {True: re.compile(ENDS + rb'|\n' + SPACE + rb'*'), False: re.compile(ENDS + rb'|\n[^\S\n]*\n' + SPACE + rb'*')}
-SENTENCE_ENDED = re.compile(r'[.!?。！？]\s*\Z')
+LEADING = re.compile(SPACE + rb'*')
+SENTENCES = {True: re.compile(ENDS + rb'|\n' + SPACE + rb'*'),
+             False: re.compile(ENDS + rb'|\n(?:(?!\n)' + SPACE + rb')*\n' + SPACE + rb'*')}
+SENTENCE_ENDED = re.compile(r'[.!?。！？]\s+\S?\Z')
 
 
 def sentences(block):
@@ -504,10 +511,9 @@ def sentences(block):
     [0, 5, 10, 16]
     """
     data = block.text.encode()
-    body = len(data) - len(data.lstrip())
-    starts = [body] if block.fresh and body < len(data) else []
-    ends = (m.end() for m in SENTENCES[block.by_line].finditer(data, body))
-    return starts + [end for end in ends if end < len(data)]
+    starts = [LEADING.match(data).end()] if block.fresh else []
+    starts += [m.end() for m in SENTENCES[block.by_line].finditer(data)]
+    return sorted({start for start in starts if start < len(data)})
 
 # -----------------------------------------------------------------------------
 # The folder
@@ -627,6 +633,7 @@ def new_folder(path):
     with new_folder(path) as temporary: ... The folder appears under its name when all of it is written, in the place of
     an older data folder; on an error nothing is left. Raises ValueError rather than replace anything else.
     """
+    path = os.path.realpath(path)  # a link stays a link
     temporary, old = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.old'
     if os.path.lexists(path) and not os.path.exists(os.path.join(path, 'meta.json')) and (
             not os.path.isdir(path) or os.listdir(path)):
@@ -636,10 +643,15 @@ def new_folder(path):
         yield temporary
         if os.path.exists(path):
             os.rename(path, old)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if os.path.exists(old):
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 # -----------------------------------------------------------------------------
 # Built-in data sets: a function that writes one UTF-8 file
@@ -672,7 +684,7 @@ def fetch(path, sha256, mirror):
             progress(f"downloading {address}")
             with urllib.request.urlopen(address, timeout=60) as response:
                 data = response.read(1 << 28)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise ValueError(f"{address} could not be read ({getattr(e, 'reason', None) or e}): go online, or give "
                          "--mirror URL or FOLDER that has it") from None
     progress('')
@@ -721,7 +733,7 @@ def docstrings(path, source):
     except (SyntaxError, ValueError):
         return ''
     module = path.removesuffix('.py').removesuffix('__init__').strip(os.sep).replace(os.sep, '.')
-    found = [(module, ast.get_docstring(tree))]
+    found = []
 
     def visit(node, prefix):
         for child in ast.iter_child_nodes(node):
@@ -732,7 +744,9 @@ def docstrings(path, source):
                 visit(child, f'{prefix}{child.name}.')
 
     visit(tree, '')
-    return '\n'.join(f'{title}\n\n{text}\n' for title, text in found if text)
+    texts = [f'{title}\n\n{text}\n' for title, text in found if text]
+    about = ast.get_docstring(tree)
+    return '\n'.join([f'{module}\n' + (f'\n{about}\n' if about else ''), *texts]) if about or texts else ''
 
 
 DATASETS = {'pydoc': pydoc, 'shakespeare': shakespeare, 'tang': tang}
@@ -768,9 +782,10 @@ def choose_tokenizer(settings, alphabet, blocks, cut):
     if name == 'gpt2':
         return gpt2_tokenizer()
     if name != 'bpe':
-        if not os.path.isdir(name):
+        folder = name if os.path.isdir(name) else os.path.join('data', name)
+        if not os.path.isdir(folder):
             raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder")
-        return load_tokenizer(name)
+        return load_tokenizer(folder)
 
     def sample():
         share, seen, taken = min(1.0, BPE_SAMPLE / cut), 0, 0
@@ -807,7 +822,7 @@ def prepare(settings):
         if not cut:
             raise ValueError(f"a text of {text.characters} characters is too short to split: add text")
         blocks = lambda: read_blocks(files, text.by_line)
-        val_blocks = (('val', block) for block in read_blocks(val_files, val_text.by_line))
+        val_blocks = split_blocks(read_blocks(val_files, val_text.by_line), 0)
         tokenizer = choose_tokenizer(settings, text.alphabet | val_text.alphabet, blocks(), cut)
         meta = write_text(folder, tokenizer, itertools.chain(split_blocks(blocks(), cut), val_blocks),
                           text.characters + val_text.characters, source=source, sha256=text.sha256)

@@ -55,15 +55,16 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     top_k       only the k best may be chosen [1]: exactly k, also among equals. 0: all.
     top_p       only the fewest best whose probabilities reach p [2]: the one that crosses p is in. 1: all, 0: the best.
     """
-    if temperature == 0:
+    if temperature == 0 or top_k == 1 or top_p == 0:
         return logits.argmax(dim=-1)
-    logits = (logits.float() - logits.max(dim=-1, keepdim=True).values) / temperature  # no overflow, however cold
+    logits = logits.to(torch.float32 if logits.device.type == 'mps' else torch.float64)  # MPS has no float64
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature            # no overflow, however cold
     order = None
     if top_k:
         logits, order = logits.topk(min(top_k, logits.size(-1)))
     elif top_p < 1:
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    p = logits.to(torch.float32 if logits.device.type == 'mps' else torch.float64).softmax(dim=-1)
+    p = logits.softmax(dim=-1)
     if top_p < 1:
         before = p.cumsum(dim=-1) - p  # what the better ones have together
         before[:, 0] = -1.0
@@ -134,10 +135,10 @@ class TextStream:
         if self.stopped:
             return ''
         text = self.waiting + text
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        if found:  # the one that is complete first, whatever the pieces in which the text came
             self.stopped, self.waiting = True, ''
-            return text[:min(found)]
+            return text[:min(found)[1]]
         held = 0 if last else max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
                                   default=0)
         self.waiting = text[len(text) - held:]
@@ -279,7 +280,8 @@ def read_start(start):
     else:
         return start
     try:
-        return data.decode('utf-8-sig')
+        text = data.decode('utf-8').removeprefix('\ufeff')
+        return text.replace('\r\n', '\n').replace('\r', '\n')  # as prepare_data.py reads
     except UnicodeDecodeError as e:
         raise ValueError(f"{name} is not UTF-8: the byte at offset {e.start} cannot be read as text") from None
 

@@ -167,6 +167,13 @@ class Data:
         return starts
 
 
+    def check(self, ids):
+        """Raise ValueError where an id is beyond the vocabulary: on a GPU it would end everything without a word."""
+        if (highest := int(ids.max())) >= self.vocab_size:
+            raise ValueError(f"{self.folder}/{self.split}.bin holds the id {highest}, but its vocabulary has only "
+                             f"{self.vocab_size}: prepare the data again")
+
+
 SPLITS = {'train': 0, 'val': 1}
 
 
@@ -200,9 +207,8 @@ def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
     """The examples first, first + 1, ..., first + n - 1 since the beginning of training, as a batch."""
     rng = np.random.default_rng((data.seed, SPLITS[data.split], first))
     batch = collate(OBJECTIVES[objective](data, range(first, first + n), rng, block_size), pad_id)
-    if int(batch['ids'].max()) >= data.vocab_size:
-        raise ValueError(f"{data.folder}/{data.split}.bin holds the id {int(batch['ids'].max())}, but its vocabulary has "
-                         f"only {data.vocab_size}: prepare the data again")
+    data.check(batch['ids'])
+    data.check(batch['targets'])
     return batch if device == 'cpu' else {key: t.to(device, non_blocking=True) for key, t in batch.items()}
 
 # -----------------------------------------------------------------------------
@@ -326,7 +332,8 @@ def estimate_loss(forward, model, data, s, machine, pad_id):
 
 
 def evaluate(model, data, machine):
-    """Scores over the whole split, in windows that do not overlap."""
+    """Scores over the whole split, in windows that do not overlap. Raises ValueError where an id is out of range."""
+    data.check(data.tokens)
     nats, predictions = machine.sum(*sample.text_loss(model, data.tokens, rank=machine.rank, world=machine.world,
                                                       context=machine.precision))
     return sample.text_scores(nats, predictions, data.counts['bytes'])
@@ -381,8 +388,8 @@ def update(step, loss, model, optimizers, s, machine):
     for optimizer in optimizers:
         machine.scaler.unscale_(optimizer)  # before clipping, or the limit would mean something else [2]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    # float16 overflows now and then: its scaler skips such a step by itself, and halves the scale
-    if not loss.isfinite() or not (norm.isfinite() or machine.scaler.is_enabled()):
+    finite = bool(norm.isfinite())
+    if not loss.isfinite() or not (finite or machine.scaler.is_enabled()):
         raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite. The weights are "
                          f"untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower --learning_rate")
     rate = learning_rate(step, s)
@@ -390,7 +397,8 @@ def update(step, loss, model, optimizers, s, machine):
         for group in optimizer.param_groups:
             muon = isinstance(optimizer, torch.optim.Muon)  # has a peak of its own, and the same schedule
             group['lr'] = rate * s.muon_learning_rate / s.learning_rate if muon else rate
-        machine.scaler.step(optimizer)
+        if finite:  # float16 overflows now and then: then no optimizer steps, and the scale is halved
+            machine.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     machine.scaler.update()
 
@@ -408,14 +416,17 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     state = {'step': 0, 'best': math.inf, 'seconds': 0.0}
     if checkpoint:
         for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
+            settings = [{key: group[key] for key in group if key != 'params'} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, own in zip(optimizer.param_groups, settings):
+                group.update(own)  # flags given on resume count
         machine.scaler.load_state_dict(checkpoint['scaler'])
         state = {key: checkpoint[key] for key in state}
     first, n = share(0, s, machine)[0]
     forward = compiled(model, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device),
                        machine, s.compile)
     wrapped = DistributedDataParallel(forward) if machine.world > 1 else forward
-    log = Log(s.out_dir, state['step']) if machine.main else None
+    log = Log(s.out_dir, state['step'] if checkpoint else None) if machine.main else None
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
     resumed_at, seconds_before = (state['step'], state['seconds']) if checkpoint else (None, 0.0)
     began = time.perf_counter()
@@ -442,10 +453,11 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
             if losses['val'] < state['best'] or reached:
                 state['best'] = losses['val']
                 write_checkpoint('best.pt')
-            write_latest()
-            if machine.main:
+            if machine.main:  # before the checkpoint: rows behind it are dropped on resume, missing ones would stay so
                 log.write(step, losses['train'], losses['val'], learning_rate(step, s), step * tokens_per_step,
                           state['seconds'])
+            write_latest()
+            if machine.main:
                 print_sample(model, tokenizer, s)
             logged_at += time.perf_counter() - now  # the speed in the log is that of the steps
         elif interrupted:
@@ -503,7 +515,7 @@ class Log:
     def __init__(self, folder, step):
         self.path, self.picture = os.path.join(folder, 'log.csv'), os.path.join(folder, 'loss.png')
         rows = []
-        if step and os.path.exists(self.path):
+        if step is not None and os.path.exists(self.path):
             with open(self.path, newline='', encoding='utf-8') as f:
                 rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
         os.makedirs(folder, exist_ok=True)
@@ -581,18 +593,27 @@ def start(given):
         recipe = RECIPES['pretrain'].get(s.preset, {})
         s = Settings(**{**recipe, **settings_given})
     else:
-        changes = {key: config_given[key] for key in ('dropout', 'block_size') if key in config_given}
-        model, checkpoint = load(path, **changes)
+        resume = origin == 'resume' and not s.eval_only
+        free = ('dropout',) if resume else ('dropout', 'block_size')  # the steps of one run read windows of one length
+        model, checkpoint = load(path, **{key: config_given[key] for key in free if key in config_given})
         for key, value in config_given.items():
             if getattr(model.config, key) != value:
                 raise ValueError(f"--{key} {value}: {path} has {key}={getattr(model.config, key)}, and weights cannot "
                                  "change their architecture: leave the flag out, or start from scratch")
-        saved = checkpoint.get('settings', {})
-        if origin == 'resume' or s.eval_only:
-            s = Settings(**{**{key: saved[key] for key in saved if key in ours}, 'eval_only': False, **settings_given})
+        saved = {key: value for key, value in checkpoint.get('settings', {}).items() if key in ours}
+        if resume or s.eval_only:
+            if resume and 'optimizer' not in checkpoint:
+                raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it "
+                                 f"with --init_from {path}")
+            # a folder may have been moved or renamed since: it is the one that was asked for
+            s = Settings(**{**saved, 'eval_only': False, 'out_dir': s.out_dir, **settings_given})
+            if resume and s.optimizer != saved['optimizer']:
+                raise ValueError(f"--optimizer {s.optimizer}: {path} was trained with {saved['optimizer']}, whose state it "
+                                 f"holds: leave the flag out, or start a new run with --init_from {path}")
         else:
-            s = Settings(**{**RECIPES['pretrain'].get(saved.get('preset', ''), {}),
-                            **{key: saved[key] for key in ('preset', 'dataset') if key in saved}, **settings_given})
+            recipe = RECIPES['pretrain'].get(saved.get('preset'), {})
+            s = Settings(**{**recipe, **{key: saved[key] for key in ('preset', 'dataset') if key in saved},
+                            **settings_given})
     machine = Machine(s)
     folder = find_dataset(s.dataset, machine)
     tokenizer = prepare_data.load_tokenizer(folder)
@@ -641,6 +662,8 @@ def main(argv):
     if s.eval_only:
         scores = evaluate(model.to(machine.device), val, machine)
         machine.say('val ' + sample.format_scores(scores))
+        if machine.world > 1:
+            dist.destroy_process_group()
         return
     if machine.main:
         os.makedirs(s.out_dir, exist_ok=True)
@@ -653,6 +676,8 @@ def main(argv):
                 + (f"; resumed at step {checkpoint['step']}" if checkpoint else ''))
     signals = on_signal()
     state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals))
+    if machine.world > 1:
+        dist.destroy_process_group()
     if signals:
         sys.exit(128 + signals[0])
     machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation loss {state['best']:.4f}. "

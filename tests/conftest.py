@@ -7,9 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny models: threads would only wait for each other
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

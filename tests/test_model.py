@@ -1,0 +1,1050 @@
+"""
+What model.py promises: the choices of each row of its table, what may look at what, that a cache and padding change
+nothing, the formulas against torch's own layers and against numbers worked by hand, and files that open or say why not.
+
+The ids b1 to b16 name bugs that really happened in code of this kind. Freshly initialised weights would hide most of them
+(a row of the table even begins with zeros), so the tests give all weights random values: see `awake`.
+"""
+
+import dataclasses
+import doctest
+import math
+import os
+import pickle
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from model import (
+    GPT,
+    IGNORE,
+    LSTM,
+    MLP,
+    PRESETS,
+    Attention,
+    Block,
+    Config,
+    Stack,
+    attention,
+    attention_weights,
+    build,
+    cross_entropy,
+    load,
+    make_norm,
+    never_blind,
+    optimizer_groups,
+    rotary_angles,
+    rotate,
+    save,
+    sinusoids,
+    write_file,
+)
+
+V, T = 50, 16  # vocabulary and block_size of the tiny models
+every_preset = pytest.mark.parametrize('preset', PRESETS)
+every_gpt = pytest.mark.parametrize('preset', [name for name in PRESETS if PRESETS[name].arch == 'gpt'])
+
+
+def tiny(preset, **changes):
+    """A row of the table at a size that takes milliseconds. What the row fixes stays unlike what would be derived."""
+    c = PRESETS[preset]
+    return dataclasses.replace(c, **{'vocab_size': V, 'block_size': T, 'n_layer': 2, 'n_head': 4, 'n_embd': 32,
+                                     'n_kv_head': min(c.n_kv_head, 4), 'head_dim': min(c.head_dim, 12),
+                                     'mlp_dim': min(c.mlp_dim, 40), **changes})
+
+
+def awake(module):
+    """Give all weights random values, so that no part is silent. Returns the module, with dropout off."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(1.0 if 'norm' in name and name.endswith('weight') else 0.0, 0.25)
+    return module.eval()
+
+
+def some(*shape):
+    """Random ids of tokens."""
+    return torch.randint(V, shape)
+
+
+def close(a, b, tolerance=1e-5):
+    difference = (a - b).abs().max().item() if a.numel() else 0.0
+    assert a.shape == b.shape and difference <= tolerance, \
+        f'{tuple(a.shape)} and {tuple(b.shape)} differ by {difference:.2e}, allowed {tolerance:.0e}'
+
+
+def same(a, b):
+    """Equal bit for bit."""
+    assert a.shape == b.shape and torch.equal(a, b), f'{(a != b).sum()} of {a.numel()} values differ'
+
+
+def one_line(error):
+    assert '\n' not in str(error.value), f'more than one line: {error.value}'
+    return str(error.value)
+
+
+def chunks(cuts, length):
+    """Pairs (start, end) between the cuts: {3, 5} of 8 -> (0, 3) (3, 5) (5, 8)."""
+    at = sorted({0, *(cut for cut in cuts if cut < length), length})
+    return zip(at, at[1:])
+
+
+cuts_of_a_sequence = st.sets(st.integers(1, T - 1))
+
+# -----------------------------------------------------------------------------
+# Config and the table
+
+
+@pytest.mark.parametrize('preset, millions', [('gpt2-124m', 124.439808), ('llama-7b', 6738.415616), ('palm-8b', 8632.0128)])
+def test_published_sizes_have_the_published_number_of_parameters(preset, millions):
+    """Counted without memory for them: 124M for GPT-2, 6.7B for LLaMA, 8.63B for PaLM."""
+    with torch.device('meta'):
+        model = build(PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) == round(millions * 1e6)
+
+
+def test_rows_of_the_table_fix_what_history_chose():
+    """The table in the header of model.py, row by row, as the models are built from it."""
+    m = {preset: build(tiny(preset)) for preset in PRESETS}
+    for name in ('gpt2', 'palm', 'llama', 'nano'):
+        assert type(m[name]) is GPT and m[name].decoder.causal and m[name].config.norm_first, name
+    gpt2, palm, llama, nano = (m[name].decoder.blocks[0] for name in ('gpt2', 'palm', 'llama', 'nano'))
+    assert (gpt2.attn.sizes, palm.attn.sizes, llama.attn.sizes, nano.attn.sizes) == \
+        ((4, 4, 8), (4, 1, 8), (4, 2, 8), (4, 4, 8)), 'heads, key/value heads, channels per head'
+    assert palm.parallel and not hasattr(palm, 'mlp_norm') and not (gpt2.parallel or llama.parallel or nano.parallel)
+    assert [type(block.attn_norm) for block in (gpt2, palm, llama, nano)] == \
+        [nn.LayerNorm, nn.LayerNorm, nn.RMSNorm, nn.RMSNorm]
+    assert type(nano.attn.q_norm) is nn.RMSNorm and type(gpt2.attn.q_norm) is nn.Identity
+    assert [block.mlp.gated for block in (gpt2, palm, llama, nano)] == [False, True, True, False]
+    assert hasattr(m['gpt2'].decoder.embed, 'positions') and not hasattr(m['gpt2'].decoder, 'cos')
+    for name in ('palm', 'llama', 'nano'):
+        assert hasattr(m[name].decoder, 'cos') and not hasattr(m[name].decoder.embed, 'positions'), name
+        assert not any('bias' in key for key, _ in m[name].named_parameters()), name
+    assert [m[name].output.weight is m[name].tokens.weight for name in ('gpt2', 'palm', 'llama', 'nano')] == \
+        [True, True, False, False], 'tied'
+    assert m['palm'].output.scale == 32 ** -0.5 and m['nano'].output.cap == 15 and not m['nano'].output.weight.any()
+    assert not any('norm' in key for key, _ in m['nano'].named_parameters()), 'nano norms have no weight'
+    assert (gpt2.attn_norm.eps, llama.attn_norm.eps) == (1e-5, 1e-6)
+    assert type(m['lstm']) is LSTM and not any(isinstance(part, Attention) for part in m['lstm'].modules())
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'n_head': 5, 'n_embd': 128}, 'n_embd=128 n_head=5'), ({'n_head': 4, 'n_kv_head': 3}, 'n_head=4 n_kv_head=3'),
+    ({'n_head': 4, 'n_kv_head': 8}, 'n_kv_head=8'), ({'n_kv_head': -1}, 'n_kv_head=-1'), ({'head_dim': -8}, 'head_dim=-8'),
+    ({'mlp_dim': -1}, 'mlp_dim=-1'), ({'n_layer': 0}, 'n_layer=0'), ({'n_head': 0}, 'n_head=0'),
+    ({'n_embd': 0}, 'n_embd=0'), ({'block_size': 0}, 'block_size=0'), ({'vocab_size': -5}, 'vocab_size=-5'),
+    ({'dropout': 1.5}, 'dropout=1.5'), ({'dropout': 1}, 'dropout=1'), ({'dropout': -0.1}, 'dropout=-0.1'),
+    ({'dropout': math.nan}, 'dropout=nan'), ({'norm_eps': 0}, 'norm_eps=0'), ({'norm_eps': math.nan}, 'norm_eps=nan'),
+    ({'rope_theta': -1.0}, 'rope_theta=-1'), ({'rope_theta': math.inf}, 'rope_theta=inf'),
+    ({'logit_cap': math.nan}, 'logit_cap=nan'), ({'logit_cap': -30.0}, 'logit_cap=-30'),
+    ({'logit_cap': math.inf}, 'logit_cap=inf'), ({'positions': 'rotary', 'n_embd': 36, 'n_head': 4}, '9'),
+    ({'positions': 'rotary', 'head_dim': 7}, '7'), ({'positions': 'sinusoids', 'n_embd': 9, 'n_head': 3}, 'n_embd=9'),
+    ({'n_layer': 2.0}, 'n_layer=2.0 int'), ({'n_layer': True}, 'n_layer=True int'), ({'bias': 1}, 'bias=1 bool'),
+    ({'dropout': '0.1'}, "dropout='0.1' float"), ({'norm': None}, 'norm=None str')])
+def test_config_refuses_what_cannot_be_built_and_names_it(changes, words):
+    """One line that names the value, before anything is built; replace() checks again."""
+    with pytest.raises(ValueError) as error:
+        Config(**changes)
+    assert all(word in one_line(error) for word in words.split()), f'{error.value} does not name {words}'
+    with pytest.raises(ValueError):
+        dataclasses.replace(PRESETS['gpt2'], **changes)
+
+
+@pytest.mark.parametrize('field', [f for f in dataclasses.fields(Config) if f.metadata['choices']], ids=lambda f: f.name)
+def test_every_choice_is_refused_when_unknown(field):
+    """The message names the field, the value, and what could have been chosen; the choices themselves are accepted."""
+    for value in field.metadata['choices']:
+        Config(**{field.name: value})
+    for value in ('小猫', '', field.default.upper(), field.default + ' '):
+        with pytest.raises(ValueError) as error:
+            Config(**{field.name: value})
+        assert all(word in one_line(error) for word in (field.name, value, *field.metadata['choices'])), error.value
+
+
+def test_whole_numbers_are_good_enough_for_fractions():
+    """--dropout 0 means 0.0, and a config read back from a file is equal to the one written."""
+    config = Config(dropout=0, logit_cap=30)
+    assert type(config.dropout) is float and Config(**dataclasses.asdict(config)) == config
+
+# -----------------------------------------------------------------------------
+# Positions
+
+
+@given(st.integers(1, 40), st.integers(1, 8))
+def test_sinusoids_follow_the_formula_of_the_paper(length, pairs):
+    """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same), number by number."""
+    table, C = sinusoids(length, 2 * pairs), 2 * pairs
+    assert table.shape == (length, C)
+    for pos in {0, 1, length // 2, length - 1}:
+        for i in range(pairs if pos < length else 0):
+            angle = pos / 10000 ** (2 * i / C)
+            assert abs(table[pos, 2 * i].item() - math.sin(angle)) < 1e-5, (pos, i, table[pos, 2 * i], math.sin(angle))
+            assert abs(table[pos, 2 * i + 1].item() - math.cos(angle)) < 1e-5, (pos, i)
+
+
+def test_a_rotary_pair_is_turned_by_the_angle_of_its_position():
+    """By hand, D = 4: channels 0 and 2 turn by 1 radian a position, 1 and 3 by 1/100. LLaMA's halves, not neighbours."""
+    angles = rotary_angles(6, 4, 10000.0)                                              # (T, D/2)
+    x = torch.tensor([1.0, 2.0, 0.0, 0.0]).expand(1, 1, 6, 4)
+    turned = rotate(x, angles.cos(), angles.sin())[0, 0, 5]
+    expected = [math.cos(5), 2 * math.cos(0.05), math.sin(5), 2 * math.sin(0.05)]
+    close(turned, torch.tensor(expected), 1e-6)
+    assert rotate(x.bfloat16(), angles.cos(), angles.sin()).dtype == torch.bfloat16
+
+
+@given(st.integers(1, 6), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30), st.sampled_from([100.0, 10000.0, 5e5]))
+def test_rotary_products_depend_on_distance_only_and_norms_are_kept(pairs, i, j, shift, theta):
+    """q at i and k at j, or both moved on by the same amount: the same score. Positions that differ otherwise: another."""
+    torch.manual_seed(0)
+    angles = rotary_angles(61, 2 * pairs, theta).double()
+    at = lambda x, position: rotate(x, angles[position].cos(), angles[position].sin())
+    q, k = torch.randn(2, 2 * pairs, dtype=torch.float64)
+    close(at(q, i) @ at(k, j), at(q, i + shift) @ at(k, j + shift), 1e-4)  # angles are computed in float32
+    close(at(q, i).norm(), q.norm(), 1e-9)
+    assert abs(at(q, i) @ at(k, i + 1) - at(q, i) @ at(k, i)) > 1e-6, 'distance 1 and distance 0 give the same score'
+
+
+@given(st.integers(0, 30), st.integers(1, 9))
+def test_a_rotary_layer_does_not_feel_where_it_stands(start, length):
+    """Queries and keys turn, values do not: the same tokens further on give the same answers."""
+    layer = awake(Attention(tiny('llama')))
+    angles, x = rotary_angles(40, 8, 10000.0), torch.randn(2, length, 32)
+    first, later = (layer(x, rotary=(part.cos(), part.sin())) for part in (angles[:length], angles[start:start + length]))
+    close(later, first, 1e-4)
+
+
+def test_a_stack_turns_by_the_angles_that_its_config_says():
+    """rope_theta and the channels of a head, not of the model, fix how fast."""
+    stack = Stack(tiny('palm-8b', rope_theta=500.0), nn.Embedding(V, 32), causal=True)
+    angles = rotary_angles(T, 12, 500.0)
+    close(torch.cat([stack.cos, stack.sin]), torch.cat([angles.cos(), angles.sin()]), 1e-6)
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def draw_attention(draw):
+    """q, k, v and one of all kinds of masks, in float64."""
+    B, G, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    H, length, S = G * draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    q = torch.randn(B, H, length, D, dtype=torch.float64) * 2
+    k, v = torch.randn(2, B, G, S, D, dtype=torch.float64) * 2
+    shape = draw(st.sampled_from([(B, 1, 1, S), (1, 1, length, S), (B, H, length, S)]))
+    mask = draw(st.sampled_from([None, torch.rand(shape) < 0.6, torch.randn(shape)]))
+    if mask is not None and mask.dtype == torch.bool:
+        mask[..., draw(st.integers(0, S - 1))] = True  # nobody sees nothing: never_blind takes care of that
+    causal = mask is None and draw(st.booleans())
+    return q, k, v, mask, causal, draw(st.sampled_from([None, 1.0, 0.3]))
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_the_explicit_formula_equals_the_fused_kernel(data):
+    """softmax(q kᵀ) v against F.scaled_dot_product_attention: shapes, masks, causal, grouped heads, scales (b3)."""
+    q, k, v, mask, causal, scale = draw_attention(data.draw)
+    wide = [t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v)]
+    explicit = attention_weights(q, wide[0], mask, causal, scale) @ wide[1]
+    added = mask.double() if mask is not None and mask.is_floating_point() else mask
+    close(explicit, F.scaled_dot_product_attention(q, *wide, added, is_causal=causal, scale=scale), 1e-10)
+    close(explicit, attention(q, k, v, mask, causal, scale), 1e-10)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_attention_takes_two_roads_to_one_place(data):
+    """In bfloat16 with gradients it computes the formula, without them it calls the kernel: the same up to rounding."""
+    q, k, v, mask, causal, scale = draw_attention(data.draw)
+    q, k, v = (t.bfloat16() for t in (q / 2, k / 2, v / 2))
+    truth = attention(q.double(), k.double(), v.double(), mask, causal, scale)
+    with torch.no_grad():
+        fused = attention(q, k, v, mask, causal, scale)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    plain = attention(*leaves, mask, causal, scale)
+    for name, y in (('fused', fused), ('plain', plain)):
+        assert y.dtype == torch.bfloat16, (name, y.dtype)
+        assert (y.double() - truth).abs().max() < 0.08, f'{name} is off by {(y.double() - truth).abs().max():.3f}'
+    plain.sum().backward()
+    assert all(t.grad.isfinite().all() for t in leaves)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_mask_and_a_triangle_together_are_never_half_obeyed(dtype):
+    """causal=True beside a mask: either both hold or it is an error, on both roads; a mask dropped in silence leaks (b3)."""
+    q, k, v = torch.randn(3, 1, 2, 4, 8).to(dtype)
+    mask = torch.tensor([True, False, True, True]).expand(1, 1, 4, 4)
+    both = mask & torch.ones(4, 4, dtype=torch.bool).tril()
+    try:
+        y = attention(q.requires_grad_(), k, v, mask, causal=True)
+    except (ValueError, RuntimeError):
+        return
+    close(y.float(), attention(q, k, v, both).float(), 1e-2)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.booleans())
+def test_rows_of_weights_sum_to_one_and_the_future_weighs_nothing(length, S, causal):
+    """Each query shares out exactly 1, and with causal=True key j > query i gets exactly 0."""
+    torch.manual_seed(0)
+    weights = attention_weights(torch.randn(2, 3, length, 4) * 3, torch.randn(2, 3, S, 4) * 3, causal=causal)
+    close(weights.sum(dim=-1), torch.ones(2, 3, length))
+    assert not causal or weights.triu(1).count_nonzero() == 0
+
+
+@given(st.sampled_from([(4, 1), (4, 2), (6, 3), (6, 2)]), st.sampled_from(['none', 'rotary']), st.booleans())
+def test_grouped_heads_equal_repeated_heads(heads, positions, cross):
+    """A model with G key/value heads is the one with H of them, each group's rows written H/G times."""
+    (H, G), D = heads, 8
+    config = tiny('gpt2', n_head=H, n_kv_head=G, n_embd=H * D, positions=positions)
+    few = awake(Stack(config, nn.Embedding(V, H * D), causal=True, cross=cross))
+    many = awake(Stack(dataclasses.replace(config, n_kv_head=0), nn.Embedding(V, H * D), causal=True, cross=cross))
+    weights = few.state_dict()
+    for name, w in weights.items():
+        if '.qkv.' in name:
+            q, k, v = w.split([H * D, G * D, G * D])
+            k, v = (t.unflatten(0, (G, D)).repeat_interleave(H // G, dim=0).flatten(0, 1) for t in (k, v))
+            weights[name] = torch.cat([q, k, v])
+    many.load_state_dict(weights)
+    ids, memory = some(2, 9), torch.randn(2, 5, H * D) if cross else None
+    close(few(ids, memory=memory), many(ids, memory=memory))
+
+
+@pytest.mark.parametrize('cross', [False, True])
+def test_qk_norm_bounds_every_score(monkeypatch, cross):
+    """|q·k| / sqrt(D) stays below sqrt(D) with queries of any size; without qk_norm it does not (also across)."""
+    largest = {}
+
+    def spy(q, k, v, *args, **kwargs):
+        largest[layer.config.qk_norm] = (q @ k.transpose(-2, -1)).abs().max().item() * 8 ** -0.5
+        return attention(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr('model.attention', spy)
+    angles = rotary_angles(10, 8, 10000.0)
+    for config in (tiny('nano'), tiny('nano', qk_norm=False)):
+        layer = awake(Attention(config))
+        layer.config = config
+        x = 1000 * torch.randn(2, 10, 32)
+        y = layer(x, context=x) if cross else layer(x, rotary=(angles.cos(), angles.sin()))
+        assert y.isfinite().all()
+    assert largest[True] <= 8 ** 0.5 * 1.001 < 1000 < largest[False], largest
+
+# -----------------------------------------------------------------------------
+# Norms, MLP, Block
+
+
+@given(st.sampled_from([1e-3, 1.0, 100.0]), st.sampled_from([1e-5, 1e-1]), st.booleans())
+def test_norms_are_the_formulas_of_the_papers(size, eps, bias):
+    """LayerNorm: biased variance, eps inside the root (b5; tiny vectors show it). RMSNorm: the same without the mean."""
+    norm = awake(make_norm(tiny('gpt2', norm_eps=eps, bias=bias), 6)).double()
+    x = (torch.randn(3, 6, dtype=torch.float64) + 0.5) * size
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    close(norm(x), (x - mean) / (variance + eps).sqrt() * norm.weight + (norm.bias if bias else 0.0), 1e-9)
+    close(norm(x), F.layer_norm(x, (6,), norm.weight, norm.bias, eps), 1e-9)
+    assert (norm.bias is not None) == bias
+    norm = awake(make_norm(tiny('llama', norm_eps=eps), 6)).double()
+    close(norm(x), x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight, 1e-9)
+    bare = make_norm(tiny('nano', norm_eps=eps), 6)
+    assert list(bare.parameters()) == []
+    close(bare(x), x / (x.square().mean(-1, keepdim=True) + eps).sqrt(), 1e-9)
+
+
+# W = 1, W' = 2 where gated. GELU(1) = 1/2 (1 + tanh(sqrt(2/pi) 1.044715)) = 0.841192, the exact one 0.841345 (b16)
+@pytest.mark.parametrize('activation, x, y', [
+    ('gelu_tanh', 1, 0.841192), ('gelu', 1, 0.841345), ('relu', 3, 3), ('relu', -3, 0), ('relu2', 3, 9), ('relu2', -3, 0),
+    ('swiglu', 1, 0.731059 * 2), ('swiglu', -1, 0.268941 * 2), ('geglu', 1, 0.841192 * 2)])
+def test_each_activation_gives_the_number_worked_by_hand(activation, x, y):
+    """An MLP of one channel with known weights; in gated ones the first half bends and the second is the gate."""
+    mlp = MLP(Config(n_embd=1, n_head=1, mlp_dim=1, bias=False, activation=activation))
+    with torch.no_grad():
+        mlp.fc.weight.copy_(torch.arange(1.0, 1 + len(mlp.fc.weight))[:, None])
+        mlp.proj.weight.fill_(1.0)
+    result = mlp(torch.tensor([[float(x)]])).item()
+    assert abs(result - y) < 2e-6, f'{activation}({x}) = {result}, by hand {y}'
+
+
+def test_gpt2_has_the_gelu_it_was_trained_with():
+    """The tanh one; palm and llama gate with SiLU, nano squares ReLU (b16)."""
+    assert [PRESETS[name].activation for name in ('gpt2', 'gpt2-124m', 'palm', 'palm-8b', 'llama', 'llama-7b', 'nano')] == \
+        ['gelu_tanh'] * 2 + ['swiglu'] * 4 + ['relu2']
+
+
+def copy_torch_layer(layer, block, cross):
+    """The weights of nn.TransformerEncoderLayer or nn.TransformerDecoderLayer into our Block: it packs q, k, v as we do."""
+    norms = [block.attn_norm, block.cross_norm, block.mlp_norm] if cross else [block.attn_norm, block.mlp_norm]
+    pairs = [(block.mlp.fc, layer.linear1), (block.mlp.proj, layer.linear2)]
+    pairs += [(norm, getattr(layer, f'norm{i + 1}')) for i, norm in enumerate(norms)]
+    theirs = [layer.self_attn, layer.multihead_attn] if cross else [layer.self_attn]
+    for ours, its in zip([block.attn, block.cross] if cross else [block.attn], theirs, strict=True):
+        ours.qkv.load_state_dict({'weight': its.in_proj_weight, 'bias': its.in_proj_bias})
+        ours.proj.load_state_dict(its.out_proj.state_dict())
+    for ours, its in pairs:
+        ours.load_state_dict(its.state_dict())
+
+
+@settings(max_examples=20)
+@given(st.booleans(), st.sampled_from(['relu', 'gelu']), st.booleans(), st.integers(1, 9), st.integers(1, 7))
+def test_a_block_equals_torchs_own_layer(norm_first, activation, cross, length, S):
+    """Both norm orders (b5), with and without a source, padded; outputs and gradients. Their masks mean the opposite."""
+    config = tiny('gpt2', norm_first=norm_first, activation=activation, mlp_dim=48)
+    kind = nn.TransformerDecoderLayer if cross else nn.TransformerEncoderLayer
+    layer = awake(kind(32, 4, 48, 0.0, activation, batch_first=True, norm_first=norm_first)).train()
+    block = Block(config, cross)
+    copy_torch_layer(layer, block, cross)
+    x, memory = torch.randn(2, length, 32, requires_grad=True), torch.randn(2, S, 32, requires_grad=True)
+    keep, memory_keep = torch.ones(2, length, dtype=torch.bool), torch.ones(2, S, dtype=torch.bool)
+    keep[1, 1 + length // 2:], memory_keep[0, 1 + S // 2:] = False, False
+    if cross:
+        triangle = torch.ones(length, length, dtype=torch.bool).tril()
+        ours = block(x, {'causal': True}, {'context': memory, 'mask': memory_keep[:, None, None]})
+        theirs = layer(x, memory, tgt_mask=~triangle, memory_key_padding_mask=~memory_keep)
+    else:
+        ours = block(x, {'mask': keep[:, None, None]})
+        theirs = layer(x, src_key_padding_mask=~keep)
+    close(ours, theirs, 2e-5)
+    weight = torch.randn(32)
+    gradients = [torch.autograd.grad((y @ weight).square().sum(), [x, memory] if cross else [x]) for y in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        close(a / b.abs().max(), b / b.abs().max(), 1e-4)
+
+
+@pytest.mark.parametrize('norm_first', [True, False])
+def test_a_parallel_block_adds_both_at_once(norm_first):
+    """PaLM: x + attention(norm(x)) + MLP(norm(x)), one norm for both; after the sum, where norms come after."""
+    block = awake(Block(tiny('palm', norm_first=norm_first, positions='none')))
+    x = torch.randn(2, 7, 32)
+    if norm_first:
+        h = block.attn_norm(x)
+        expected = x + block.attn(h, causal=True) + block.mlp(h)
+    else:
+        expected = block.attn_norm(x + block.attn(x, causal=True) + block.mlp(x))
+    close(block(x, {'causal': True}), expected, 1e-6)
+
+
+def test_a_last_norm_closes_a_stack_only_where_norms_come_first():
+    """With pre-norm the stream was never normalised; with post-norm it already is (b5)."""
+    for norm_first, kind in ((True, nn.LayerNorm), (False, nn.Identity)):
+        stack = awake(Stack(tiny('gpt2', norm_first=norm_first), nn.Embedding(V, 32), causal=True))
+        assert type(stack.norm) is kind, f'norm_first={norm_first}: {stack.norm}'
+        x, ids = {}, some(2, 5)
+        stack.blocks[-1].register_forward_hook(lambda module, args, y: x.update(last=y))
+        y = stack(ids)
+        close(y, stack.norm(x['last']), 0.0)
+
+# -----------------------------------------------------------------------------
+# Stack and models: what may look at what
+
+
+@every_preset
+def test_every_preset_gives_logits_a_loss_and_finite_gradients(preset):
+    """Shapes, and a gradient for every weight: a part that nothing flows through was forgotten in the wiring."""
+    model = awake(build(tiny(preset, dropout=0.1))).train()
+    logits, loss = model(some(3, 11), targets=some(3, 11))
+    assert logits.shape == (3, 11, V) and loss.shape == () and model(some(1, 2))[1] is None
+    assert model.hidden(some(3, 11)).shape == (3, 11, 32) and model.decode(some(3, 11)).shape == (3, V)
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f'{name} has no gradient'
+
+
+@every_preset
+@given(st.integers(2, T), st.data())
+def test_nothing_leaks_from_the_future(preset, length, data):
+    """Change token j: all before j stays equal bit for bit, with and without a cache, and j itself changes (b3)."""
+    model = awake(build(tiny(preset)))
+    j, cut = data.draw(st.integers(1, length - 1)), data.draw(st.integers(1, length - 1))
+    ids = some(2, length)
+    changed = ids.clone()
+    changed[:, j:] = (ids[:, j:] + 1 + some(2, length - j) % (V - 1)) % V
+    before, after = model(ids)[0], model(changed)[0]
+    same(before[:, :j], after[:, :j])
+    assert not torch.equal(before[:, j], after[:, j]), 'the changed token does not matter at all'
+    before, after = (torch.cat([model.hidden(t[:, :cut], cache=cache), model.hidden(t[:, cut:], cache=cache)], dim=1)
+                     for t, cache in ((ids, {}), (changed, {})))
+    same(before[:, :j], after[:, :j])
+
+
+@every_preset
+def test_the_loss_of_a_position_sends_no_gradient_to_the_future(preset):
+    """The same said by autograd: what stands at t depends on the embeddings up to t, on each of them, and on no other."""
+    model = awake(build(tiny(preset)))
+    ids, seen = torch.arange(T)[None], {}
+    model.tokens.register_forward_hook(lambda module, args, y: seen.update(x=y.requires_grad_()))
+    for t in (0, 5, T - 1):
+        h = model.hidden(ids)
+        gradient, = torch.autograd.grad(h[0, t].square().sum(), seen['x'])
+        reached = gradient[0].abs().sum(dim=-1) > 0
+        assert reached.tolist() == [i <= t for i in range(T)], f'{t} reads {reached.nonzero().flatten().tolist()}'
+
+
+@every_preset
+@given(cuts_of_a_sequence, st.integers(1, T))
+def test_a_cache_changes_nothing(preset, cuts, length):
+    """Reading a sequence in any pieces up to block_size gives the logits of reading it whole (b10)."""
+    model = awake(build(tiny(preset)))
+    ids, cache = some(2, length), {}
+    whole = model(ids)[0]
+    for start, end in chunks(cuts, length):
+        close(model.decode(ids[:, start:end], cache=cache), whole[:, end - 1], 1e-4)
+
+
+@every_gpt
+@given(st.integers(0, T), st.integers(1, 2 * T))
+def test_past_block_size_is_an_error_that_names_it(preset, past, new):
+    """Old and new tokens count together (b10), and the cache stays as it was, so that a shorter piece still fits."""
+    model, cache = awake(build(tiny(preset))), {}
+    ids = some(1, past + new)
+    if past:
+        model.decode(ids[:, :past], cache=cache)
+    if past + new <= T:
+        model.decode(ids[:, past:], cache=cache)
+        return
+    with pytest.raises(ValueError) as error:
+        model.decode(ids[:, past:], cache=cache)
+    assert f'block_size={T}' in one_line(error) and str(past + new) in one_line(error), error.value
+    if past < T:
+        close(model.decode(ids[:, past:T], cache=cache), model(ids[:, :T])[0][:, -1], 1e-4)
+
+
+def test_a_cache_grows_without_losing_what_it_held():
+    """Beyond 64 tokens, where the room for keys is doubled and copied, one token at a time."""
+    model = awake(build(tiny('llama', block_size=150)))
+    ids, cache = some(1, 150), {}
+    whole = model(ids)[0]
+    for t in range(150):
+        close(model.decode(ids[:, t:t + 1], cache=cache), whole[:, t], 1e-4)
+
+
+@every_preset
+@given(st.lists(st.integers(1, 10), min_size=2, max_size=4), cuts_of_a_sequence)
+def test_rows_padded_on_the_left_decode_as_each_row_alone(preset, lengths, cuts):
+    """With keep, whole or in pieces, also where a piece of a row is all padding; later pieces need no keep (b10)."""
+    model, total = awake(build(tiny(preset))), max(lengths) + 3
+    keep = torch.arange(total) >= total - 3 - torch.tensor(lengths)[:, None]           # 3 more tokens are real in all rows
+    ids, cache = some(len(lengths), total), {}
+    alone = [model(ids[i:i + 1, keep[i]])[0][0] for i in range(len(lengths))]          # (real tokens, V)
+    close(model.decode(ids, keep), torch.stack([logits[-1] for logits in alone]), 1e-4)
+    for start, end in chunks({*cuts, total - 3}, total):
+        logits = model.decode(ids[:, start:end], None if start >= total - 3 else keep[:, start:end], cache)
+        for i in range(len(lengths)):
+            if keep[i, end - 1]:
+                close(logits[i], alone[i][keep[i, :end].sum() - 1], 1e-4)
+
+
+@every_preset
+@given(st.integers(1, T), st.integers(0, 99))
+def test_padding_is_invisible_wherever_it_lies(preset, length, seed):
+    """Right, left, in holes: real tokens give what they give alone, and the ids under padding do not matter (b3, b10)."""
+    model = awake(build(tiny(preset)))
+    torch.manual_seed(seed)
+    n = torch.randint(1, length + 1, (2,))[:, None]
+    keep = torch.cat([torch.arange(length) < n, torch.arange(length) >= length - n, torch.rand(3, length) < 0.6])
+    keep[:, length // 2] |= ~keep.any(dim=1)
+    ids = some(7, length)
+    h = model.hidden(ids, keep)
+    same(h[keep], model.hidden(torch.where(keep, ids, some(7, length)), keep)[keep])
+    for i in range(7):
+        close(h[i, keep[i]], model.hidden(ids[i:i + 1, keep[i]])[0], 1e-4)
+
+
+@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary', 'none'])
+@given(st.integers(1, T), st.integers(0, 99))
+def test_padding_is_invisible_to_an_encoder(positions, length, seed):
+    """Where everything sees everything, only the mask keeps padding out, on the axis of the keys (b3)."""
+    stack = awake(Stack(tiny('gpt2', positions=positions), nn.Embedding(V, 32), causal=False))
+    torch.manual_seed(seed)
+    keep, ids = torch.rand(4, length) < 0.6, some(4, length)
+    keep[:, -1] |= ~keep.any(dim=1)
+    h = stack(ids, keep)
+    same(h[keep], stack(torch.where(keep, ids, some(4, length)), keep)[keep])
+    for i in range(4):
+        close(h[i, keep[i]], stack(ids[i:i + 1, keep[i]])[0], 1e-4)
+
+
+@every_gpt
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+def test_a_decoder_reads_its_source_but_not_the_padding_in_it(preset, S, pads, length):
+    """Cross-attention has a mask of its own: longer padding or other values in it change nothing, real ones do (b3)."""
+    stack = awake(Stack(tiny(preset), nn.Embedding(V, 32), causal=True, cross=True))
+    ids, memory = some(2, length), torch.randn(2, S, 32)
+    alone = stack(ids, memory=memory)
+    keep = (torch.arange(S + pads) < S).expand(2, -1)
+    for padding in (torch.zeros(2, pads, 32), 100 * torch.randn(2, pads, 32)):
+        close(stack(ids, memory=torch.cat([memory, padding], dim=1), memory_keep=keep), alone, 1e-4)
+    assert (stack(ids, memory=memory + 1) - alone).abs().max() > 1e-3, 'the source is not read'
+
+
+@given(cuts_of_a_sequence, st.sampled_from(['gpt2', 'palm', 'llama', 'nano']))
+def test_a_source_is_read_into_the_cache_once(cuts, preset):
+    """Decoding in pieces equals decoding whole, and after the first piece the source is not looked at again."""
+    stack = awake(Stack(tiny(preset), nn.Embedding(V, 32), causal=True, cross=True))
+    ids, memory = some(2, T), torch.randn(2, 5, 32)
+    keep, cache = torch.arange(5) < torch.tensor([[3], [5]]), {}
+    whole = stack(ids, memory=memory, memory_keep=keep)
+    for start, end in chunks(cuts, T):
+        given_memory = memory if start == 0 else torch.full_like(memory, 9.0)
+        close(stack(ids[:, start:end], memory=given_memory, memory_keep=keep, cache=cache), whole[:, start:end], 1e-4)
+
+
+@every_preset
+@pytest.mark.parametrize('cached', [False, True])
+def test_a_row_of_padding_poisons_nothing(preset, cached):
+    """All padding: nothing to see, softmax would be 0/0. Outputs, loss and every gradient stay finite (b3)."""
+    model = awake(build(tiny(preset))).train()
+    ids, targets, keep = some(3, 8), some(3, 8), torch.ones(3, 8, dtype=torch.bool)
+    keep[0], keep[1, :3], keep[2, 3:] = False, False, False
+    logits, loss = model(ids, keep, targets.masked_fill(~keep, IGNORE))
+    loss.backward()
+    assert logits.isfinite().all() and loss.isfinite()
+    for name, p in model.named_parameters():
+        assert p.grad.isfinite().all(), f'{name} has a gradient that is not finite'
+    with torch.no_grad():
+        close(cross_entropy(logits[1:], targets.masked_fill(~keep, IGNORE)[1:]), loss)
+        if cached:
+            cache = {}
+            for t in range(8):
+                assert model.decode(ids[:, t:t + 1], keep[:, t:t + 1], cache).isfinite().all(), f'position {t}'
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99), st.booleans())
+def test_a_mask_never_blinds_a_query_and_else_says_what_it_was_told(B, S, seed, causal):
+    """Every query sees something; one that could see a real token sees exactly the real tokens it may."""
+    torch.manual_seed(seed)
+    keep = torch.rand(B, S) < 0.4
+    visible = torch.ones(S, S, dtype=torch.bool).tril()[None, None] if causal else None
+    mask = never_blind(keep, visible)
+    assert mask.dtype == torch.bool and mask.shape == (B, 1, S if causal else 1, S) and mask.any(dim=-1).all()
+    for b in range(B):
+        for i in range(S if causal else 1):
+            wanted = [bool(keep[b, j]) and (not causal or j <= i) for j in range(S)]
+            assert mask[b, 0, i].tolist() == (wanted if any(wanted) else [True] * S), (keep[b], i)
+    assert never_blind(None) is None
+
+
+@given(st.permutations(range(9)))
+def test_without_positions_an_encoder_does_not_know_the_order(order):
+    """Shuffle the tokens and the outputs are shuffled alike. A decoder does know: the triangle tells it."""
+    ids = some(2, 9)
+    config = tiny('gpt2', positions='none')
+    encoder, decoder = (awake(Stack(config, nn.Embedding(V, 32), causal)) for causal in (False, True))
+    close(encoder(ids)[:, order], encoder(ids[:, order]), 1e-4)
+    if order != list(range(9)):
+        assert (decoder(ids)[:, order] - decoder(ids[:, order])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary'])
+def test_every_kind_of_position_tells_the_order(positions):
+    """An encoder that is told positions answers the same tokens differently in another order."""
+    stack, ids = awake(Stack(tiny('gpt2', positions=positions), nn.Embedding(V, 32), causal=False)), some(2, 9)
+    assert (stack(ids).flip(1) - stack(ids.flip(1))).abs().max() > 1e-2
+
+
+def test_embeddings_are_scaled_and_positions_added():
+    """E[id] sqrt(C) + PE(position), as in section 3.4 of the paper; the positions are not scaled."""
+    embed = awake(Stack(tiny('gpt2', positions='sinusoids', scale_embedding=True), nn.Embedding(V, 32), causal=True)).embed
+    ids, where = some(2, 3), torch.tensor([[0, 1, 2], [4, 4, 15]])
+    close(embed(ids, where), embed.tokens.weight[ids] * 32 ** 0.5 + sinusoids(T, 32)[where], 1e-6)
+
+# -----------------------------------------------------------------------------
+# Loss, output, initial weights
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.sets(st.integers(0, 17)), st.sampled_from([None, 1, 7]))
+def test_the_loss_is_the_mean_over_what_is_asked(B, length, ignored, count):
+    """-log softmax at the target, picked out by hand; IGNORE counts nowhere; a given count divides instead (b1, b4)."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(B, length, V) * 3, some(B, length)
+    targets.view(-1)[[i for i in ignored if i < B * length]] = IGNORE
+    nats = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(B) for t in range(length) if targets[b, t] != IGNORE]
+    loss = cross_entropy(logits, targets, count)
+    assert abs(loss.item() - sum(nats) / (count or max(1, len(nats)))) < 1e-4, (loss, nats)
+    if nats and count is None:
+        close(loss, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_a_batch_that_asks_nothing_costs_nothing():
+    """All targets ignored: the loss is 0 and its gradient 0, where a mean would be NaN."""
+    model = awake(build(tiny('gpt2')))
+    _, loss = model(some(2, 5), targets=torch.full((2, 5), IGNORE))
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def test_the_loss_of_half_precision_logits_is_computed_in_float32():
+    """Summing thousands of bfloat16 losses in bfloat16 would stop at the 256th."""
+    logits = torch.randn(2000, V).bfloat16()
+    targets = some(2000)
+    close(cross_entropy(logits, targets), F.cross_entropy(logits.double(), targets).float(), 1e-4)
+
+
+@every_preset
+def test_targets_are_used_as_given_and_not_shifted_again(preset):
+    """The loss of a model is that of its logits against the targets, position by position (b4)."""
+    model, ids = awake(build(tiny(preset))), some(2, 9)
+    targets = some(2, 9)
+    logits, loss = model(ids, targets=targets)
+    by_hand = sum(-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(9)) / 18
+    close(loss, by_hand, 1e-4)
+    for t in (0, 8):  # both ends are asked
+        only = torch.full_like(targets, IGNORE)
+        only[:, t] = targets[:, t]
+        close(model(ids, targets=only)[1], F.cross_entropy(logits[:, t], targets[:, t]), 1e-4)
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(list(PRESETS)), st.integers(1, 5), st.integers(0, 99))
+def test_micro_batches_with_counts_add_up_to_one_big_batch(preset, size, seed):
+    """Losses and gradients, with rows of very unequal numbers of asked targets: no mean of means (b1)."""
+    model = awake(build(tiny(preset)))
+    torch.manual_seed(seed)
+    ids, targets = some(5, 8), some(5, 8)
+    targets[torch.rand(5, 8) < torch.rand(5, 1)] = IGNORE
+    asked = max(1, int((targets != IGNORE).sum()))
+    total = []
+    for step in (5, size):
+        model.zero_grad()
+        losses = [model(ids[i:i + step], targets=targets[i:i + step], counts={'targets': asked} if step < 5 else None)[1]
+                  for i in range(0, 5, step)]
+        sum(losses).backward()
+        total.append([sum(losses).detach()] + [p.grad.clone() for p in model.parameters()])
+    for big, small in zip(*total, strict=True):
+        close(big, small, 1e-4 * max(1.0, big.abs().max().item()))
+
+
+@every_preset
+def test_tied_weights_are_one_tensor_and_counted_once(preset):
+    """The output layer is the embedding or has a matrix of its own; both uses send their gradient to a tied one (b5)."""
+    model = awake(build(tiny(preset)))
+    tied = model.output.weight.data_ptr() == model.tokens.weight.data_ptr()
+    assert tied == PRESETS[preset].tied
+    tables = [p for p in model.parameters() if p.shape == (V, 32)]
+    assert len(tables) == (1 if tied else 2), [p.shape for p in tables]
+    ids = torch.full((1, 4), 7)
+    model(ids, targets=ids)[1].backward()
+    rows = model.tokens.weight.grad.abs().sum(dim=1) > 0
+    assert rows.sum() == (V if tied else 1), f'{rows.sum()} rows of the embedding have a gradient'
+
+
+@given(st.sampled_from([0.0, 1.0, 15.0]), st.booleans(), st.booleans())
+def test_logits_are_scaled_and_capped_by_the_formula(cap, scale, tied):
+    """cap tanh(h W / sqrt(C) / cap): never beyond the cap, and nearly untouched where small. 0 means no cap."""
+    model = awake(build(tiny('gpt2', logit_cap=cap, scale_output=scale, tied=tied)))
+    h = 20 * torch.randn(2, 5, 32)
+    plain = h @ model.output.weight.T / (32 ** 0.5 if scale else 1.0)
+    logits = model.output(h)
+    close(logits, cap * torch.tanh(plain / cap) if cap else plain, 1e-4)
+    if cap:
+        assert logits.abs().max() <= cap < plain.abs().max(), (logits.abs().max(), plain.abs().max())
+        assert model.bfloat16().output(h.bfloat16()).dtype == torch.float32, 'tanh of half a precision'
+
+
+# PaLM's embeddings have size 1 and are tied, so a token prefers itself at first: its row starts higher, as published.
+@every_preset
+def test_a_new_model_knows_nothing_yet(preset):
+    """The first loss is close to ln V: all tokens are equally likely. (Measured: PaLM 0.3 to 1 above, others to 0.05.)"""
+    config = tiny(preset, vocab_size=2000, n_embd=64)
+    with torch.no_grad():
+        loss = build(config)(torch.randint(2000, (4, T)), targets=torch.randint(2000, (4, T)))[1].item()
+    excess = loss - math.log(2000)
+    low, high = {'fan_in': (0.1, 1.5), 'zero': (-1e-3, 1e-3)}.get(config.init, (-0.1, 0.1))
+    assert low < excess < high, f'{excess:.4f} above ln V'
+
+
+@pytest.mark.parametrize('init', ['gpt2', 'normal', 'fan_in', 'zero'])
+def test_each_kind_of_initial_weights_has_the_size_it_says(init):
+    """Residual projections are smaller in gpt2 (0.02 / sqrt(2 layers)) and nothing in zero; biases 0, norms 1."""
+    config = tiny('gpt2', init=init, n_embd=64, n_layer=8, vocab_size=500, tied=False)
+    model = build(config)
+    blocks = model.decoder.blocks
+    size = {'gpt2': (0.02, 0.02, 0.005, 0.005, 0.02), 'normal': (0.02,) * 5, 'fan_in': (1.0, 1 / 8, 1 / 8, 1 / 16, 1 / 8),
+            'zero': (1.0, 1 / 8, 0.0, 0.0, 0.0)}[init]
+    parts = {'tokens': [model.tokens], 'qkv': [b.attn.qkv for b in blocks], 'attn.proj': [b.attn.proj for b in blocks],
+             'mlp.proj': [b.mlp.proj for b in blocks], 'output': [model.output]}
+    for wanted, (name, modules) in zip(size, parts.items(), strict=True):
+        std = torch.cat([m.weight.flatten() for m in modules]).std().item()
+        assert abs(std - wanted) <= 0.04 * wanted, f'{name}: standard deviation {std:.5f}, wanted {wanted}'
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            same(p.data, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p))
+
+
+def test_an_lstm_starts_small_and_without_biases():
+    """nn.LSTM names its biases bias_ih_l0 and its matrices weight_ih_l0: both must be found."""
+    for name, p in build(tiny('lstm')).named_parameters():
+        std = p.std().item()
+        assert std == 0 if p.dim() < 2 else 0.018 < std < 0.022, f'{name}: {std}'
+
+# -----------------------------------------------------------------------------
+# Dropout and precision
+
+
+@every_preset
+def test_dropout_acts_in_training_and_never_at_evaluation(preset):
+    """Evaluated twice it is equal bit for bit, and equal to a model without dropout; trained twice it is not (b2)."""
+    model, ids = awake(build(tiny(preset, dropout=0.5))), some(2, 9)
+    without = build(tiny(preset))
+    without.load_state_dict(model.state_dict())
+    same(model(ids)[0], model(ids)[0])
+    same(model(ids)[0], without.eval()(ids)[0])
+    model.train()
+    assert (model(ids)[0] - model(ids)[0]).abs().max() > 1e-2
+    torch.manual_seed(5)
+    first = model(ids)[0]
+    torch.manual_seed(5)
+    same(first, model(ids)[0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_attention_weights_are_dropped_in_training_only(dtype):
+    """The function that drops them has no eval mode of its own: on both roads the layer must say 0 at evaluation (b2)."""
+    layer = awake(Attention(tiny('gpt2', dropout=0.5))).to(dtype)
+    x = torch.randn(2, 9, 32).to(dtype)
+    same(layer(x), layer(x))
+    layer.train()
+    assert (layer(x) - layer(x)).abs().max() > 1e-2
+    q, k, v = torch.randn(1, 1, 400, 4).to(dtype), torch.randn(1, 1, 50, 4).to(dtype), torch.ones(1, 1, 50, 4).to(dtype)
+    y = attention(q.requires_grad_(), k, v, dropout=0.5).float()
+    assert y.std() > 0.05 and abs(y.mean() - 1) < 0.05, f'what stays is not scaled up: mean {y.mean():.3f}'
+
+
+def test_what_a_step_adds_to_the_stream_is_dropped_too():
+    """Embedding and residual dropout: with all of it but a trace dropped, a block passes its input on, but for norms."""
+    for norm_first in (True, False):
+        block, x = awake(Block(tiny('gpt2', dropout=0.9999, norm_first=norm_first))).train(), torch.randn(2, 9, 32)
+        wanted = x if norm_first else block.mlp_norm(block.attn_norm(x))
+        passed = ((block(x, {}) - wanted).abs() < 1e-5).float().mean()
+        assert passed > 0.9, f'norm_first={norm_first}: only {passed:.0%} of the stream is untouched'
+    stack = awake(Stack(tiny('gpt2', dropout=0.5), nn.Embedding(V, 32), causal=True)).train()
+    dropped = (stack.embed(some(8, T), torch.arange(T)[None]) == 0).float().mean()
+    assert 0.4 < dropped < 0.6, f'{dropped:.0%} of the embedding is dropped'
+
+
+def test_an_lstm_drops_what_enters_it_and_what_leaves_it():
+    """And what passes between its layers; with one layer there is no between."""
+    model, seen = awake(build(tiny('lstm', dropout=0.5, n_layer=1))).train(), {}
+    model.lstm.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    h = model.hidden(some(8, T))
+    for name, x in (('input', seen['x']), ('output', h)):
+        dropped = (x == 0).float().mean()
+        assert 0.4 < dropped < 0.6, f'{dropped:.0%} of the {name} is dropped'
+    assert (model.lstm.dropout, build(tiny('lstm', dropout=0.5)).lstm.dropout) == (0.0, 0.5)
+
+
+@every_preset
+def test_bfloat16_autocast_gives_nearly_the_same_loss_and_finite_gradients(preset):
+    """Mixed precision on the plain road, padded, with a row that is all padding."""
+    model = awake(build(tiny(preset))).train()
+    ids, keep = some(3, T), torch.arange(T) < torch.tensor([[T], [5], [0]])
+    targets = some(3, T).masked_fill(~keep, IGNORE)
+    with torch.no_grad():
+        exact = model(ids, keep, targets)[1].item()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = model(ids, keep, targets)[1]
+    loss.backward()
+    assert abs(loss.item() / exact - 1) < 0.05 and loss.dtype == torch.float32, (loss, exact)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+@every_preset
+def test_a_model_comes_back_from_its_file_as_it_was(preset, tmp_path):
+    """Configuration, weights, logits, tying, and what else was stored; any name of a file, any text."""
+    model, path = awake(build(tiny(preset, dropout=0.1))), tmp_path / '模型 🙂 e\u0301.pt'
+    save(path, model, task='', labels=['猫', '🙂', 'e\u0301'], step=7)
+    again, checkpoint = load(path)
+    assert type(again) is type(model) and again.config == model.config
+    for name, p in model.state_dict().items():
+        same(p, again.state_dict()[name])
+    ids = some(2, 9)
+    same(model(ids)[0], again.eval()(ids)[0])
+    assert (again.output.weight is again.tokens.weight) == model.config.tied
+    assert (checkpoint['labels'], checkpoint['step'], checkpoint['config']) == \
+        (['猫', '🙂', 'e\u0301'], 7, dataclasses.asdict(model.config))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@every_preset
+def test_dropout_and_a_shorter_block_size_may_change_at_loading(preset, tmp_path):
+    """Cropped and then run (b10): the near positions are those of before, the far ones are gone."""
+    model, ids = awake(build(tiny(preset))), some(2, 7)
+    save(tmp_path / 'ckpt.pt', model)
+    again, _ = load(str(tmp_path / 'ckpt.pt'), block_size=7, dropout=0.25)
+    assert (again.config.block_size, again.config.dropout) == (7, 0.25)
+    close(again.eval()(ids)[0], model(ids)[0], 1e-5)
+    assert (again.train()(ids)[0] - again(ids)[0]).abs().max() > 1e-3, 'the new dropout does nothing'
+    if model.config.arch == 'gpt':
+        with pytest.raises(ValueError, match='block_size=7'):
+            again(some(1, 8))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / 'ckpt.pt', block_size=T + 1)
+    assert f'block_size={T + 1}' in one_line(error) and f'{T} that' in one_line(error), error.value
+    with pytest.raises(ValueError, match='dropout=2'):
+        load(tmp_path / 'ckpt.pt', dropout=2.0)
+
+
+def test_a_folder_means_its_best_checkpoint_else_its_latest(tmp_path):
+    """best.pt before ckpt.pt; nothing there is a FileNotFoundError that says how to train one."""
+    for path in (tmp_path, tmp_path / 'ckpt.pt', tmp_path / 'nowhere'):
+        with pytest.raises(FileNotFoundError) as error:
+            load(path)
+        assert str(path) in one_line(error) and 'train.py' in one_line(error), error.value
+    save(tmp_path / 'ckpt.pt', build(tiny('gpt2')), step=2)
+    assert load(tmp_path)[1]['step'] == 2
+    save(tmp_path / 'best.pt', build(tiny('llama')), step=1)
+    assert load(tmp_path)[1]['step'] == 1
+
+
+@pytest.mark.parametrize('fault', [ValueError('half way'), KeyboardInterrupt(), OSError(28, 'No space left on device')])
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(fault, tmp_path, monkeypatch):
+    """Whatever ends it, while writing or at the last step, even Ctrl-C: the old checkpoint is whole, no litter stays."""
+    path = tmp_path / 'ckpt.pt'
+    save(path, build(tiny('gpt2')), step=1)
+    old = path.read_bytes()
+
+    def half(f):
+        f.write(b'half a file')
+        raise fault
+
+    def broken(*args):
+        raise fault
+
+    with pytest.raises(type(fault)):
+        write_file(path, half)
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        save(path, build(tiny('gpt2')), bad=lambda: 0)  # cannot be stored: found out in the middle
+    for name in ('fsync', 'replace'):
+        with monkeypatch.context() as patch, pytest.raises(type(fault)):
+            patch.setattr(os, name, broken)
+            save(path, build(tiny('gpt2')), step=2)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ['ckpt.pt'], os.listdir(tmp_path)
+
+
+def test_the_temporary_file_is_whole_and_beside_its_target_before_it_takes_its_place(tmp_path, monkeypatch):
+    """A rename is one step only on one file system, and only worth it once the bytes are on the disk."""
+    done, size, fsync, replace = [], [], os.fsync, os.replace
+
+    def flushed(number):
+        done.append('fsync')
+        size.append(os.fstat(number).st_size)  # what still waits in a buffer would miss the disk
+        fsync(number)
+
+    def watch(source, target):
+        assert os.path.dirname(source) == os.path.dirname(target) == str(tmp_path)
+        assert torch.load(source, weights_only=True)['step'] == 1
+        done.append('replace')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', flushed)
+    write_file(tmp_path / 'small', lambda f: f.write('小'.encode()))
+    monkeypatch.setattr(os, 'replace', watch)
+    save(str(tmp_path / 'ckpt.pt'), build(tiny('gpt2')), step=1)
+    assert done == ['fsync', 'fsync', 'replace'] and size == [3, os.path.getsize(tmp_path / 'ckpt.pt')], (done, size)
+
+
+@given(st.floats(0, 1, exclude_max=True))
+@example(0.0)
+@example(0.999)
+def test_a_file_cut_short_is_refused(tmp_path, part):
+    """At whatever byte: one line that names the file, a ValueError."""
+    path = tmp_path / 'ckpt.pt'
+    save(path, build(tiny('gpt2', n_layer=1, n_embd=8)), labels=['é'])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(part * len(whole))])
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(path) in one_line(error), error.value
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@settings(max_examples=200)
+@given(st.binary(max_size=60) | st.binary(max_size=30).map(lambda tail: b'\x80\x02' + tail) | st.text().map(str.encode))
+@example('a poem about 小猫 🙂'.encode())
+@example(b'GPT')
+@example('e\u0301'.encode())
+def test_a_file_of_something_else_is_refused(tmp_path, content):
+    """Random bytes, broken pickles, plain text (of which the first letter may mean something to pickle)."""
+    path = tmp_path / 'ckpt.pt'
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(path) in one_line(error), error.value
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize('write', [torch.save, lambda evil, f: f.write(pickle.dumps(evil)),
+                                   lambda evil, f: torch.save(evil, f, _use_new_zipfile_serialization=False)])
+def test_opening_a_file_never_runs_code(write, tmp_path):
+    """A pickle may call any function when it is read; ours must not be read that way."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+
+    with open(tmp_path / 'ckpt.pt', 'wb') as f:
+        write({'config': dataclasses.asdict(tiny('gpt2')), 'model': {}, 'labels': Evil()}, f)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / 'ckpt.pt')
+    assert one_line(error) and os.listdir(tmp_path) == ['ckpt.pt'], 'the code in the file was run'
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda c: [1, 2, 3], 'config'), (lambda c: {'a': 1}, 'config'), (lambda c: c['model'], 'config'),
+    (lambda c: {**c, 'config': 'gpt2'}, 'config'), (lambda c: {**c, 'model': list(c['model'])}, 'model'),
+    (lambda c: c['model'].pop('tokens.weight') is None or c, 'tokens.weight missing'),
+    (lambda c: c['model'].pop('decoder.embed.positions.weight') is None or c, 'positions.weight missing'),
+    (lambda c: {**c, 'model': {**c['model'], 'tokens.weight': torch.zeros(V + 1, 32)}}, 'tokens.weight (51, (50,'),
+    (lambda c: {**c, 'model': {**c['model'], 'decoder.embed.positions.weight': torch.zeros(5, 32)}}, 'positions (5,'),
+    (lambda c: {**c, 'model': {**c['model'], 'decoder.embed.positions.weight': torch.zeros(20, 32)}}, 'positions (20,'),
+    (lambda c: {**c, 'model': {**c['model'], 'decoder.embed.positions.weight': torch.zeros(())}}, 'positions'),
+    (lambda c: {**c, 'model': {**c['model'], 'decoder.norm.weight': torch.zeros(())}}, 'decoder.norm.weight'),
+    (lambda c: {**c, 'model': {**c['model'], 'tokens.weight': [[0.0] * 32] * V}}, 'tokens.weight'),
+    (lambda c: {**c, 'model': {**c['model'], '多余.weight': torch.zeros(2)}}, '多余.weight'),
+    (lambda c: {**c, 'model': {**c['model'], 'more': torch.zeros(2), 7: torch.zeros(2)}}, 'part'),
+    (lambda c: {**c, 'config': {**c['config'], 'n_layer': 3}}, 'blocks.2'),
+    (lambda c: {**c, 'config': {**c['config'], 'n_layer': 1}}, 'blocks.1'),
+    (lambda c: {**c, 'config': {**c['config'], 'n_layer': 'two'}}, "n_layer='two'"),
+    (lambda c: {**c, 'config': {**c['config'], 'arch': 'rwkv'}}, 'arch=rwkv'),
+    (lambda c: {**c, 'config': {**c['config'], 'flux': 1}}, 'flux'),
+    (lambda c: {**c, 'config': {**c['config'], 5: 1}}, 'configuration'),
+    (lambda c: {**c, 'config': {**c['config'], 'two\nlines': 1}}, 'lines')])
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(damage, words, tmp_path):
+    """Foreign dicts, missing, misshapen and extra weights, unknown fields: a ValueError that names what is wrong."""
+    path = tmp_path / 'ckpt.pt'
+    save(path, build(tiny('gpt2')))
+    torch.save(damage(torch.load(path, weights_only=True)), path)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert all(word in one_line(error) for word in words.split()), f'{error.value} does not name {words}'
+
+# -----------------------------------------------------------------------------
+# Optimizer groups, and the examples in the docstrings
+
+
+@every_preset
+def test_optimizer_groups_share_out_all_weights_and_vectors_never_decay(preset):
+    """Each weight once, a tied one too (b5); biases and norms do not decay; matrices are what Muon may turn."""
+    model = build(tiny(preset))
+    groups = {group['name']: group for group in optimizer_groups(model, 0.3)}
+    ids = [id(p) for group in groups.values() for p in group['params']]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    for name, group in groups.items():
+        assert group['params'], f'{name} is empty'
+        assert group['weight_decay'] == (0.0 if name == 'vectors' else 0.3), name
+        assert all((p.dim() < 2) == (name == 'vectors') for p in group['params']), name
+    tables = [model.tokens.weight, *([] if model.config.tied else [model.output.weight]),
+              *([model.decoder.embed.positions.weight] if model.config.positions == 'learned' else [])]
+    assert {id(p) for p in groups['embeddings']['params']} == {id(p) for p in tables}
+    assert ('vectors' in groups) == (preset != 'nano'), 'nano has no vectors at all'
+    model.tokens.weight.requires_grad_(False)
+    frozen = [p for group in optimizer_groups(model, 0.3) for p in group['params']]
+    assert len(frozen) == len(ids) - 1 and all(p is not model.tokens.weight for p in frozen), 'a frozen weight takes part'
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    """What model.py shows at a prompt is what it answers."""
+    result = doctest.testmod(sys.modules['model'])
+    assert result.attempted >= 2 and result.failed == 0, result

@@ -1,0 +1,1134 @@
+"""
+Promises of prepare_data.py: text becomes ids and comes back unchanged, however it is cut into blocks; documents and
+sentences are where a reader sees them; what the user can mend is one clear line, and nothing is lost or left behind.
+
+    tokenizers      round trips, the bpe against one that counts from scratch, damage
+    reading         UTF-8, JSONL, files and folders
+    blocks          documents, sentences and splits against a reference that walks over the text
+    the folder      meta.json, id sizes, replacement, memory
+    errors          through prepare() and through the command line
+    data sets       downloads, tang, pydoc
+    flags           spelling, bounds, the progress line
+"""
+
+import collections
+import dataclasses
+import doctest
+import functools
+import hashlib
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+import regex
+from conftest import ROOT, command
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import prepare_data
+from prepare_data import Settings, encode, flag, prepare, read_flags, tokenizer_from_dict, tokenizer_to_dict
+
+SAMPLE = 'It was the best of times, it was the worst. 床前明月光，疑是地上霜。 Les élèves rêvent 😀😀, cafe\u0301! ' * 3
+HUGE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv('no_proxy', '*')
+
+
+@pytest.fixture(scope='module')
+def bpe():
+    return prepare_data.bpe_tokenizer([SAMPLE], 500)
+
+
+@pytest.fixture(scope='module')
+def gpt2(shared):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TIKTOKEN_CACHE_DIR', str(shared / 'tiktoken_cache'))
+        return prepare_data.gpt2_tokenizer()
+
+
+def write(path, text):
+    """A file with exactly these bytes, or this text in UTF-8 with its line ends as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def read(folder, split):
+    """What train.py sees of a split: (ids, rows of the sentence table), as lists."""
+    dtype = json.loads((folder / 'meta.json').read_bytes())['dtype']
+    return (np.fromfile(folder / f'{split}.bin', dtype).tolist(), np.load(folder / f'{split}.sentences.npy').tolist())
+
+
+def contents(folder):
+    """Every file below a folder with its bytes: two folders are equal if these are."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+
+@given(st.text())
+@example('Hello, 世界! 😀 cafe\u0301\r\n\t\x00 <|endoftext|>[PAD]')
+@example('aaaa' * 50 + '👩\u200d👩\u200d👧 \u3000\ufeff')
+def test_any_text_comes_back_from_char_byte_and_bpe(bpe, text):
+    """encode and decode are inverse for the tokenizers we make, whatever the text."""
+    for tokenizer in (prepare_data.char_tokenizer(set(text) | {'x'}), prepare_data.byte_tokenizer(), bpe):
+        ids = encode(tokenizer, text)
+        assert ids.dtype == np.uint32 and ids.ndim == 1
+        assert tokenizer.decode(ids.tolist()) == text, f'{tokenizer.name}: {ids.tolist()}'
+        assert not {*ids.tolist()} & {*tokenizer._special_tokens.values()}, f'{tokenizer.name}: text became a special token'
+
+
+@given(st.text())
+@example('Hello, 世界! 😀 cafe\u0301 <|endoftext|>[PAD]')
+def test_any_text_comes_back_from_gpt2(gpt2, text):
+    """The same for GPT-2's table with our special tokens behind it."""
+    assert gpt2.decode(encode(gpt2, text).tolist()) == text
+
+
+def test_gpt2_is_the_published_one_with_our_special_tokens_behind(gpt2):
+    """The ids of GPT-2's own tokens are OpenAI's: weights depend on them."""
+    assert encode(gpt2, 'Hello world').tolist() == [15496, 995]
+    assert gpt2._special_tokens['<|endoftext|>'] == 50256 and gpt2.n_vocab == 50257 + 104, gpt2.n_vocab
+    assert min(i for text, i in gpt2._special_tokens.items() if text != '<|endoftext|>') == 50257
+
+
+def test_gpt2_without_a_network_names_what_helps(monkeypatch):
+    """No download and no cache: a ValueError that names the remedies."""
+    def offline(name):
+        raise ConnectionError('no route to host')
+    monkeypatch.setattr(prepare_data.tiktoken, 'get_encoding', offline)
+    with pytest.raises(ValueError, match=r'TIKTOKEN_CACHE_DIR.*--tokenizer bpe'):
+        prepare_data.gpt2_tokenizer()
+
+
+def test_char_and_byte_ids_are_the_obvious_ones():
+    """char: rank in the sorted alphabet. byte: the byte."""
+    assert encode(prepare_data.char_tokenizer('世ba'), 'ab世a').tolist() == [0, 1, 2, 0]
+    assert encode(prepare_data.byte_tokenizer(), 'a世').tolist() == [97, 0xE4, 0xB8, 0x96]
+
+
+def test_special_tokens_have_ids_of_their_own_behind_the_text(bpe):
+    """Nothing shares an id, and vocab_size is the highest id and one more."""
+    for tokenizer in (prepare_data.char_tokenizer('ab世'), prepare_data.byte_tokenizer(), bpe):
+        text_ids, special_ids = sorted(tokenizer._mergeable_ranks.values()), sorted(tokenizer._special_tokens.values())
+        assert text_ids + special_ids == list(range(tokenizer.n_vocab)), f'{tokenizer.name}: {text_ids[-3:]}, {special_ids}'
+        assert [*tokenizer._special_tokens] == prepare_data.SPECIALS
+
+
+@pytest.mark.parametrize('vocab_size', [361, 362, 370, 400])
+def test_a_bpe_vocabulary_counts_everything(vocab_size):
+    """vocab_size includes bytes and special tokens; where the text has enough pairs, it is reached exactly."""
+    assert prepare_data.bpe_tokenizer([SAMPLE], vocab_size).n_vocab == vocab_size
+
+
+def test_a_bpe_vocabulary_below_the_least_is_refused():
+    """256 bytes and 105 special tokens need 361 ids: the message says so."""
+    with pytest.raises(ValueError, match=r'--vocab_size 360.*at least 361'):
+        prepare_data.bpe_tokenizer([SAMPLE], 360)
+
+
+def joined(tokens, pair):
+    """[a, b, c, a, b], (a, b) -> [ab, c, ab]"""
+    out, at = [], 0
+    while at < len(tokens):
+        size = 2 if tuple(tokens[at:at + 2]) == pair else 1
+        out.append(b''.join(tokens[at:at + size]))
+        at += size
+    return out
+
+
+def slow_bpe(counts, n_tokens):
+    """The merges of learn_bpe, all pairs counted from scratch each time."""
+    pieces, merges = {piece: [bytes([b]) for b in piece.encode()] for piece in counts}, []
+    while 256 + len(merges) < n_tokens:
+        pairs = collections.Counter()
+        for piece, tokens in pieces.items():
+            for pair in zip(tokens, tokens[1:]):
+                pairs[pair] += counts[piece]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        merges.append(best)
+        pieces = {piece: joined(tokens, best) for piece, tokens in pieces.items()}
+    return merges
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(['a', 'ab', 'abc ', 'é。a ']).flatmap(lambda few: st.text(few, max_size=120)), st.integers(256, 300),
+       st.text('ab c', max_size=40))
+@example('aaaa aaaa aaa', 300, 'aaaaaaa')                  # neighbours overlap
+@example('ab ba ab ba', 300, 'abba')                       # equals: the smaller bytes first
+def test_learn_bpe_is_the_slow_one_and_tiktoken_applies_its_merges_in_order(text, n_tokens, other):
+    """The fast learner equals counting from scratch, and the table encodes as the merges do by hand."""
+    find = regex.compile(prepare_data.PATTERNS['bpe']).findall
+    merges = slow_bpe(collections.Counter(find(text)), n_tokens)
+    ranks = prepare_data.learn_bpe(collections.Counter(find(text)), n_tokens)
+    assert list(ranks) == [bytes([b]) for b in range(256)] + [a + b for a, b in merges], (list(ranks)[256:], merges)
+    assert list(ranks.values()) == list(range(len(ranks)))
+    tokenizer = prepare_data.make_tokenizer('bpe', prepare_data.PATTERNS['bpe'], ranks)
+    for piece in find(text + other):
+        tokens = [bytes([b]) for b in piece.encode()]
+        for pair in merges:
+            tokens = joined(tokens, pair)
+        by_tiktoken = tokenizer.decode_tokens_bytes(encode(tokenizer, piece).tolist())
+        assert by_tiktoken == tokens, f'{piece!r}: {by_tiktoken} instead of {tokens}'
+
+
+def test_learn_bpe_stops_where_nothing_occurs_twice():
+    """A worked example: `ab` occurs 3 times, then `abc` twice; `ca` once, and a token for that is a waste."""
+    assert list(prepare_data.learn_bpe({'abca': 1, 'abc': 1, 'abd': 1}, 1000))[256:] == [b'ab', b'abc']
+    assert len(prepare_data.learn_bpe({'ab': 5}, 256)) == 256, 'n_tokens must hold'
+
+
+@pytest.mark.parametrize('make', [lambda: prepare_data.char_tokenizer('ab世😀\n'), prepare_data.byte_tokenizer,
+                                  lambda: prepare_data.bpe_tokenizer([SAMPLE], 420)], ids=['char', 'byte', 'bpe'])
+def test_a_tokenizer_survives_json(make):
+    """to_dict, JSON, from_dict is the identity: name, pattern, table, special tokens, ids."""
+    tokenizer = make()
+    saved = tokenizer_to_dict(tokenizer)
+    again = tokenizer_from_dict(json.loads(json.dumps(saved)))
+    assert tokenizer_to_dict(again) == saved
+    assert (again.name, again._pat_str, again.n_vocab) == (tokenizer.name, tokenizer._pat_str, tokenizer.n_vocab)
+    assert again._mergeable_ranks == tokenizer._mergeable_ranks and again._special_tokens == tokenizer._special_tokens
+    assert encode(again, 'ab世😀\nab').tolist() == encode(tokenizer, 'ab世😀\nab').tolist()
+
+
+ALL = {text: 2 + i for i, text in enumerate(prepare_data.SPECIALS)}  # behind the two tokens of an alphabet `ab`
+DAMAGED = {
+    'no format': {'format': None}, 'another format': {'format': 'plainformer tokenizer 0'}, 'no table': {'ranks': None},
+    'a table of numbers': {'ranks': [5]}, 'an empty table': {'ranks': []}, 'a table that is text': {'ranks': 'YQ=='},
+    'a token twice': {'ranks': ['YQ==', 'YQ==']}, 'not base64': {'ranks': ['!!', 'YQ==']},
+    'half a pattern': {'pattern': '('}, 'no pattern': {'pattern': None}, 'no special tokens': {'specials': None},
+    'special tokens without ids': {'specials': [*ALL]}, 'an id that is text': {'specials': {**ALL, '[PAD]': 'y'}},
+    'an id below 0': {'specials': {**ALL, '[PAD]': -1}}, 'the id of a text token': {'specials': {**ALL, '[PAD]': 0}},
+    'an id twice': {'specials': {**ALL, '[PAD]': 2}}, 'no <|endoftext|>': {'specials': {'[PAD]': 2}},
+}
+
+
+@pytest.mark.parametrize('name', DAMAGED)
+def test_a_damaged_tokenizer_is_refused(name):
+    """Not a KeyError, not a panic, and never a tokenizer that means something else."""
+    saved = tokenizer_to_dict(prepare_data.char_tokenizer('ab'))
+    assert saved['specials'] == ALL
+    with pytest.raises(ValueError, match='tokenizer'):
+        tokenizer_from_dict(saved | DAMAGED[name])
+
+
+@pytest.mark.parametrize('missing', ['format', 'name', 'pattern', 'specials', 'ranks'])
+def test_a_tokenizer_without_one_of_its_parts_is_refused(missing):
+    """Nor may anything else than a dict come in."""
+    saved = tokenizer_to_dict(prepare_data.byte_tokenizer())
+    del saved[missing]
+    for damaged in (saved, [saved], None, 'tokenizer'):
+        with pytest.raises(ValueError, match='tokenizer'):
+            tokenizer_from_dict(damaged)
+
+
+@given(st.text('abc', max_size=30), st.sampled_from('z世😀\u0301'), st.text('abcz', max_size=5))
+def test_an_unknown_character_is_named_with_its_place(before, unknown, after):
+    """tiktoken would panic; here it is one sentence with the character and where it stands."""
+    with pytest.raises(ValueError) as error:
+        encode(prepare_data.char_tokenizer('abc'), before + unknown + after)
+    assert f'{unknown!r} (character {len(before) + 1} of ' in str(error.value), error.value
+
+
+def test_half_of_a_surrogate_pair_is_not_text(bpe):
+    """A ValueError that says so, from every tokenizer."""
+    for tokenizer in (prepare_data.char_tokenizer('ab'), prepare_data.byte_tokenizer(), bpe):
+        with pytest.raises(ValueError, match=r'never seen|not valid Unicode'):
+            encode(tokenizer, 'a\ud800b')
+
+
+def test_a_folder_gives_its_tokenizer(tmp_path):
+    """--tokenizer FOLDER encodes with the same table; characters it lacks are named; other folders are refused."""
+    first, second = write(tmp_path / 'first.txt', 'abc abc abc abc'), write(tmp_path / 'second.txt', 'cab cab cab cab')
+    prepare(Settings(input=[first], tokenizer='char', out_dir=str(tmp_path / 'one')))
+    prepare(Settings(input=[second], tokenizer=str(tmp_path / 'one'), out_dir=str(tmp_path / 'two')))
+    assert (tmp_path / 'one/tokenizer.json').read_bytes() == (tmp_path / 'two/tokenizer.json').read_bytes()
+    with pytest.raises(ValueError, match="never seen '世'"):
+        prepare(Settings(input=[write(tmp_path / 'third.txt', '世 cab cab')], tokenizer=str(tmp_path / 'one'),
+                         out_dir=str(tmp_path / 'three')))
+    with pytest.raises(FileNotFoundError, match=r'holds no tokenizer\.json'):
+        prepare_data.load_tokenizer(tmp_path)
+    assert not (tmp_path / 'three').exists()
+
+
+def test_bpe_learns_from_the_training_part_alone(tmp_path):
+    """Pairs that only validation has must not become tokens: that would leak."""
+    prepare(Settings(input=[write(tmp_path / 'a.txt', 'ab ' * 300 + 'xy ' * 100)], val_fraction=0.25,
+                     out_dir=str(tmp_path / 'out'), vocab_size=370))
+    ranks = prepare_data.load_tokenizer(tmp_path / 'out')._mergeable_ranks
+    assert b'ab' in ranks and b'xy' not in ranks, list(ranks)[256:]
+
+
+def test_bpe_learns_from_a_sample_spread_over_a_large_text(tmp_path, monkeypatch):
+    """At most BPE_SAMPLE characters and a block, and the end of the training part is among them."""
+    monkeypatch.setattr(prepare_data, 'BLOCK', 500)
+    monkeypatch.setattr(prepare_data, 'BPE_SAMPLE', 5000)
+    seen = []
+
+    def learn(texts, vocab_size):
+        seen.extend(texts)
+        return prepare_data.byte_tokenizer()
+
+    monkeypatch.setattr(prepare_data, 'bpe_tokenizer', learn)
+    lines = [f'line {i:04}' for i in range(4000)]
+    prepare(Settings(input=[write(tmp_path / 'a.txt', '\n'.join(lines))], out_dir=str(tmp_path / 'out')))
+    taken = [int(line[5:]) for line in ''.join(seen).splitlines() if regex.fullmatch(r'line \d{4}', line)]
+    assert 4500 <= sum(map(len, seen)) <= 5500, f'{sum(map(len, seen))} characters of a sample of 5000'
+    quarters = [sum(low <= n < low + 900 for n in taken) for low in range(0, 3600, 900)]
+    assert min(quarters) > 50, f'lines of each quarter: {quarters}'
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+@settings(max_examples=150)
+@given(st.lists(st.sampled_from([b'a', b'b\n', b'\r', b'\r\n', *(c.encode() for c in ('世', '😀', 'e\u0301', '\ufeff')),
+                                 b'\xff', b'\xe4\xb8', b'\xf0\x9f\x98', b'\xc0\xaf', b'\xed\xa0\x80']), max_size=12),
+       st.integers(1, 9))
+@example(['世界'.encode(), b'\xe4\xb8'], 4)                 # cut short at the end of the file
+@example([b'a' * 20, b'\xff', b'b'], 4)                    # far behind the first read
+def test_reading_in_pieces_is_reading_at_once(tmp_path, chunks, block):
+    """However a file is read, the text is the same, and so is the offset of its first bad byte."""
+    data = b''.join(chunks)
+    path = write(tmp_path / 'a.txt', data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, 'BLOCK', block)
+        try:
+            expected = data.decode('utf-8').removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
+        except UnicodeDecodeError as e:
+            with pytest.raises(ValueError, match=rf'a\.txt is not UTF-8: the byte at offset {e.start} '):
+                ''.join(prepare_data.read_utf8(path))
+        else:
+            assert ''.join(prepare_data.read_utf8(path)) == expected
+
+
+def test_jsonl_rows_are_documents(tmp_path):
+    """Each row's text is one; blank lines between rows are none; a marker inside of a row is text."""
+    rows = ['Once upon\na time', '', '世界 😀', 'x\n<|endoftext|>\ny\r\n']
+    path = write(tmp_path / 'rows.jsonl', '\n\n'.join(json.dumps({'text': text, 'id': 1}) for text in rows))
+    pieces = list(prepare_data.read_documents(path))
+    assert [text for text, last in pieces if text] == [text for text in rows if text]
+    assert [last for text, last in pieces] == [False, True, True, False, True, False, True], pieces
+
+
+def test_a_folder_gives_its_files_in_order_without_the_hidden_ones(tmp_path):
+    """Sorted, all levels, and neither .git/config nor .hidden."""
+    for name in ('b.txt', 'a/z.txt', 'a/.git/x', '.git/config', '.hidden', 'c/d/e.jsonl'):
+        write(tmp_path / name, 'text')
+    found = prepare_data.find_files([str(tmp_path)])
+    assert [os.path.relpath(f, tmp_path).replace(os.sep, '/') for f in found] == ['a/z.txt', 'b.txt', 'c/d/e.jsonl']
+    assert prepare_data.find_files([str(tmp_path / 'b.txt'), str(tmp_path / 'c')]) == [found[1], found[2]]
+
+# -----------------------------------------------------------------------------
+# Blocks, documents, sentences, splits
+
+
+def by_hand(documents, by_line, cut):
+    """
+    What byte_tokenizer's folder must hold, found by a walk over the characters: {split: (ids, rows of the table)}. A
+    sentence begins at the first character of a document or of the validation split, after a sign that ends one and white
+    space, and after the end of a paragraph.
+    """
+    ids, table, seen = {'train': [], 'val': []}, {'train': [], 'val': []}, 0
+    for document in documents:
+        before = gap = ''                                  # the last character, and the white space behind it
+        for c in document:
+            split = 'train' if seen < cut else 'val'
+            if seen == cut:
+                before = gap = ''
+            if c.isspace():
+                gap += c
+            else:
+                lines = gap.count('\n')
+                if not before or (gap and before in '.!?。！？') or lines >= (1 if by_line else 2):
+                    table[split].append([len(ids[split]), ids[split].count(256)])
+                before, gap = c, ''
+            ids[split] += c.encode()
+            seen += 1
+        if document:
+            ids[split].append(256)
+    return {split: (ids[split], table[split]) for split in ids}
+
+
+WORDS = ['a', 'bc', '3.14', 'No.', 'Yes!', 'why?', '你好', '对。', '什么？', '好！', '😀', 'cafe\u0301', "it's", '...']
+LINES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(' '.join)
+
+
+def texts_of(between):
+    """Lists of documents whose lines have `between` between them; the text of a document ends in a line end."""
+    lines = st.lists(LINES | LINES.map('a <|endoftext|> {}'.format), min_size=1, max_size=7)
+    return st.lists(st.just('') | lines.map(lambda lines: between.join(lines) + '\n'), min_size=2, max_size=6).filter(any)
+
+
+@settings(max_examples=120)
+@given(st.sampled_from(['\n', '\n', '\n\n', '\n \n', '\n\n\n']).flatmap(lambda b: st.tuples(st.just(b), texts_of(b))),
+       st.sampled_from([HUGE, 48, 49, 64, 100]), st.floats(0.05, 0.95))
+def test_documents_sentences_and_splits_are_where_a_reader_sees_them(tmp_path, drawn, block, val_fraction):
+    """A file of documents, cut once by characters, equals the walk over its text, whatever the size of a block."""
+    between, documents = drawn
+    text = '<|endoftext|>\n'.join(documents)
+    n = sum(map(len, documents))
+    cut = int(n * (1 - val_fraction))
+    by_line = between == '\n' or all(len(d.splitlines()) <= 1 for d in documents)
+    expected = by_hand(documents, by_line, cut)
+    if min(len(ids) for ids, _ in expected.values()) < 2:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, 'BLOCK', block)
+        _, meta = prepare(Settings(input=[write(tmp_path / 'a.txt', text)], tokenizer='byte', val_fraction=val_fraction,
+                                   out_dir=str(tmp_path / 'out')))
+    for split, (ids, table) in expected.items():
+        found = read(tmp_path / 'out', split)
+        assert found[0] == ids, f'{split}: {bytes(i for i in found[0] if i < 256).decode(errors="replace")!r}'
+        assert found[1] == table, f'{split} of {text!r} cut at {cut}: rows {found[1]}, not {table}'
+        assert meta['counts'][split] == {
+            'tokens': len(ids), 'sentences': len(table), 'documents': ids.count(256) + (ids[-1] != 256),
+            'bytes': len(ids) - ids.count(256), 'characters': cut if split == 'train' else n - cut}
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(['\n', '\n\n']).flatmap(texts_of), st.integers(48, 120), st.sampled_from(['char', 'byte', 'bpe']))
+def test_cutting_into_blocks_changes_nothing(tmp_path, documents, block, tokenizer):
+    """Ids, sentences, counts and the learned table are exactly those of one huge block, and the text comes back."""
+    path = write(tmp_path / 'a.txt', '<|endoftext|>\n'.join(documents))
+    if sum(map(len, documents)) < 6:
+        return
+    for size, name in ((HUGE, 'one'), (block, 'many')):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare_data, 'BLOCK', size)
+            prepare(Settings(input=[path], tokenizer=tokenizer, vocab_size=400, val_fraction=0.3,
+                             out_dir=str(tmp_path / name)))
+    one, many = contents(tmp_path / 'one'), contents(tmp_path / 'many')
+    different = [name for name in one | many if one.get(name) != many.get(name)]
+    assert not different, {name: (one.get(name), many.get(name)) for name in different}
+    table = prepare_data.load_tokenizer(tmp_path / 'one')
+    ids = read(tmp_path / 'one', 'train')[0] + read(tmp_path / 'one', 'val')[0]
+    end_id = table._special_tokens['<|endoftext|>']
+    assert table.decode([i for i in ids if i != end_id]) == ''.join(documents)
+    assert ids.count(end_id) == sum(map(bool, documents)) and ids[-1] == end_id
+
+
+# Texts in which a block could end in a bad place: (text, size of a block)
+BAD_CUTS = {
+    'white space before a blank line': ('foo bar \n\nbaz qux' + ' xyz' * 9, 8),
+    'white space at the end of a line': ('foo bar \nbaz qux' + ' xyz' * 9, 8),
+    'a marker with text behind it is text': ('<|endoftext|> foo bar' + ' xyz' * 9, 14),
+    'blank lines, no spaces, markers': ('你好\n\n世界\n\n<|endoftext|>\n\n你好啊\n\n世界好\n\n' * 4, 30),
+    'blank lines, no spaces': ('你好。\n\n世界\n\n' * 20, 10),
+    'a wide space behind a narrow one': ('一。 \u3000二三四 五六七 八九', 3),
+    'a sign without white space behind it': ('12.34!56' * 20, 51),
+}
+
+
+@pytest.mark.parametrize('name, tokenizer', [(name, 'byte') for name in BAD_CUTS] + [('blank lines, no spaces', 'bpe')])
+def test_a_block_never_ends_in_a_bad_place(tmp_path, monkeypatch, name, tokenizer):
+    """Where lines do not help, a block must not part a marker, a blank line or a sentence from what it belongs to."""
+    text, block = BAD_CUTS[name]
+    path = write(tmp_path / 'a.txt', text)
+    for size, out in ((HUGE, 'one'), (block, 'many')):
+        monkeypatch.setattr(prepare_data, 'BLOCK', size)
+        prepare(Settings(input=[path], tokenizer=tokenizer, vocab_size=400, out_dir=str(tmp_path / out)))
+    for split in ('train', 'val'):
+        one, many = read(tmp_path / 'one', split), read(tmp_path / 'many', split)
+        assert one == many, f'{split}: one block {one}, many {many}'
+
+
+def test_validation_that_begins_with_a_line_end_begins_with_a_sentence(tmp_path, monkeypatch):
+    """The cut falls before the last character of a block, a line end: what follows still begins a sentence."""
+    text, cut = 'ab cd\n\nef gh\nij kl mn op qr', 12
+    monkeypatch.setattr(prepare_data, 'BLOCK', 16)         # the first block is text[:13]
+    _, meta = prepare(Settings(input=[write(tmp_path / 'a.txt', text)], tokenizer='byte', out_dir=str(tmp_path / 'out'),
+                               val_fraction=1 - (cut + 0.5) / len(text)))
+    assert meta['counts']['train']['characters'] == cut
+    assert read(tmp_path / 'out', 'val') == by_hand([text], False, cut)['val']
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(['\n', '\n\n']).flatmap(texts_of))
+def test_rows_of_the_table_point_at_the_token_with_the_first_character(tmp_path, documents):
+    """char and bpe mark the very sentences that byte marks, and document numbers grow."""
+    text = '<|endoftext|>\n'.join(documents)
+    path = write(tmp_path / 'a.txt', text)
+    if sum(map(len, documents)) < 6:
+        return
+    for name in ('byte', 'char', 'bpe'):
+        prepare(Settings(input=[path], tokenizer=name, vocab_size=420, val_fraction=0.3, out_dir=str(tmp_path / name)))
+    for split in ('train', 'val'):
+        rows = read(tmp_path / 'byte', split)[1]
+        assert [number for _, number in rows] == sorted(number for _, number in rows)
+        for name in ('char', 'bpe'):
+            tokenizer = prepare_data.load_tokenizer(tmp_path / name)
+            ids, table = read(tmp_path / name, split)
+            token_of_byte = []
+            for i, token in enumerate(ids):
+                special = token in tokenizer._special_tokens.values()
+                token_of_byte += [i] * (1 if special else len(tokenizer.decode_single_token_bytes(token)))
+            expected = [[token_of_byte[start], number] for start, number in rows]
+            assert table == expected, f'{name}, {split} of {text!r}: {table}, not {expected}'
+
+
+@pytest.mark.parametrize('text, by_line, expected', [
+    ('One. Two! Three? Four', False, ['One. ', 'Two! ', 'Three? ', 'Four']),
+    ('It is 3.14 and v1.2.3 so.\tNext', False, ['It is 3.14 and v1.2.3 so.\t', 'Next']),
+    ('我来。 你呢？ 走！\n好', False, ['我来。 ', '你呢？ ', '走！\n', '好']),
+    ('我来。你呢？走', False, ['我来。你呢？走']),                    # no white space: as designed, one sentence
+    ('我来。\u3000你呢', False, ['我来。\u3000', '你呢']),             # the space of Chinese
+    ('One\ntwo\n\nthree\n \t\nfour', False, ['One\ntwo\n\n', 'three\n \t\n', 'four']),
+    ('one\ntwo\n  three', True, ['one\n', 'two\n  ', 'three']),
+    ('Wait...  what?! Yes.', False, ['Wait...  ', 'what?! ', 'Yes.']),
+    ('  One. ', False, ['One. ']),
+    (' \n ', False, []),
+    ('', True, []),
+    ('一\n\u3000\n二', False, ['一\n\u3000\n', '二']),                # a blank line that holds white space is blank
+    ('one\n\xa0\ntwo', False, ['one\n\xa0\n', 'two']),
+    ('\u3000\u3000一二。 三', False, ['一二。 ', '三']),               # an indented first paragraph
+    ('Oui.\xa0Non', False, ['Oui.\xa0', 'Non']),                   # white space that does not break a line
+])
+def test_sentences_end_at_signs_before_white_space_and_at_paragraphs(text, by_line, expected):
+    """Cut at the offsets, a text falls into its sentences, each with the white space behind it."""
+    starts = prepare_data.sentences(prepare_data.Block(text, by_line, True, True))
+    data = text.encode()
+    assert [data[a:b].decode(errors='replace') for a, b in zip(starts, [*starts[1:], len(data)])] == expected, starts
+
+
+def test_a_sentence_that_goes_on_from_the_block_before_does_not_begin_anew():
+    """fresh=False: the first word of a block continues."""
+    assert prepare_data.sentences(prepare_data.Block('and on. New', False, False, True)) == [8]
+
+
+@pytest.mark.parametrize('text, sentences', [('a b\nc d\ne f\n', 3), ('a b\nc d\n\ne f\n', 2), ('a b\nc d\n \ne f\n', 2)])
+def test_lines_are_paragraphs_only_in_a_file_without_blank_lines(tmp_path, text, sentences):
+    """One blank line anywhere in the file, and line ends are nothing special."""
+    prepare(Settings(input=[write(tmp_path / 'a.txt', text)], val=[write(tmp_path / 'v.txt', 'x y')], tokenizer='byte',
+                     out_dir=str(tmp_path / 'out')))
+    assert len(read(tmp_path / 'out', 'train')[1]) == sentences
+
+
+def test_files_folders_rows_and_markers_begin_documents(tmp_path):
+    """Each ends in exactly one <|endoftext|>; blank lines and empty documents insert nothing."""
+    inputs = [write(tmp_path / 'one.txt', 'a\n\n\nb\n<|endoftext|>\n<|endoftext|>\nc <|endoftext|>\n  <|endoftext|>\nd'),
+              str(tmp_path / 'folder'), write(tmp_path / 'rows.jsonl', '{"text": "g"}\n{"text": ""}\n{"text": "h"}\n')]
+    write(tmp_path / 'folder/1.txt', 'e\n<|endoftext|>')     # no line end behind the marker
+    write(tmp_path / 'folder/2.txt', 'f')
+    write(tmp_path / 'folder/3.txt', '')
+    _, meta = prepare(Settings(input=inputs, val=[write(tmp_path / 'v.txt', 'v\r\nw')], tokenizer='byte',
+                               out_dir=str(tmp_path / 'out')))
+    text = prepare_data.load_tokenizer(tmp_path / 'out').decode(read(tmp_path / 'out', 'train')[0])
+    assert text == ('a\n\n\nb\n<|endoftext|>c <|endoftext|>\n  <|endoftext|>\nd<|endoftext|>e\n<|endoftext|>f<|endoftext|>'
+                    'g<|endoftext|>h<|endoftext|>')
+    ids, table = read(tmp_path / 'out', 'train')
+    assert ids.count(256) == meta['counts']['train']['documents'] == 6, meta['counts']['train']
+    assert sorted({number for _, number in table}) == list(range(6)), table
+    assert read(tmp_path / 'out', 'val')[0] == [*b'v\nw', 256], 'line ends become \\n'
+
+
+def test_the_split_is_one_cut_and_puts_no_end_there(tmp_path):
+    """The last val_fraction of the characters, counted over all files; the document goes on in both."""
+    files = [write(tmp_path / 'a.txt', '世界' * 10), write(tmp_path / 'b.txt', 'abcde' * 4)]
+    _, meta = prepare(Settings(input=files, tokenizer='char', val_fraction=0.25, out_dir=str(tmp_path / 'out')))
+    decode = prepare_data.load_tokenizer(tmp_path / 'out').decode
+    assert decode(read(tmp_path / 'out', 'train')[0]) == '世界' * 10 + '<|endoftext|>' + 'abcde' * 2
+    assert decode(read(tmp_path / 'out', 'val')[0]) == 'abcde' * 2 + '<|endoftext|>'
+    assert [meta['counts'][split]['documents'] for split in ('train', 'val')] == [2, 1], 'on both sides of the cut'
+
+
+def test_a_cut_between_two_documents_leaves_each_whole(tmp_path):
+    """The document before the cut ends in training, also where the file goes on with a marker."""
+    prepare(Settings(input=[write(tmp_path / 'a.txt', 'abcd\n<|endoftext|>\nefgh\n')], tokenizer='byte', val_fraction=0.5,
+                     out_dir=str(tmp_path / 'out')))
+    assert read(tmp_path / 'out', 'train') == ([*b'abcd\n', 256], [[0, 0]])
+    assert read(tmp_path / 'out', 'val') == ([*b'efgh\n', 256], [[0, 0]])
+
+
+def test_files_for_validation_leave_all_the_rest_for_training(tmp_path):
+    """--val FILE overrides --val_fraction; the alphabet of char is made from both."""
+    prepare(Settings(input=[write(tmp_path / 'a.txt', 'abc' * 9)], val=[write(tmp_path / 'v.txt', 'z世')], tokenizer='char',
+                     val_fraction=0.5, out_dir=str(tmp_path / 'out')))
+    decode = prepare_data.load_tokenizer(tmp_path / 'out').decode
+    assert decode(read(tmp_path / 'out', 'train')[0]) == 'abc' * 9 + '<|endoftext|>'
+    assert decode(read(tmp_path / 'out', 'val')[0]) == 'z世<|endoftext|>'
+
+# -----------------------------------------------------------------------------
+# The folder
+
+
+@pytest.mark.parametrize('vocab_size, dtype', [(65535, 'uint16'), (65536, 'uint16'), (65537, 'uint32'), (100_000, 'uint32')])
+def test_ids_fit_their_file(tmp_path, vocab_size, dtype):
+    """No id wraps around, neither at 2^15 nor at 2^16: all come back, the highest too."""
+    # b6: int16 made negative ids, and uint16 cut those of a vocabulary above 65,536
+    n = vocab_size - len(prepare_data.SPECIALS)
+    characters = [chr(i) for i in range(0x10000, 0x10000 + n)]
+    specials = {text: vocab_size - 1 - i for i, text in enumerate(prepare_data.SPECIALS)}  # <|endoftext|> is the highest
+    tokenizer = prepare_data.make_tokenizer('char', prepare_data.PATTERNS['char'],
+                                            {c.encode(): i for i, c in enumerate(characters)}, specials)
+    assert tokenizer.n_vocab == vocab_size
+    write(tmp_path / 'big/tokenizer.json', json.dumps(tokenizer_to_dict(tokenizer)))
+    ids = [0, 1, 32767, 32768, n - 2, n - 1]
+    path = write(tmp_path / 'a.txt', ''.join(characters[i] for i in ids))
+    _, meta = prepare(Settings(input=[path], val=[path], tokenizer=str(tmp_path / 'big'), out_dir=str(tmp_path / 'out')))
+    assert (meta['dtype'], meta['vocab_size']) == (dtype, vocab_size)
+    for split in ('train', 'val'):
+        assert read(tmp_path / 'out', split)[0] == ids + [vocab_size - 1]
+        assert os.path.getsize(tmp_path / f'out/{split}.bin') == 7 * np.dtype(dtype).itemsize
+
+
+def test_meta_tells_the_truth(tmp_path):
+    """Counts, source, sha256 of the text and dtype in meta.json are those of the files beside it, and all is UTF-8."""
+    text = 'Das Größte? 世界。 Ja.\n' * 20
+    path = write(tmp_path / 'größe.txt', text.replace('\n', '\r\n'))
+    out, meta = prepare(Settings(input=[path], tokenizer='char', out_dir=str(tmp_path / 'out')))
+    assert out == str(tmp_path / 'out') and json.loads((tmp_path / 'out/meta.json').read_text('utf-8')) == meta
+    assert {key: meta[key] for key in ('task', 'tokenizer', 'dtype', 'labels', 'source', 'sha256')} == {
+        'task': 'lm', 'tokenizer': 'char', 'dtype': 'uint16', 'labels': [], 'source': [path],
+        'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    assert meta['vocab_size'] == len(set(text)) + len(prepare_data.SPECIALS)
+    for split, part in (('train', text[:len(text) * 9 // 10]), ('val', text[len(text) * 9 // 10:])):
+        ids, table = read(tmp_path / 'out', split)
+        counts = {'tokens': len(ids), 'documents': 1, 'sentences': len(table), 'characters': len(part),
+                  'bytes': len(part.encode())}
+        assert meta['counts'][split] == counts
+    assert sorted(contents(tmp_path / 'out')) == [
+        'meta.json', 'tokenizer.json', 'train.bin', 'train.sentences.npy', 'val.bin', 'val.sentences.npy']
+
+
+def test_the_folder_has_the_name_of_its_source(tmp_path, monkeypatch):
+    """data/NAME below the working folder, NAME from the first input."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'notes/a.txt', 'some words ' * 9)
+    write(tmp_path / 'book.txt', 'some words ' * 9)
+    for path, name in (('book.txt', 'book'), ('notes/', 'notes')):
+        assert prepare(Settings(input=[path], tokenizer='byte'))[0] == os.path.join('data', name)
+        assert (tmp_path / 'data' / name / 'meta.json').exists()
+
+
+def test_preparing_again_replaces_the_whole_folder(tmp_path):
+    """Nothing of the old data set remains, and nothing lies beside it."""
+    write(tmp_path / 'out/meta.json', '{}')
+    write(tmp_path / 'out/train.jsonl', 'old')
+    prepare(Settings(input=[write(tmp_path / 'a.txt', 'abc' * 20)], tokenizer='byte', out_dir=str(tmp_path / 'out')))
+    assert 'train.jsonl' not in contents(tmp_path / 'out') and sorted(os.listdir(tmp_path)) == ['a.txt', 'out']
+
+
+@pytest.mark.parametrize('inside', ['thesis.txt', None], ids=['a folder of other things', 'a file'])
+def test_what_is_not_a_data_folder_is_never_replaced(tmp_path, inside):
+    """A slip in --out_dir must not cost a thesis."""
+    write(tmp_path / 'out' / inside if inside else tmp_path / 'out', 'years of work')
+    source = write(tmp_path / 'a.txt', 'abc' * 20)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r'--out_dir .*out exists and is not a data folder'):
+        prepare(Settings(input=[source], tokenizer='byte', out_dir=str(tmp_path / 'out')))
+    assert contents(tmp_path) == before
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    """There is nothing in it to lose."""
+    (tmp_path / 'out').mkdir()
+    prepare(Settings(input=[write(tmp_path / 'a.txt', 'abc' * 20)], tokenizer='byte', out_dir=str(tmp_path / 'out') + '/'))
+    assert (tmp_path / 'out/meta.json').exists()
+
+
+def test_an_error_while_writing_leaves_the_old_folder(tmp_path, monkeypatch):
+    """Whatever fails, and whenever: the old data set is whole, and nothing lies beside it."""
+    write(tmp_path / 'out/meta.json', 'the old one')
+    source = write(tmp_path / 'a.txt', 'abc' * 20)
+    before = contents(tmp_path)
+    for error in (OSError(28, 'No space left on device'), KeyboardInterrupt()):
+        def fail(*args, error=error):
+            raise error
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(prepare_data, 'write_json', fail)
+            prepare(Settings(input=[source], tokenizer='byte', out_dir=str(tmp_path / 'out')))
+        assert contents(tmp_path) == before and sorted(os.listdir(tmp_path)) == ['a.txt', 'out'], f'after {error!r}'
+
+
+@pytest.mark.parametrize('fails', [1, 2])
+def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, fails):
+    """Between 'the old one steps aside' and 'the new one takes its name' nothing may be lost."""
+    write(tmp_path / 'out/meta.json', 'the old one')
+    source = write(tmp_path / 'a.txt', 'abc' * 20)
+    calls, rename = [], os.rename
+
+    def rename_or_fail(old, new):
+        calls.append(new)
+        if len(calls) == fails:
+            raise PermissionError(13, 'in use', old)
+        rename(old, new)
+
+    monkeypatch.setattr(os, 'rename', rename_or_fail)
+    with pytest.raises(OSError, match='in use'):
+        prepare(Settings(input=[source], tokenizer='byte', out_dir=str(tmp_path / 'out')))
+    assert contents(tmp_path / 'out') == {'meta.json': b'the old one'}, sorted(os.listdir(tmp_path))
+
+
+def test_a_linked_folder_is_replaced_without_leftovers(tmp_path):
+    """data/NAME may be a link to a larger disk."""
+    write(tmp_path / 'disk/out/meta.json', '{}')
+    (tmp_path / 'out').symlink_to(tmp_path / 'disk/out')
+    prepare(Settings(input=[write(tmp_path / 'a.txt', 'abc' * 20)], tokenizer='byte', out_dir=str(tmp_path / 'out')))
+    assert 'train.bin' in contents(tmp_path / 'out') and sorted(os.listdir(tmp_path)) == ['a.txt', 'disk', 'out']
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    """Four times the text, about the same peak."""
+    monkeypatch.setattr(prepare_data, 'BLOCK', 1 << 14)
+    draw = random.Random(0)
+    lines = [' '.join(f'word{draw.randrange(50)}' for _ in range(12)) + '.\n' for _ in range(1000)]
+    peaks = []
+    for megabytes in (1, 4):
+        path = write(tmp_path / 'a.txt', ''.join(lines) * (megabytes * 1_000_000 // sum(map(len, lines))))
+        tracemalloc.start()
+        try:
+            prepare(Settings(input=[path], vocab_size=400, out_dir=str(tmp_path / 'out')))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 500_000, f'{peaks[0]:,} bytes for 1 MB, {peaks[1]:,} for 4 MB'
+
+
+def test_parallel_keeps_the_order_and_does_not_read_far_ahead(monkeypatch):
+    """The second result is ready before the first, and still comes second; few items wait."""
+    monkeypatch.setattr(os, 'cpu_count', lambda: 4)
+    second_done, taken = threading.Event(), []
+
+    def items():
+        for i in range(40):
+            taken.append(i)
+            yield i
+
+    def work(i):
+        if i == 0:
+            assert second_done.wait(60), 'the second item must not wait for the first'
+        if i == 1:
+            second_done.set()
+        return i * i
+
+    for i, result in enumerate(prepare_data.parallel(work, items())):
+        assert result == i * i
+        assert len(taken) <= i + 6, f'{len(taken)} items taken for {i + 1} results on 4 cores'
+    assert len(taken) == 40
+
+
+def test_parallel_passes_an_error_on():
+    """A worker's error is the caller's."""
+    with pytest.raises(ValueError, match='never seen'):
+        list(prepare_data.parallel(lambda text: encode(prepare_data.char_tokenizer('a'), text), ['a', 'b', 'a']))
+
+
+def test_the_examples_in_docstrings_hold():
+    """doctest, and there are some."""
+    result = doctest.testmod(prepare_data)
+    assert result.attempted and not result.failed, result
+
+# -----------------------------------------------------------------------------
+# Errors: (files, flags, what the line must say). `{}` in a flag is the folder of the files.
+
+BAD = '{"text": "ok"}\n\n'
+ERRORS = {
+    'a missing file': ({}, ['--input', 'none.txt'], 'no file or folder none.txt'),
+    'a missing validation file': ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val', 'none.txt'], 'none.txt'),
+    'an empty file': ({'a.txt': ''}, ['--input', 'a.txt'], 'a.txt: no text in it'),
+    'markers alone': ({'a.txt': '<|endoftext|>\n' * 3}, ['--input', 'a.txt'], 'a.txt: no text in it'),
+    'a folder without files': ({'f/.hidden': 'x'}, ['--input', 'f'], 'folder f holds no files'),
+    'an empty validation file': ({'a.txt': 'abc', 'v.txt': ''},
+                                 ['--input', 'a.txt', '--val', 'v.txt', '--tokenizer', 'byte'], 'too short for a val split'),
+    'one character': ({'a.txt': '世'}, ['--input', 'a.txt'], 'a text of 1 characters is too short to split'),
+    'two characters': ({'a.txt': 'ab'}, ['--input', 'a.txt', '--tokenizer', 'byte'], 'too short for a train split'),
+    'not UTF-8': ({'a.txt': '世界'.encode() + b'\xff...'}, ['--input', 'a.txt'], 'a.txt is not UTF-8: the byte at offset 6'),
+    'not UTF-8, far behind': ({'a.txt': b'abc ' * 600_000 + b'\xe9t\xe9'}, ['--input', 'a.txt'], 'at offset 2400000 '),
+    'UTF-16': ({'a.txt': '\ufeffabc'.encode('utf-16-le')}, ['--input', 'a.txt'], 'the byte at offset 0'),
+    'cut short': ({'a.txt': 'abc世'.encode()[:-1]}, ['--input', 'a.txt'], 'the byte at offset 3'),
+    'rows that are not UTF-8': ({'a.jsonl': BAD.encode() + b'"\xff'}, ['--input', 'a.jsonl'], 'the byte at offset 17'),
+    'rows that are not JSON': ({'a.jsonl': BAD + '{"text": "ok"'}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'rows without text': ({'a.jsonl': BAD + '{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'rows whose text is a number': ({'a.jsonl': BAD + '{"text": 5}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'rows that are lists': ({'a.jsonl': BAD + '["x"]'}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'rows that are strings': ({'a.jsonl': BAD + '"x"'}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'rows with half a character': ({'a.jsonl': BAD + '{"text": "\\ud83d"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'rows without bottom': ({'a.jsonl': BAD + '{"text": ' + '[' * 100_000}, ['--input', 'a.jsonl'], 'a.jsonl, line 3: '),
+    'an unknown tokenizer': ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
+                             '--tokenizer sentencepiece: choose char, byte, bpe, gpt2'),
+    'a folder without tokenizer': ({'f/a.txt': 'abc' * 9}, ['--input', 'f', '--tokenizer', 'f'], 'holds no tokenizer.json'),
+    'a broken tokenizer': ({'f/tokenizer.json': '{"format', 'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'f'],
+                           'tokenizer.json is damaged'),
+    'a vocabulary too small': ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--vocab_size', '300'], '--vocab_size 300: '),
+    'a fraction out of range': ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'],
+                                '--val_fraction 1.0: must be above 0 and below 1'),
+    'no source': ({}, [], 'give either --input PATH... or --dataset NAME'),
+    'two sources': ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--dataset', 'pydoc'], 'give either --input'),
+    'an unknown data set': ({}, ['--dataset', 'pidoc'], '--dataset pidoc: choose one of'),
+    'a mirror without the file': ({}, ['--dataset', 'shakespeare', '--mirror', 'nowhere'], '--mirror URL or FOLDER'),
+    'an unknown flag': ({}, ['--imput', 'a.txt'], 'unknown flag --imput: did you mean --input?'),
+}
+
+
+@pytest.mark.parametrize('name', ERRORS)
+def test_an_error_is_one_sentence_and_leaves_everything_as_it_was(tmp_path, monkeypatch, name):
+    """The message names what is wrong in one line; an old data folder stays, and nothing new appears."""
+    files, flags, says = ERRORS[name]
+    for path, text in files.items():
+        write(tmp_path / path, text)
+    write(tmp_path / 'out/meta.json', 'the old one')
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path), sorted(os.listdir())
+    with pytest.raises((ValueError, OSError)) as error:
+        prepare(Settings(**read_flags([*flags, '--out_dir', 'out'], '', {'flags': Settings})))
+    assert says in str(error.value) and '\n' not in str(error.value), error.value
+    assert (contents(tmp_path), sorted(os.listdir())) == before
+
+
+@pytest.mark.parametrize('name', ['a missing file', 'not UTF-8', 'rows that are not JSON', 'a fraction out of range',
+                                  'no source', 'an unknown flag'])
+def test_an_error_on_the_command_line_is_one_line_and_status_2(tmp_path, name):
+    """No traceback, nothing on standard output, nothing left behind."""
+    files, flags, says = ERRORS[name]
+    for path, text in files.items():
+        write(tmp_path / path, text)
+    before = contents(tmp_path), sorted(os.listdir(tmp_path))
+    result = command('prepare_data.py', *flags, '--out_dir', 'out', cwd=tmp_path, status=2)
+    assert result.stdout == '' and result.stderr.count('\n') == 1, result.stderr
+    assert result.stderr.startswith('prepare_data.py: error: ') and says in result.stderr, result.stderr
+    assert (contents(tmp_path), sorted(os.listdir(tmp_path))) == before
+
+
+def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
+    """Two lines of counts, the next command, and silence on standard error, also with a name in Chinese."""
+    line = '床前明月光，疑是地上霜。\n'
+    write(tmp_path / '诗.txt', line * 30)
+    result = command('prepare_data.py', '--input', '诗.txt', '--tokenizer=char', '--val-fraction', 0.2, cwd=tmp_path,
+                     env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    assert result.stderr == ''
+    train, val, last = result.stdout.splitlines()
+    assert train == 'train: 312 tokens, 312 characters, 24 sentences, 1 document', train
+    assert val == 'val:   79 tokens, 78 characters, 6 sentences, 1 document', val
+    assert last == (f"{os.path.join('data', '诗')}: char tokenizer, vocabulary of {len(set(line)) + 105}. "
+                    'Next: python train.py --dataset 诗'), last
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
+    """`| head` closes the pipe: no traceback, status 0, also where Python buffers what it prints."""
+    write(tmp_path / 'a.txt', 'some words ' * 30)
+    reading, writing = os.pipe()
+    os.close(reading)
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    with os.fdopen(writing, 'w') as closed:
+        result = subprocess.run([sys.executable, str(ROOT / 'prepare_data.py'), '--input', 'a.txt', '--tokenizer', 'byte'],
+                                cwd=tmp_path, env=env, stdout=closed, stderr=subprocess.PIPE, encoding='utf-8', timeout=300)
+    assert (result.returncode, result.stderr) == (0, '')
+
+
+@pytest.mark.parametrize('error, status, says', [
+    (ValueError('n is 3'), 2, 'prepare.py: error: n is 3\n'),
+    (FileNotFoundError('no such thing'), 2, 'prepare.py: error: no such thing\n'),
+    (FileNotFoundError(2, 'No such file', 'a.txt'), 2, 'prepare.py: error: a.txt: No such file\n'),
+    (OSError(28, 'full'), 2, 'prepare.py: error: full\n'),
+    (KeyboardInterrupt(), 130, ''),
+], ids=str)
+def test_run_turns_errors_into_a_line_and_a_status(monkeypatch, capsys, error, status, says):
+    """What the user can mend is a line, Ctrl-C is silent; anything else is a bug and keeps its traceback."""
+    def main(argv):
+        assert argv == ['--x', '1']
+        raise error
+    monkeypatch.setattr(sys, 'argv', ['/somewhere/prepare.py', '--x', '1'])
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run(main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err) == (status, '', says)
+
+
+def test_run_keeps_the_traceback_of_a_bug(monkeypatch):
+    """A KeyError is nobody's slip but ours."""
+    monkeypatch.setattr(sys, 'argv', ['prepare.py'])
+    with pytest.raises(KeyError):
+        prepare_data.run(lambda argv: {}['x'])
+
+# -----------------------------------------------------------------------------
+# Data sets
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """A folder that has one file, and a server on loopback that serves the folder."""
+    data = b'To be, or not to be.\n' * 50
+    write(tmp_path / 'mirror/some/全/plays.txt', data)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            if self.path.endswith('garbage'):
+                self.wfile.write(b'this is not HTTP\r\n\r\n')
+            else:
+                super().do_GET()
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0),
+                                         functools.partial(Quiet, directory=str(tmp_path / 'mirror'))) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield str(tmp_path / 'mirror'), f'http://127.0.0.1:{server.server_port}', data
+        server.shutdown()
+        thread.join()
+
+
+def test_a_mirror_is_a_folder_or_a_server(mirror):
+    """Both give the same bytes, with or without a slash at the end; quoted names are unquoted in a folder."""
+    folder, url, data = mirror
+    for place in (folder, folder + '/', url, url + '/'):
+        assert prepare_data.fetch('some/%E5%85%A8/plays.txt', hashlib.sha256(data).hexdigest(), place) == data
+
+
+def test_a_download_that_is_not_the_expected_file_is_refused(mirror):
+    """The sha256 decides, and the message shows both."""
+    folder, url, data = mirror
+    wrong = hashlib.sha256(b'something else').hexdigest()
+    for place in (folder, url):
+        with pytest.raises(ValueError, match=f'{hashlib.sha256(data).hexdigest()[:12]}.*{wrong[:12]}'):
+            prepare_data.fetch('some/%E5%85%A8/plays.txt', wrong, place)
+
+
+@pytest.mark.parametrize('place', ['nowhere', '{folder}', '{folder}/', '{url}', '{url}/garbage?', 'http://127.0.0.1:9',
+                                   '{url}/with a space', 'http://127.0.0.1:port', 'gopher://127.0.0.1'])
+def test_a_download_that_fails_names_the_mirror_flag(mirror, place):
+    """Offline, missing, malformed: one ValueError that names the address and --mirror."""
+    place = place.format(folder=mirror[0], url=mirror[1])
+    with pytest.raises(ValueError, match='--mirror URL or FOLDER') as error:
+        prepare_data.fetch('garbage' if 'garbage' in place else 'missing.txt', '0' * 64, place)
+    assert str(error.value).startswith(place) and '//missing' not in str(error.value), error.value
+
+
+def test_a_data_set_is_downloaded_and_prepared(tmp_path, monkeypatch, mirror):
+    """shakespeare through --mirror; meta.json names the data set, and the folder keeps no more than its own files."""
+    folder, url, data = mirror
+    monkeypatch.setattr(prepare_data, 'SHAKESPEARE', ('some/%E5%85%A8/plays.txt', hashlib.sha256(data).hexdigest()))
+    for i, place in enumerate((folder, url)):
+        _, meta = prepare(Settings(dataset='shakespeare', mirror=place, tokenizer='byte', out_dir=str(tmp_path / f'out{i}')))
+        assert meta['source'] == 'shakespeare' and meta['sha256'] == hashlib.sha256(data).hexdigest()
+        ids = read(tmp_path / f'out{i}', 'train')[0] + read(tmp_path / f'out{i}', 'val')[0]
+        assert bytes(ids[:-1]) == data and ids[-1] == 256
+
+
+def test_the_real_plays_have_the_expected_sha256(tmp_path, shared):
+    """The published file passes its check and comes back whole, with every character of Shakespeare in the table."""
+    plays = (shared / 'data/tinyshakespeare.txt').read_bytes()
+    write(tmp_path / prepare_data.SHAKESPEARE[0], plays)
+    _, meta = prepare(Settings(dataset='shakespeare', mirror=str(tmp_path), tokenizer='char', out_dir=str(tmp_path / 'out')))
+    assert meta['counts']['train']['characters'] + meta['counts']['val']['characters'] == len(plays) == 1_115_394
+    assert meta['vocab_size'] == 65 + 105 and meta['counts']['val']['characters'] == 111_540, meta
+
+
+def test_poems_become_title_lines_and_a_blank_line(tmp_path, monkeypatch):
+    """All files in order, each poem a title and its lines, poems a blank line apart."""
+    poems = [[{'title': '靜夜思', 'author': '李白', 'paragraphs': ['牀前看月光，疑是地上霜。', '舉頭望山月，低頭思故鄉。']},
+              {'title': '無題', 'paragraphs': []}], [{'title': '春曉', 'paragraphs': ['春眠不覺曉，處處聞啼鳥。']}]]
+    sums = []
+    for i, part in enumerate(poems):
+        data = json.dumps(part, ensure_ascii=i == 0).encode()
+        sums.append(hashlib.sha256(data).hexdigest())
+        write(tmp_path / prepare_data.urllib.parse.unquote(prepare_data.TANG).format(1000 * i), data)
+    monkeypatch.setattr(prepare_data, 'TANG_SHA256', sums)
+    assert prepare_data.tang(str(tmp_path)) == (
+        '靜夜思\n牀前看月光，疑是地上霜。\n舉頭望山月，低頭思故鄉。\n\n無題\n\n春曉\n春眠不覺曉，處處聞啼鳥。\n')
+
+
+MODULE = '''"""Wörter.
+
+two
+    lines
+"""
+raise SystemExit('imported!')
+class Outer(Base):
+    """A class."""
+    class Inner:
+        """Inside."""
+        async def wait(self, *, seconds: float = 1.5) -> None:
+            """Waits."""
+        def silent(self): pass
+def f(x, /, y=(1, 2), *args, **kwargs):
+    """Says f."""
+    def inner():
+        """Nobody can call it."""
+async def g():
+    "Says g."
+def bare(): 1
+'''
+
+
+def test_docstrings_are_those_of_the_module_its_classes_and_functions():
+    """Names, arguments and texts in the order of the source; without documentation, or not Python: nothing."""
+    assert prepare_data.docstrings(os.path.join('pack', 'mod.py'), MODULE.encode()) == (
+        'pack.mod\n\nWörter.\n\ntwo\n    lines\n\nclass Outer\n\nA class.\n\nclass Outer.Inner\n\nInside.\n\n'
+        'Outer.Inner.wait(self, *, seconds: float=1.5)\n\nWaits.\n\nf(x, /, y=(1, 2), *args, **kwargs)\n\nSays f.\n\n'
+        'g()\n\nSays g.\n')
+    assert prepare_data.docstrings(os.path.join('pack', '__init__.py'), b'"""Hi."""') == 'pack\n\nHi.\n'
+    for nothing in (b'', b'x = 1', b'def f(:', b'"""half', b'x = "\x00"', b'\xff\xfe'):
+        assert prepare_data.docstrings('m.py', nothing) == '', nothing
+
+
+def test_a_module_is_named_also_where_it_says_nothing_of_itself():
+    """Its functions may: then the document still begins with the name of the module."""
+    text = prepare_data.docstrings('m.py', b'def f():\n "Says f."')
+    assert text.startswith('m\n') and text.endswith('\nf()\n\nSays f.\n'), text
+
+
+def test_pydoc_is_many_documents_and_imports_nothing():
+    """Every topic of the manual is one, every module with documentation is one, and each is cut by a marker line."""
+    from pydoc_data.topics import topics
+    before = set(sys.modules)
+    text = prepare_data.pydoc()
+    new = {name for name in set(sys.modules) - before if not name.startswith('encodings.')}  # some source is not in UTF-8
+    assert not new, f'imported: {sorted(new)}'
+    documents = text.split('<|endoftext|>\n')
+    assert len(documents) > 300 and len(text) > 1_000_000, f'{len(documents)} documents, {len(text):,} characters'
+    assert all(document.endswith('\n') for document in documents) and '<|endoftext|>' not in ''.join(documents)
+    titles = [document.split('\n')[0] for document in documents]
+    missing = {*topics, 'json', 'json.decoder', 'argparse'} - set(titles)
+    assert not missing, f'not there: {missing}'
+    assert not [title for title in titles if title.startswith(('test.', 'idlelib.', 'site-packages'))]
+    assert titles != sorted(titles), 'in alphabetical order, validation would be of another kind than training'
+
+
+def test_pydoc_does_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
+    """File systems list folders as they like; the text is the same, and says what the files say."""
+    for name in ('os.py', 'a.py', 'b/__init__.py', 'b/c.py', 'b/d.py', 'test/no.py', 'site-packages/no.py',
+                 'b/__pycache__/no.py'):
+        write(tmp_path / name, f'"""I am {name}."""\nraise SystemExit("imported!")\n')
+    write(tmp_path / 'b/notes.txt', '"""I am no module."""')
+    monkeypatch.setattr(os, '__file__', str(tmp_path / 'os.py'))
+    one = prepare_data.pydoc()
+    walk = os.walk
+    monkeypatch.setattr(os, 'walk', lambda top: ((folder, folders, names[::-1]) for folder, folders, names in walk(top)))
+    assert prepare_data.pydoc() == one
+    found = sorted(regex.findall(r'I am (\S+)\.\n', one))
+    assert found == ['a.py', 'b/__init__.py', 'b/c.py', 'b/d.py', 'os.py'], found
+
+# -----------------------------------------------------------------------------
+# Flags
+
+
+@dataclasses.dataclass
+class Flags:
+    max_iters: int = flag(5, 'steps, 100% of them', low=0)
+    rate: float = flag(0.5, 'speed', above=0, below=1)
+    share: float = flag(1.0, 'part', low=0, high=1)
+    wait: float = flag(1.0, 'seconds', low=0)
+    shift: float = flag(0.0, 'without bounds')
+    compile: bool = flag(True, 'faster')
+    color: str = flag('red', 'paint', choices=('red', 'blue'))
+    name: str = flag('', 'anything')
+    texts: list = flag([], 'files')
+    decay: int = flag(None, 'derived', low=1, kind=int)
+
+
+def parsed(*argv):
+    return read_flags(argv, 'About.', {'flags': Flags})
+
+
+@given(st.integers(-10**9, 10**9), st.floats(allow_nan=False), st.text(st.characters(exclude_categories=['Cs'])))
+def test_a_flag_may_be_written_in_three_ways(n, x, text):
+    """A space, an equals sign, dashes in the name: the same value of the same type."""
+    for name in ('--max_iters', '--max-iters'):
+        for argv in ([name, str(n)], [f'{name}={n}']):
+            assert parsed(*argv, f'--rate={x!r}', f'--name={text}') == {'max_iters': n, 'rate': x, 'name': text}, argv
+    assert type(parsed('--rate', '1')['rate']) is float
+
+
+def test_only_flags_that_were_given_are_returned():
+    """Who calls knows the defaults, and must be able to tell them from what was asked for."""
+    assert parsed() == {}
+    assert parsed('--decay', '3', '--texts', 'a', 'b', '--color', 'blue', '--texts=c') == {
+        'decay': 3, 'texts': ['a', 'b', 'c'], 'color': 'blue'}
+    assert Flags().texts is not Flags().texts, 'a list of defaults must not be shared'
+
+
+@pytest.mark.parametrize('word, value', [
+    ('--compile', True), ('--compile=True', True), ('--compile=yes', True), ('--compile=1', True), ('--compile=TRUE', True),
+    ('--no-compile', False), ('--no_compile', False), ('--compile=False', False), ('--compile=no', False),
+    ('--compile=0', False)])
+def test_yes_and_no_have_many_forms(word, value):
+    """--compile, --no-compile, --compile=False, --compile False."""
+    assert parsed(word) == {'compile': value}
+    assert parsed(*word.split('='), '--max_iters', '3') == {'compile': value, 'max_iters': 3}
+
+
+@pytest.mark.parametrize('argv, says', [
+    (['--max_iter', '3'], 'unknown flag --max_iter: did you mean --max_iters?'),
+    (['--rat=3'], 'unknown flag --rat: did you mean --rate?'),
+    (['--zzz'], 'unknown flag --zzz: see --help'),
+    (['--no-zzz'], 'unknown flag --no-zzz: see --help'),
+    (['--max_iters', 'many'], '--max_iters: many is not a whole number'),
+    (['--max_iters', '1e3'], '--max_iters: 1e3 is not a whole number, such as 1000'),
+    (['--max_iters', '2.5'], '--max_iters: 2.5 is not a whole number, such as 2'),
+    (['--max_iters', 'nan'], '--max_iters: nan is not a whole number'),
+    (['--max_iters=inf'], '--max_iters: inf is not a whole number'),
+    (['--max_iters='], '--max_iters:  is not a whole number'),
+    (['--max_iters'], '--max_iters: expected one argument'),
+    (['--rate', 'fast'], '--rate: fast is not a number'),
+    (['--compile', 'maybe'], '--compile: maybe is neither True nor False'),
+    (['--color', 'green'], '--color green: choose one of red, blue'),
+    (['stray'], 'stray belongs to no flag: see --help'),
+    (['--max_iters', '3', '世界'], '世界 belongs to no flag: see --help'),
+])
+def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
+    """One sentence: the flag, the value, the remedy."""
+    with pytest.raises(ValueError) as error:
+        parsed(*argv)
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize('name, good, bad, says', [
+    ('max_iters', [0, 10**9], [-1], 'at least 0'),
+    ('rate', [1e-9, 0.999], [0.0, 1.0, -1.0, float('nan'), float('inf')], 'above 0 and below 1'),
+    ('share', [0.0, 1.0, 1], [-0.1, 1.1, float('nan'), float('-inf'), 10**400], 'at least 0 and at most 1'),
+    ('wait', [0.0, 1e300], [-1e-9, float('nan'), float('inf')], 'at least 0'),
+    ('shift', [-1e300, 0.0], [float('nan'), float('inf'), float('-inf')], 'a finite number'),
+    ('color', ['red', 'blue'], ['green', ''], 'choose one of red, blue'),
+    ('decay', [None, 1], [0], 'at least 1'),
+])
+def test_bounds_name_the_flag_and_the_value(name, good, bad, says):
+    """`low` and `high` are allowed themselves, `above` and `below` are not; nan and infinity never are."""
+    for value in good:
+        prepare_data.check_flags(Flags(**{name: value}))
+    for value in bad:
+        with pytest.raises(ValueError) as error:
+            prepare_data.check_flags(Flags(**{name: value}))
+        assert f'--{name} {value}: ' in str(error.value) and says in str(error.value), error.value
+
+
+def test_help_names_every_flag_and_its_default(tmp_path):
+    """--help exits with 0, shows the header, each flag, each default."""
+    out = command('prepare_data.py', '--help', cwd=tmp_path).stdout
+    assert 'python prepare_data.py --dataset pydoc' in out
+    flat = ' '.join(out.split())
+    for f in dataclasses.fields(Settings):
+        assert f'--{f.name} ' in flat, f'{f.name} is not in --help'
+        assert f.default in ('', dataclasses.MISSING) or f'[{f.default!r}]' in flat, f'{f.name}: no default in --help'
+
+
+def test_progress_is_silent_where_nobody_watches(capsys):
+    """A log file or a pipe gets no live line."""
+    prepare_data.progress('half of it')
+    prepare_data.progress('')
+    assert capsys.readouterr() == ('', '')
+
+
+def test_progress_writes_one_line_over_again_on_a_terminal(monkeypatch, capsys):
+    """Never wider than the terminal, no line end, and an empty text clears it."""
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+    monkeypatch.setenv('COLUMNS', '10')
+    prepare_data.progress('0123456789abc')
+    prepare_data.progress('')
+    assert capsys.readouterr() == ('', '\r012345678\x1b[K\r\x1b[K')
