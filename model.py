@@ -593,7 +593,7 @@ def write_file(path, write):
     Nobody ever sees half a file: write(f) fills a temporary one in the same folder (elsewhere the rename would not be
     one step), it is flushed to the disk, and takes the place of the old one. Raises OSError, the old file untouched.
     """
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as f:
             write(f)

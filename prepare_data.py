@@ -408,9 +408,10 @@ def safe_pieces(texts):
     for text in texts:
         rest += text
         if len(rest) >= BLOCK:
-            cut = next((m.start() for m in (p.search(rest) for p in SAFE_CUT) if m), len(rest))
-            yield rest[:cut]
-            rest = rest[cut:]
+            cut = next((m.start() for m in (p.search(rest) for p in SAFE_CUT) if m), 0)
+            if cut or len(rest) >= 16 * BLOCK:  # solid text: read on for a while, then cut anywhere
+                yield rest[:cut or len(rest)]
+                rest = rest[cut or len(rest):]
     if rest:
         yield rest
 
@@ -594,13 +595,15 @@ def write_text(out_dir, tokenizer, blocks, total, **about):
 
     writers = {split: SplitWriter(out_dir, split, dtype) for split in ('train', 'val')}
     done = 0
-    for split, block, ids, starts in parallel(encode_block, blocks):
-        writers[split].add(ids, starts, block, end_id)
-        done += len(block.text)
-        progress(f"encoding: {done / 1e6:,.1f} of {total / 1e6:,.1f} M characters")
-    progress('')
-    for writer in writers.values():
-        writer.close()
+    try:
+        for split, block, ids, starts in parallel(encode_block, blocks):
+            writers[split].add(ids, starts, block, end_id)
+            done += len(block.text)
+            progress(f"encoding: {done / 1e6:,.1f} of {total / 1e6:,.1f} M characters")
+    finally:
+        progress('')
+        for writer in writers.values():
+            writer.close()
     counts = {split: writer.counts for split, writer in writers.items()}
     for split in counts:
         if counts[split]['tokens'] < 2:
@@ -634,7 +637,8 @@ def new_folder(path):
     an older data folder; on an error nothing is left. Raises ValueError rather than replace anything else.
     """
     path = os.path.realpath(path)  # a link stays a link
-    temporary, old = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.old'
+    temporary, old = f'{path}.tmp', f'{path}.old'
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     if os.path.lexists(path) and not os.path.exists(os.path.join(path, 'meta.json')) and (
             not os.path.isdir(path) or os.listdir(path)):
         raise ValueError(f"--out_dir {path} exists and is not a data folder: choose another name, or move it away")

@@ -57,8 +57,8 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0 or top_k == 1 or top_p == 0:
         return logits.argmax(dim=-1)
-    logits = logits.to(torch.float32 if logits.device.type == 'mps' else torch.float64)  # MPS has no float64
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature            # no overflow, however cold
+    logits = logits.double()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature          # no overflow, however cold
     order = None
     if top_k:
         logits, order = logits.topk(min(top_k, logits.size(-1)))
@@ -96,9 +96,10 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         logits = model.decode(new, cache=cache)                                        # (B, V)
         if forbidden is not None:
             logits = logits.masked_fill(forbidden, -math.inf)
-        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64)
-        uniform = uniform.float() if ids.device.type == 'mps' else uniform
-        token = choose(logits, uniform.to(ids.device), temperature, top_k, top_p)      # (B,)
+        if ids.device.type == 'mps':  # it has no float64
+            logits = logits.cpu()
+        uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64, device=logits.device)
+        token = choose(logits, uniform, temperature, top_k, top_p).to(ids.device)      # (B,)
         if end_id is not None:
             token = token.masked_fill(done, end_id)
             done = done | (token == end_id)

@@ -29,6 +29,7 @@ References:
 
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import math
 import os
@@ -177,9 +178,9 @@ class Data:
 SPLITS = {'train': 0, 'val': 1}
 
 
-def collate(examples, pad_id, device='cpu'):
+def collate(examples, pad_id):
     """
-    A list of examples -> a batch: a dict of tensors on the device. Rows of unequal length are padded on the right, and
+    A list of examples -> a batch: a dict of tensors. Rows of unequal length are padded on the right, and
     `keep` says what is real. The key `about` is for scoring only and stays behind.
     """
     fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE}
@@ -197,10 +198,7 @@ def collate(examples, pad_id, device='cpu'):
             if key == 'ids':
                 batch['keep'] = torch.from_numpy(np.arange(shape[0]) < [[len(e['ids'])] for e in examples])  # (B, T)
         batch[key] = torch.from_numpy(np.stack(rows))
-    if device == 'cpu':
-        return batch
-    pinned = device.startswith('cuda')  # pinned memory lets the copy overlap with work; MPS has none
-    return {key: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for key, t in batch.items()}
+    return batch
 
 
 def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
@@ -209,7 +207,8 @@ def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
     batch = collate(OBJECTIVES[objective](data, range(first, first + n), rng, block_size), pad_id)
     data.check(batch['ids'])
     data.check(batch['targets'])
-    return batch if device == 'cpu' else {key: t.to(device, non_blocking=True) for key, t in batch.items()}
+    pinned = device.startswith('cuda')  # from pinned memory the copy overlaps with work; MPS has none
+    return {key: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for key, t in batch.items()}
 
 # -----------------------------------------------------------------------------
 # Optimization
@@ -246,6 +245,17 @@ def make_optimizers(model, s, device):
 # The machine: precision, compilation, processes
 
 
+def keep_memory():
+    """
+    glibc gives large blocks back to the system as soon as they are free, and every step is handed its activations anew, one
+    zeroed page after the other. Told to keep them, it trains the GPT of the quick start 1.8 times as fast.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: take blocks from the heap, however large
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+
+
 class Machine:
     """Where the training runs, and how: device, precision, and which of several processes this is."""
 
@@ -262,6 +272,8 @@ class Machine:
                                         'nccl' if self.device.startswith('cuda') else 'gloo')
         self.main = self.rank == 0
         self.dtype = getattr(torch, s.dtype if s.dtype != 'auto' else self.best_dtype())
+        if self.device == 'cpu':
+            keep_memory()
         if s.dtype != 'float32' and self.device.startswith('cuda'):
             torch.set_float32_matmul_precision('high')  # TF32 for the products that autocast leaves in float32
         self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.dtype == torch.float16)
@@ -559,8 +571,8 @@ def find_dataset(name, machine):
         if machine.main:
             machine.say("preparing data/pydoc from the documentation of this Python")
             prepare_data.prepare(prepare_data.Settings(dataset='pydoc'))
-        if machine.world > 1:
-            dist.barrier()
+    if machine.world > 1:
+        dist.barrier()  # nobody reads it before it is written
     return folder
 
 
@@ -615,6 +627,7 @@ def start(given):
             s = Settings(**{**recipe, **{key: saved[key] for key in ('preset', 'dataset') if key in saved},
                             **settings_given})
     machine = Machine(s)
+    share(0, s, machine)  # raises where the processes cannot share a step
     folder = find_dataset(s.dataset, machine)
     tokenizer = prepare_data.load_tokenizer(folder)
     data, val = (Data(folder, split, s.seed) for split in SPLITS)
@@ -633,12 +646,12 @@ def start(given):
 
 def set_aside(folder):
     """A new run in an old folder: what the old one left gets another name. Nothing is ever overwritten in silence."""
-    for name in ('ckpt', 'best', 'log'):
-        for suffix in ('.pt', '.csv'):
-            old, new = os.path.join(folder, name + suffix), os.path.join(folder, f'{name}.old{suffix}')
-            if os.path.exists(old):
-                os.replace(old, new)
-                print(f"{old} is of an earlier run: moved to {new}", flush=True)
+    for name in ('ckpt.pt', 'best.pt', 'log.csv'):
+        old, new = os.path.join(folder, name), os.path.join(folder, name.replace('.', '.old.'))
+        if os.path.exists(old):
+            print(f"{old} is of an earlier run: moved to {new}"
+                  + (", in the place of one still older" if os.path.exists(new) else ''), flush=True)
+            os.replace(old, new)
 
 
 def on_signal():

@@ -147,10 +147,10 @@ def test_top_k_1_and_top_p_0_and_temperature_0_are_greedy(logits, draw):
 
 
 @pytest.mark.parametrize('how', [{}, {'top_k': 3}, {'top_p': 0.9}], ids=str)
-@pytest.mark.parametrize('temperature', [1e-300, 1e-50, 1e-8, 1e8, 1e39, 1e300])
+@pytest.mark.parametrize('temperature', [1e-307, 1e-50, 1e-8, 1e9, 1e39, 1e300])
 def test_no_temperature_is_too_cold_or_too_hot(temperature, how):
     """Cold is greedy, hot is even among the allowed; nothing divides 0 by 0, and -inf stays out."""
-    found = probabilities(torch.tensor([-math.inf, 1.0, 3.0, -math.inf, 2.0]), temperature=temperature, **how)
+    found = probabilities(torch.tensor([-math.inf, 10.0, 30.0, -math.inf, 20.0]), temperature=temperature, **how)
     expected = torch.tensor([0, 0, 1, 0, 0] if temperature < 1 else [0, 1 / 3, 1 / 3, 0, 1 / 3])
     assert (found - expected).abs().max() < 2e-4, f'{found} at temperature {temperature}'
 
@@ -525,8 +525,8 @@ def test_a_scored_file_is_read_as_in_training(tmp_path, tokenizer):
 
 
 def talkative(tokenizer):
-    """A model that seldom ends a document."""
-    model = tiny('llama', tokenizer.n_vocab, 16)
+    """A model that seldom ends a document. In training it would drop half of what it knows; the script must not."""
+    model = tiny('llama', tokenizer.n_vocab, 16, dropout=0.5)
     model.output.weight.data *= 2
     model.output.weight.data[tokenizer._special_tokens['<|endoftext|>']] = 0.0
     return model

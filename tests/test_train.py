@@ -250,7 +250,8 @@ def test_torchrun_train_py_is_train_py(data, tmp_path, capsys):
     for name, weight in one['model'].items():
         torch.testing.assert_close(two['model'][name], weight, rtol=1e-3, atol=1e-4, msg=lambda m: f'{name}: {m}')
     said = [re.findall(r'iter 0: loss (.*?),', text) for text in (capsys.readouterr().out, result.stdout)]
-    assert said[0] == said[1] and len(said[0]) == 1, said
+    (alone,), (together,) = said
+    assert float(alone) == pytest.approx(float(together), abs=2e-4), said
     assert result.stdout.count('step 8: train loss') == 1 and '2 processes' in result.stdout, result.stdout
     assert [row[:1] for row in log_rows(tmp_path / 'two')] == [['step'], ['0'], ['8']]
 
@@ -336,9 +337,11 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_to_go_on_from(data, tmp_path):
 def test_an_interrupted_save_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
     """When the disk is full the run ends with an error, and what was saved before is whole."""
     fit(data, tmp_path, max_iters=2)
-    before = (tmp_path / 'ckpt.pt').read_bytes()
+    before, write = (tmp_path / 'ckpt.pt').read_bytes(), torch.save
 
     def full(checkpoint, f):
+        if 'ckpt' not in f.name:  # best.pt still found room
+            return write(checkpoint, f)
         f.write(b'half a')
         raise OSError(28, 'No space left on device')
 
@@ -893,8 +896,9 @@ def test_target_loss_is_confirmed_on_the_whole_split(data, tmp_path, monkeypatch
     assert 'target loss 0.02 not reached: best validation loss' in capsys.readouterr().out
 
 
-def test_eval_only_prints_one_line_and_writes_nothing(data, tmp_path, capsys):
+def test_eval_only_prints_one_line_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
     """`val loss 1.8980, perplexity 6.67, bits per byte 2.738`: of best.pt, over the whole split."""
+    monkeypatch.chdir(tmp_path)
     fit(data, tmp_path / 'out', eval_interval=4)
     machine, val = train.Machine(train.Settings(device='cpu', dtype='float32')), train.Data(data, 'val')
     scores = train.evaluate(models.load(str(tmp_path / 'out' / 'best.pt'))[0], val, machine)
@@ -1087,15 +1091,21 @@ def test_flags_may_be_written_in_any_common_way(data, tmp_path, capsys):
     assert (a['settings']['learning_rate'], a['settings']['compile'], a['config']['dropout']) == (1.0, False, 0.0)
 
 
-@pytest.mark.parametrize('moment', ['compiling', 'first call'])
+@pytest.mark.parametrize('moment', ['compiling', 'first call', 'end of the first backward'])
 def test_torch_compile_that_fails_is_one_warning(data, tmp_path, monkeypatch, moment):
     """Without a C compiler, say, training goes on without it, and ends like one that never asked for it."""
+    def fail():
+        raise RuntimeError('no compiler found\nand more lines')
+
     def broken(model):
         if moment == 'compiling':
-            raise RuntimeError('no compiler found\nand more lines')
+            fail()
 
         def call(**batch):
-            raise RuntimeError('no compiler found\nand more lines')
+            if moment == 'first call':
+                fail()
+            loss = model(**batch)[1]
+            return None, types.SimpleNamespace(backward=lambda: (loss.backward(), fail()))  # gradients stay behind
         return call
 
     monkeypatch.setattr(torch, 'compile', broken)
