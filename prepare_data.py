@@ -38,6 +38,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -69,6 +70,10 @@ def flag(default, help, choices=None, low=None, high=None, above=None, below=Non
     return dataclasses.field(default=default, metadata=rules)
 
 
+LIMITS = {'low': ('at least', operator.ge), 'above': ('above', operator.gt), 'high': ('at most', operator.le),
+          'below': ('below', operator.lt)}
+
+
 def check_flags(settings):
     """Raise ValueError for the first field of a dataclass of flags whose value breaks its rules."""
     for f in dataclasses.fields(settings):
@@ -76,14 +81,11 @@ def check_flags(settings):
         if rules['choices'] and value not in rules['choices']:
             raise ValueError(f"--{f.name} {value}: choose one of {', '.join(map(str, rules['choices']))}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            limits = [f"{text} {rules[name]}" for name, text in (('low', 'at least'), ('above', 'above'),
-                      ('high', 'at most'), ('below', 'below')) if rules[name] is not None]
-            fits = ((isinstance(value, int) or math.isfinite(value)) and (rules['low'] is None or value >= rules['low'])
-                    and (rules['high'] is None or value <= rules['high'])
-                    and (rules['above'] is None or value > rules['above'])
-                    and (rules['below'] is None or value < rules['below']))
-            if not fits:
-                raise ValueError(f"--{f.name} {value}: must be {' and '.join(limits) or 'a finite number'}")
+            finite = isinstance(value, int) or math.isfinite(value)
+            limits = {f'{text} {rules[name]}': holds(value, rules[name])
+                      for name, (text, holds) in LIMITS.items() if rules[name] is not None}
+            if not finite or not all(limits.values()):
+                raise ValueError(f"--{f.name} {value}: must be " + ' and '.join([*['finite'][finite:], *limits]))
 
 
 def parse_value(kind, text):
