@@ -17,9 +17,10 @@ The models are one set of parts; a row of this table fixes the choices (PRESETS 
     palm      the past   LayerNorm, before both  rotary      SwiGLU        one key/value   tied, x 1/sqrt(C)
     llama     the past   RMSNorm, before         rotary      SwiGLU        G key/value     its own
     nano      the past   RMSNorm, also on q, k   rotary      ReLU squared  H               its own, zero at first, capped
+                         [12]                                [11]                          [13]
     lstm      a running state, no attention at all: what came before them
 
-Shapes stand in comments where they change, in these letters and no others:
+Shapes stand in comments where they change, in these letters:
 
     B batch    T query positions    S key/source positions    C channels (n_embd)
     H heads    G key/value heads    D channels per head       V vocabulary
@@ -33,6 +34,11 @@ References, cited by number:
     [6] Shazeer 2020, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202
     [7] Ainslie et al. 2023, GQA: grouped key/value heads, https://arxiv.org/abs/2305.13245
     [8] Hochreiter and Schmidhuber 1997, Long Short-Term Memory
+    [9] Ba et al. 2016, Layer Normalization, https://arxiv.org/abs/1607.06450
+    [10] Zhang and Sennrich 2019, Root Mean Square Layer Normalization, https://arxiv.org/abs/1910.07467
+    [11] So et al. 2021, Primer (ReLU squared), https://arxiv.org/abs/2109.08668
+    [12] Henry et al. 2020, Query-Key Normalization, https://arxiv.org/abs/2010.04245
+    [13] Gemma Team 2024, Gemma 2 (capped logits), https://arxiv.org/abs/2408.00118
 """
 
 import dataclasses
@@ -45,7 +51,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-IGNORE = -100  # a target with this value is not asked: padding, unmasked tokens, later pieces of a word
+IGNORE = -100  # a target with this value does not count in the loss; all others are `asked`
 
 # -----------------------------------------------------------------------------
 # What can be chosen. A checkpoint carries its Config, so a model can always be rebuilt from its file.
@@ -70,7 +76,7 @@ class Config:
     head_dim: int = choice(0, 'channels per head, D; 0: n_embd / n_head')
     mlp_dim: int = choice(0, 'width inside the MLP; 0: 4 * n_embd')
     # what a block does
-    norm: str = choice('layernorm', 'how a vector is brought to unit size', 'layernorm', 'rmsnorm')
+    norm: str = choice('layernorm', 'how the size of a vector is normalised', 'layernorm', 'rmsnorm')
     norm_eps: float = choice(1e-5, 'added to the variance before its root is taken')
     norm_weight: bool = choice(True, 'norms scale each channel by a learned weight')
     norm_first: bool = choice(True, 'True: x + f(norm(x)); False: norm(x + f(x)), as in 2017')
@@ -80,7 +86,7 @@ class Config:
     bias: bool = choice(True, 'biases in the linear layers and in LayerNorm')
     # how tokens come in and go out
     positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'none')
-    rope_theta: float = choice(10000.0, 'rotary: the slowest hand turns once in 2 pi rope_theta positions')
+    rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
     scale_output: bool = choice(False, 'multiply what the output layer reads by 1/sqrt(C)')
     tied: bool = choice(True, 'the output layer is the embedding matrix')
@@ -110,7 +116,7 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
         if not 0 <= self.logit_cap < math.inf:
             raise ValueError(f"logit_cap={self.logit_cap} must be 0 or a number above it")
-        if not self.head_dim and self.n_embd % self.n_head:
+        if self.arch != 'lstm' and not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: change one of them")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
@@ -134,7 +140,7 @@ PRESETS = {
     'palm': Config(norm='layernorm', parallel=True, positions='rotary', activation='swiglu', n_kv_head=1, bias=False,
                    scale_output=True, init='fan_in'),
     'llama': Config(norm='rmsnorm', norm_eps=1e-6, positions='rotary', activation='swiglu', n_kv_head=2, mlp_dim=344,
-                    bias=False, tied=False, init='normal'),
+                    bias=False, tied=False, init='normal'),  # 344: 2/3 of 4C; G < H came with Llama 2
     'nano': Config(norm='rmsnorm', norm_eps=1e-6, norm_weight=False, qk_norm=True, positions='rotary',
                    activation='relu2', bias=False, tied=False, logit_cap=15.0, init='zero'),
     'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='normal'),
@@ -162,15 +168,16 @@ def sinusoids(length, channels):
 
 
 def rotary_angles(length, channels, theta):
-    """How far each pair of channels has turned at each position: section 3.2 of [5]. Returns (T, D/2), in radians."""
+    """How far each pair of channels has turned at each position, in radians: section 3.2 of [5]. Returns (T, D/2)."""
     speed = theta ** (-torch.arange(0, channels, 2) / channels)                        # (D/2,)
     return torch.arange(length)[:, None] * speed
 
 
 def rotate(x, cos, sin):
     """
-    Turn each pair of channels of x (B, H, T, D) by the angle of its position; the two of a pair lie half a head apart.
-    A query and a key that are turned both, have a product that depends only on how far apart they stand.
+    Turn each pair of channels of x (B, H, T, D) by the angle of its position. The product of a turned query and a turned
+    key depends only on how far apart they stand. The two of a pair lie half a head apart, as in LLaMA's code; the paper
+    pairs neighbours, which is the same up to the order of channels.
     """
     a, b = x.chunk(2, dim=-1)                                                          # 2 x (B, H, T, D/2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
@@ -224,10 +231,27 @@ def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0):
 
 
 def make_norm(config, channels):
-    """Bring a vector to unit size: section 3.1 of [1] (LayerNorm), or without the mean (RMSNorm)."""
+    """
+    LayerNorm [9]: (x - mean) / sqrt(var + eps) * w + b, over the channels of one position.
+    RMSNorm [10]:  x / sqrt(mean of x² + eps) * w.
+    """
     if config.norm == 'layernorm':
         return nn.LayerNorm(channels, config.norm_eps, elementwise_affine=config.norm_weight, bias=config.bias)
     return nn.RMSNorm(channels, config.norm_eps, elementwise_affine=config.norm_weight)
+
+
+def remember(cache, k, v):
+    """Write the newest keys and values (B, G, T, D) behind the old ones; returns views of all, (B, G, S, D)."""
+    past, total = cache.get('length', 0), cache.get('length', 0) + k.size(2)
+    for name, new in (('k', k), ('v', v)):
+        if name not in cache or cache[name].size(2) < total:  # no room: twice as much, so copies stay rare
+            room = new.new_empty(*new.shape[:2], max(2 * past, total, 64), new.size(3))
+            if past:
+                room[:, :, :past] = cache[name][:, :, :past]
+            cache[name] = room
+        cache[name][:, :, past:total] = new
+    cache['length'] = total
+    return cache['k'][:, :, :total], cache['v'][:, :, :total]
 
 
 class Attention(nn.Module):
@@ -277,20 +301,6 @@ class Attention(nn.Module):
         y = attention(q, k, v, mask, causal, dropout=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).flatten(2))                                 # heads side by side
 
-
-def remember(cache, k, v):
-    """Write the newest keys and values (B, G, T, D) behind the old ones; returns views of all, (B, G, S, D)."""
-    past, total = cache.get('length', 0), cache.get('length', 0) + k.size(2)
-    for name, new in (('k', k), ('v', v)):
-        if name not in cache or cache[name].size(2) < total:  # no room: twice as much, so copies stay rare
-            room = new.new_empty(*new.shape[:2], max(2 * past, total, 64), new.size(3))
-            if past:
-                room[:, :, :past] = cache[name][:, :, :past]
-            cache[name] = room
-        cache[name][:, :, past:total] = new
-    cache['length'] = total
-    return cache['k'][:, :, :total], cache['v'][:, :, :total]
-
 # -----------------------------------------------------------------------------
 # Blocks
 
@@ -316,7 +326,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(inner, config.n_embd, config.bias)
 
     def forward(self, x):
-        h = self.fc(x)                                                                 # (B, T, C) -> (B, T, 4C)
+        h = self.fc(x)                                                                 # (B, T, inner), twice that if gated
         if self.gated:
             h, gate = h.chunk(2, dim=-1)
             return self.proj(self.act(h) * gate)
@@ -385,6 +395,17 @@ class Embedding(nn.Module):
         return self.drop(x)
 
 
+def never_blind(keep, visible=None):
+    """
+    keep (B, S) -> a mask (B, 1, 1 or T, S). A query with nothing to see (all padding) would divide 0 by 0, and its NaN
+    would reach every gradient: it may see everything instead. Nobody reads its answer.
+    """
+    if keep is None:
+        return None
+    mask = keep[:, None, None, :] if visible is None else keep[:, None, None, :] & visible
+    return mask | ~mask.any(dim=-1, keepdim=True)
+
+
 class Stack(nn.Module):
     """
     An embedding and n_layer blocks. causal=True: a decoder, where a token sees itself and the past (all of GPT).
@@ -451,17 +472,6 @@ class Stack(nn.Module):
             mask = triangle if mask is None else never_blind(keep, triangle)
         return mask
 
-
-def never_blind(keep, visible=None):
-    """
-    keep (B, S) -> a mask (B, 1, 1 or T, S). A query with nothing to see (all padding) would divide 0 by 0, and its NaN
-    would reach every gradient: it may see everything instead. Nobody reads its answer.
-    """
-    if keep is None:
-        return None
-    mask = keep[:, None, None, :] if visible is None else keep[:, None, None, :] & visible
-    return mask | ~mask.any(dim=-1, keepdim=True)
-
 # -----------------------------------------------------------------------------
 # Models. Each maps a batch, given as keyword arguments, to (logits, loss).
 
@@ -478,9 +488,11 @@ def cross_entropy(logits, targets, count=None):
 
 def init_weights(model, config):
     """
-    gpt2     N(0, 0.02); the layers that write to the residual stream smaller, 0.02 / sqrt(2 layers): section 2.3 of [2]
-    normal   N(0, 0.02) everywhere (BERT, LLaMA)
-    fan_in   N(0, 1/sqrt(inputs)), and embeddings N(0, 1): section 5 of [3]. What enters and leaves a layer has size 1
+    Weights start as normal draws around 0, with these standard deviations:
+
+    gpt2     0.02; in the layers that write to the residual stream 0.02 / sqrt(2 n_layer): section 2.3 of [2]
+    normal   0.02 everywhere (BERT, LLaMA)
+    fan_in   1 / sqrt(inputs), and 1 in embeddings as they enter the stream: section 5 of [3]
     zero     fan_in, with zeros where a layer writes to the stream or to the logits: every block starts as "do nothing"
     """
     for name, p in model.named_parameters():
@@ -547,11 +559,12 @@ class GPT(nn.Module):
 class LSTM(GPT):
     """
     What language models were before [8]: a state of fixed size walks over the text, and all of the past has to fit in
-    it. The same questions, the same answers, another `hidden`.
+    it. Gates i, f, o = sigmoid and g = tanh of W x_t + U h_(t-1) + b; state c_t = f c_(t-1) + i g; output h_t = o tanh(c_t).
+    The same questions and answers as in GPT, another `hidden`.
     """
 
     def __init__(self, config):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # GPT's own would build a decoder
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.lstm = nn.LSTM(config.n_embd, config.n_embd, config.n_layer, batch_first=True,
@@ -641,7 +654,7 @@ def load(path, device='cpu', **changes):
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
             raise ValueError(f"{path} does not fit its own configuration: {name} should be a tensor of shape {shape}, and "
                              f"is {tuple(found.shape) if isinstance(found, torch.Tensor) else 'missing'}")
-        weights[name] = found[:len(p)] if shape else found  # a shorter block_size forgets the far positions
+        weights[name] = found[:len(p)]  # a shorter block_size forgets the far positions
     if unknown := [name for name in weights if name not in expected]:
         raise ValueError(f"{path} does not fit its own configuration: {unknown[0]!r} is not part of the model")
     model.load_state_dict(weights)
@@ -667,7 +680,7 @@ def read_checkpoint(path, device='cpu'):
 def optimizer_groups(model, weight_decay):
     """
     The trainable weights in three groups, each weight in one: `matrices` (inside the blocks), `embeddings` (also the
-    output layer: one row a token), `vectors` (biases, norms). Vectors do not decay: there is nothing to keep small.
+    output layer: one row a token), `vectors` (biases, norms). Vectors do not decay: they are few and do not overfit.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, Output))}
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}

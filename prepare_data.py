@@ -4,7 +4,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     data/NAME/meta.json             what it is: task, vocabulary, counts, source and its sha256
     data/NAME/tokenizer.json        how text becomes ids and back
     data/NAME/train.bin, val.bin    one long row of ids (uint16 or uint32); a document ends in <|endoftext|>
-    data/NAME/train.sentences.npy   (sentences, 2) int64: the first token and the document of every sentence
+    data/NAME/*.sentences.npy       (sentences, 2) int64: the first token and the document of every sentence
+    data/NAME/source.txt            the text of a built-in data set
 
     python prepare_data.py --dataset pydoc                    Python's own documentation, offline
     python prepare_data.py --input book.txt notes/            your text: files, folders, JSONL with a `text` field
@@ -14,7 +15,7 @@ one line, the progress line.
 
     flag, read_flags, run, progress     the command line
     tokenizers                          char, byte, bpe, gpt2: each is a tiktoken.Encoding
-    blocks, documents, sentences        text from files, a piece at a time: memory does not grow with the corpus
+    read_documents, sentences           text from files, a piece at a time: memory does not grow with the corpus
     write_text                          the folder
     pydoc, shakespeare, tang            the built-in data sets
 
@@ -79,7 +80,7 @@ def check_flags(settings):
     for f in dataclasses.fields(settings):
         value, rules = getattr(settings, f.name), f.metadata
         if rules['choices'] and value not in rules['choices']:
-            raise ValueError(f"--{f.name} {value}: choose one of {', '.join(map(str, rules['choices']))}")
+            raise ValueError(f"--{f.name} {value}: choose one of {', '.join(filter(None, rules['choices']))}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             finite = isinstance(value, int) or math.isfinite(value)
             limits = {f'{text} {rules[name]}': holds(value, rules[name])
@@ -110,9 +111,23 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix('argument '))
 
 
+def spell(word, known):
+    """--max-iters=10 -> --max_iters=10, --no-tied -> --tied=False. Raises ValueError at a flag that is not in `known`."""
+    name, equals, value = word.partition('=')
+    if not name.startswith('--') or name in ('--', '--help'):
+        return word
+    plain = name[2:].replace('-', '_')
+    if plain in known:
+        return f'--{plain}{equals}{value}'
+    if plain.startswith('no_') and known.get(plain[3:]) is bool and not equals:
+        return f'--{plain[3:]}=False'
+    near = difflib.get_close_matches(plain, known, n=1)
+    raise ValueError(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "see --help"))
+
+
 def read_flags(argv, description, groups):
     """
-    argv -> {name: value} of the flags that were given, and no others: who calls knows the defaults. groups: {title:
+    argv -> {name: value} of the flags that were given, and no others: the caller knows the defaults. groups: {title:
     dataclass}. Raises ValueError naming the flag that is unknown, or its value.
     """
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -122,9 +137,9 @@ def read_flags(argv, description, groups):
     for title, cls in groups.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            known[f.name] = f
             default = None if f.default is dataclasses.MISSING else f.default
             kind, choices = f.metadata.get('kind') or type(default), f.metadata.get('choices')
+            known[f.name] = kind
             about = f.metadata['help'] + (f": {' | '.join(filter(None, choices))}" if choices else '')
             about = (about if default in (None, '') else f'{about} [{default!r}]').replace('%', '%%')
             if kind is bool:
@@ -135,25 +150,9 @@ def read_flags(argv, description, groups):
             else:
                 group.add_argument(f'--{f.name}', type=lambda text, kind=kind: parse_value(kind, text), help=about,
                                    metavar=kind.__name__.upper())
-    words = []
-    for word in argv:
-        name, equals, value = word.partition('=')
-        plain = name[2:].replace('-', '_') if name.startswith('--') else ''
-        if plain.removeprefix('no_') in known and plain not in known and not equals:
-            word = f"--{plain.removeprefix('no_')}=False"
-        elif plain in known:
-            word = f'--{plain}{equals}{value}'
-        elif plain and plain != 'help':
-            near = difflib.get_close_matches(plain, known, n=1)
-            raise ValueError(f"unknown flag {name}: " + (f"did you mean --{near[0]}?" if near else "see --help"))
-        words.append(word)
-    given, extra = parser.parse_known_args(words)
+    given, extra = parser.parse_known_args([spell(word, known) for word in argv])
     if extra:
         raise ValueError(f"{extra[0]} belongs to no flag: see --help")
-    for name, value in vars(given).items():
-        choices = known[name].metadata.get('choices')
-        if choices and value not in choices:
-            raise ValueError(f"--{name} {value}: choose one of {', '.join(map(str, choices))}")
     return vars(given)
 
 
@@ -199,7 +198,7 @@ FORMAT = 'plainformer tokenizer 1'
 
 
 def make_tokenizer(name, pattern, ranks, specials=None):
-    """ranks {bytes: id}; the special tokens that `specials` {text: id} lacks get the ids behind all others."""
+    """ranks {bytes: id}; the special tokens that `specials` {text: id} lacks get the ids after all others."""
     specials = dict(specials or {})
     for text in SPECIALS:
         specials.setdefault(text, len(ranks) + len(specials))
@@ -217,7 +216,7 @@ def byte_tokenizer():
 
 
 def gpt2_tokenizer():
-    """GPT-2's, with our special tokens behind its own 50,257. Raises ValueError where it cannot be had."""
+    """GPT-2's, with our special tokens after its own 50,257. Raises ValueError where it cannot be had."""
     try:
         base = tiktoken.get_encoding('gpt2')
     except Exception as e:  # whatever the network layer raises
@@ -350,7 +349,7 @@ def encode(tokenizer, text):
 # Text from files, a block at a time. A block ends where no tokenizer would put a piece across.
 
 BLOCK = 1 << 20                                    # characters read at once
-# The pattern of bpe never joins anything with the white space behind it. Best after a line, else before white space.
+# No piece of the bpe pattern goes on into the white space that follows it, so cut there: best after a line end.
 SAFE_CUT = [regex.compile(r'(?r)(?<=\S\n)(?=\S)'), regex.compile(r'(?r)(?<=\S)(?<!<\|endoftext\|>)(?=\s)')]
 MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on a line of its own it begins a new document
 BLANK = re.compile(r'\n[^\S\n]*\n')
@@ -523,7 +522,7 @@ def sentences(block):
 
 
 def parallel(function, items):
-    """map(function, items) on all cores, in order, without reading ahead of what is wanted. tiktoken frees the cores."""
+    """map(function, items) on all cores, in order, at most one item a core ahead. tiktoken releases Python's lock."""
     n = os.cpu_count() or 1
     with ThreadPoolExecutor(n) as pool:
         waiting = collections.deque()
@@ -547,11 +546,10 @@ class SplitWriter:
         self.write_header()
 
     def write_header(self):
-        """The header of an .npy file: its length does not depend on the number of rows, so it can be written again."""
-        shape = (self.counts['sentences'], 2)
-        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b'\n'
+        """The header of an .npy file: 128 bytes however many rows there are, so it can be written again at the end."""
         self.table.seek(0)
-        self.table.write(b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header)
+        np.lib.format.write_array_header_1_0(self.table, {'descr': '<i8', 'fortran_order': False,
+                                                          'shape': (self.counts['sentences'], 2)})
 
     def add(self, ids, starts, block, end_id):
         c = self.counts
@@ -641,12 +639,15 @@ def new_folder(path):
     path = os.path.realpath(path)  # a link stays a link
     temporary, old = f'{path}.tmp', f'{path}.old'
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    if os.path.lexists(path) and not os.path.exists(os.path.join(path, 'meta.json')) and (
-            not os.path.isdir(path) or os.listdir(path)):
-        raise ValueError(f"--out_dir {path} exists and is not a data folder: choose another name, or move it away")
+    ours = {'meta.json', 'tokenizer.json', 'source.txt'} | {
+        f'{split}.{end}' for split in ('train', 'val') for end in ('bin', 'sentences.npy', 'jsonl')}
+    if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - ours):
+        raise ValueError(f"--out_dir {path} exists and is not a data folder, or holds files of yours: choose another name, "
+                         "or move it away")
     os.makedirs(temporary)
     try:
         yield temporary
+        shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(path):
             os.rename(path, old)
         try:

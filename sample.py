@@ -3,7 +3,7 @@ Ask a trained model. A GPT goes on writing:
 
     python sample.py --start "The import statement"
     python sample.py --start FILE:poem.txt --num_samples 3 --temperature 0.9 --top_p 0.95 --seed 1
-    echo "To be" | python sample.py --start - --stream
+    printf "To be" | python sample.py --start - --stream
 
 On standard output stands the text and nothing else; several samples are separated by a line of three dashes. A model
 sees at most block_size tokens: when its window is full it forgets the older half and goes on. Writing ends after
@@ -66,8 +66,7 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         logits, order = logits.sort(dim=-1, descending=True, stable=True)
     p = logits.softmax(dim=-1)
     if top_p < 1:
-        before = p.cumsum(dim=-1) - p  # what the better ones have together
-        before[:, 0] = -1.0
+        before = p.cumsum(dim=-1) - p  # what the better ones have together: nothing before the best
         p = p * (before < top_p)
     reached = p.cumsum(dim=-1)
     at = (reached > uniform[:, None].to(p) * reached[:, -1:]).int().argmax(dim=-1)     # the first that passes the draw
@@ -156,8 +155,8 @@ def forbidden_tokens(tokenizer, vocab_size):
 
 def write(model, tokenizer, prompt, settings, first_row=0, rows=1):
     """
-    Continue the text `prompt` in `rows` samples: yields (row, text) as text becomes certain. A model that wrote from an
-    empty prompt starts a document. Raises ValueError where the tokenizer cannot encode the prompt.
+    Continue the text `prompt` in `rows` samples: yields (row, text) as text becomes certain. An empty prompt
+    starts a new document. Raises ValueError where the tokenizer cannot encode the prompt.
     """
     end_id = tokenizer._special_tokens['<|endoftext|>']
     device = next(model.parameters()).device
@@ -213,6 +212,12 @@ def text_scores(nats, predictions, text_bytes):
     return {'loss': loss, 'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': nats / math.log(2) / max(1, text_bytes)}
 
 
+def format_scores(scores):
+    """loss 1.8980, perplexity 6.67, bits per byte 2.738"""
+    return (f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f}, "
+            f"bits per byte {scores['bits_per_byte']:.3f}")
+
+
 def score_file(model, tokenizer, path):
     """Score a text file as prepare_data.py reads it: documents end in <|endoftext|>."""
     ids, size, end_id = [], 0, tokenizer._special_tokens['<|endoftext|>']
@@ -239,7 +244,7 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 @dataclass
 class Settings:
     """The flags of this script."""
-    start: str = flag('\n', 'what to continue: a text, FILE:path, or - for standard input; "" starts a document')
+    start: str = flag('', 'what to continue: a text, FILE:path, or - for standard input; nothing: a new document')
     out_dir: str = flag('out', 'the folder that train.py wrote')
     init_from: str = flag('', 'a checkpoint or folder to use instead of out_dir')
     num_samples: int = flag(1, 'how many texts', low=1)
@@ -253,7 +258,7 @@ class Settings:
     score: str = flag('', 'a file to score instead of writing: loss, perplexity, bits per byte')
     json: bool = flag(False, 'print JSON objects, one a line')
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
-    dtype: str = flag('auto', 'of the weights; auto: bfloat16 on a GPU that has it, else float32',
+    dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU that has it, else float32',
                       choices=('auto', *DTYPES))
 
     def __post_init__(self):
@@ -265,7 +270,7 @@ def find_device(name):
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
         return next(device for device in there if there[device])
-    if not there[name.split(':')[0]]:
+    if not there[name]:
         raise ValueError(f"--device {name}: this machine or this torch has none: use --device auto")
     return name
 
@@ -326,19 +331,13 @@ def main(argv):
     if not checkpoint.get('tokenizer'):
         raise ValueError(f"{settings.init_from or settings.out_dir} has no tokenizer: it cannot read or write text")
     tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
-    half = settings.dtype == 'auto' and device == 'cuda' and torch.cuda.is_bf16_supported()
-    model = model.to(torch.bfloat16 if half else DTYPES.get(settings.dtype, torch.float32)).eval()
+    half = device == 'cuda' and not settings.score and torch.cuda.is_bf16_supported(including_emulation=False)
+    model = model.to(DTYPES.get(settings.dtype, torch.bfloat16 if half else torch.float32)).eval()
     if settings.score:
         scores = score_file(model, tokenizer, settings.score)
         print(json.dumps(scores) if settings.json else format_scores(scores))
     else:
         print_texts(model, tokenizer, prompt, settings)
-
-
-def format_scores(scores):
-    """loss 1.8980, perplexity 6.67, bits per byte 2.738"""
-    return (f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f}, "
-            f"bits per byte {scores['bits_per_byte']:.3f}")
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@ Train any model of model.py with one loop.
 
     python train.py                                           a small GPT on Python's documentation, about a minute
     python train.py --dataset shakespeare --preset nano       another text, another row of the table
-    python train.py --init_from resume --max_iters 2000       go on, bit for bit as if never stopped
+    python train.py --init_from resume                        go on, bit for bit as if never stopped
     torchrun --nproc_per_node=4 train.py --gradient_accumulation_steps 4
 
 The data flow, and all that the loop knows of a task:
@@ -99,14 +99,17 @@ class Settings:
 # Good values where they differ from the defaults: first by what is trained, then by preset.
 RECIPES = {
     'pretrain': {
-        'nano': dict(optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03, min_lr=0.0, warmup_iters=0,
-                     lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95, grad_clip=0.0, batch_size=24),
+        'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95, batch_size=12,
+                          gradient_accumulation_steps=40, eval_interval=2000, eval_iters=200),
+        'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03,
+                     min_lr=0.0, warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
+                     grad_clip=0.0),
     },
 }
 
 # -----------------------------------------------------------------------------
 # Objectives: what is shown, and what is asked? Each is a function of (data, rows, rng, block_size) to a list of examples.
-# rows are the numbers of the examples since the first step; rng serves what is drawn anew each time.
+# rows: running numbers of the examples, counted from the first step; rng: for objectives that draw anew each time.
 
 
 def causal_lm(data, rows, rng, block_size):
@@ -128,6 +131,9 @@ OBJECTIVES = {'causal_lm': causal_lm}
 
 # -----------------------------------------------------------------------------
 # Data
+
+
+SPLITS = {'train': 0, 'val': 1}
 
 
 class Data:
@@ -167,15 +173,11 @@ class Data:
             starts.append(int(self.offset + self.order[k] * block_size))
         return starts
 
-
     def check(self, ids):
         """Raise ValueError where an id is beyond the vocabulary: on a GPU it would end everything without a word."""
         if (highest := int(ids.max())) >= self.vocab_size:
             raise ValueError(f"{self.folder}/{self.split}.bin holds the id {highest}, but its vocabulary has only "
                              f"{self.vocab_size}: prepare the data again")
-
-
-SPLITS = {'train': 0, 'val': 1}
 
 
 def collate(examples, pad_id):
@@ -215,7 +217,7 @@ def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
 
 
 def learning_rate(step, s):
-    """Up in a straight line for warmup_iters, then down to min_lr at lr_decay_iters, then level."""
+    """Up in a straight line for warmup_iters, then down to min_lr at lr_decay_iters (not with `constant`), then level."""
     low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
     end = s.lr_decay_iters or s.max_iters
     if step < s.warmup_iters:
@@ -284,13 +286,12 @@ class Machine:
             return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
         if self.device == 'cpu' and torch.backends.mkldnn.is_available():
             # Measured with AVX512-BF16: a step takes 0.5 of the time of float32 at 4 x 128, 0.3 at 6 x 384.
-            good = getattr(torch.cpu, '_is_avx512_bf16_supported', None) or (lambda: False)
-            amx = getattr(torch.cpu, '_is_amx_tile_supported', None) or (lambda: False)
-            return 'bfloat16' if good() or amx() else 'float32'
+            names = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+            return 'bfloat16' if any(getattr(torch.cpu, name, bool)() for name in names) else 'float32'
         return 'float32'
 
     def precision(self):
-        """Inside it, products are computed in self.dtype, and what needs care (norms, softmax, loss) in float32 [2]."""
+        """Inside it, products are computed in self.dtype; the residual stream, its norms and the loss in float32 [2]."""
         return torch.autocast(self.device.split(':')[0], self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, *values):
@@ -301,10 +302,10 @@ class Machine:
         dist.all_reduce(total)
         return total.tolist()
 
-    def say(self, text, **kwargs):
+    def say(self, text):
         if self.main:
             progress('')
-            print(text, flush=True, **kwargs)
+            print(text, flush=True)
 
 
 def compiled(model, batch, machine, wanted):
@@ -314,7 +315,7 @@ def compiled(model, batch, machine, wanted):
     try:
         fast = torch.compile(model)
         with machine.precision():
-            fast(**batch)[1].backward()  # compilation happens here: the first call
+            fast(**batch, counts={'targets': 1})[1].backward()  # compilation happens here: the first call
         model.zero_grad(set_to_none=True)
         return fast
     except Exception as e:  # a missing C compiler, an unsupported GPU, ...
@@ -382,7 +383,7 @@ def gradient(step, model, wrapped, data, s, machine, pad_id):
         # DDP adds the gradients of all processes in the last backward; it decides that in the forward, so both must
         # lie inside no_sync. It takes the mean, we want the sum.
         last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or wrapped is model or machine.world == 1 else wrapped.no_sync():
+        with contextlib.nullcontext() if last or machine.world == 1 else wrapped.no_sync():
             with machine.precision():
                 _, loss = wrapped(**batch, counts=counts)
             machine.scaler.scale(loss * machine.world).backward()
@@ -390,6 +391,56 @@ def gradient(step, model, wrapped, data, s, machine, pad_id):
     if machine.world > 1:
         dist.all_reduce(total)
     return total
+
+
+def print_sample(model, tokenizer, s):
+    """A few words of what the model would write now, so that one can watch it learn."""
+    if not s.sample_tokens:
+        return
+    settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
+    was_training = model.training
+    model.eval()
+    text = ''.join(text for _, text in sample.write(model, tokenizer, '', settings))
+    model.train(was_training)
+    print(*(f'    | {line}' for line in text.splitlines() if line.strip()), sep='\n', flush=True)
+
+
+def duration(seconds):
+    """75 -> 1:15"""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class Log:
+    """out/log.csv, a row an evaluation, and its picture. On resume the rows behind the checkpoint are dropped."""
+
+    COLUMNS = ['step', 'train_loss', 'val_loss', 'lr', 'tokens', 'seconds']
+
+    def __init__(self, folder, step):
+        self.path, self.picture = os.path.join(folder, 'log.csv'), os.path.join(folder, 'loss.png')
+        rows = []
+        if step is not None and os.path.exists(self.path):
+            with open(self.path, newline='', encoding='utf-8') as f:
+                rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
+        os.makedirs(folder, exist_ok=True)
+        with open(self.path, 'w', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerows([self.COLUMNS, *rows])
+
+    def write(self, *values):
+        with open(self.path, 'a', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerow([values[0], *(f'{value:.10g}' for value in values[1:])])
+
+    def plot(self):
+        """loss.png, where matplotlib is installed."""
+        with contextlib.suppress(ImportError):
+            from matplotlib.figure import Figure  # without pyplot: no window, no global state
+            rows = np.atleast_1d(np.genfromtxt(self.path, delimiter=',', names=True))
+            axes = Figure(figsize=(7, 4)).subplots()
+            for name in ('train_loss', 'val_loss'):
+                axes.plot(rows['step'], rows[name], label=name.replace('_', ' '))
+            axes.set(xlabel='step', ylabel='loss (nats per token)')
+            axes.legend()
+            axes.figure.savefig(self.picture, dpi=120)
 
 
 def update(step, loss, model, optimizers, s, machine):
@@ -419,7 +470,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
     Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'seconds'}: how far it came,
     the best validation loss, how long it took. checkpoint: what `load` returned, to go on from. stop() is asked before
-    every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises ValueError as `update`.
+    every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises as `update` does.
     """
     machine = Machine(s)
     model = model.to(machine.device).train()
@@ -437,7 +488,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     first, n = share(0, s, machine)[0]
     forward = compiled(model, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device),
                        machine, s.compile)
-    wrapped = DistributedDataParallel(forward) if machine.world > 1 else forward
+    wrapped = DistributedDataParallel(forward, broadcast_buffers=False) if machine.world > 1 else forward
     log = Log(s.out_dir, state['step'] if checkpoint else None) if machine.main else None
     tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
     resumed_at, seconds_before = (state['step'], state['seconds']) if checkpoint else (None, 0.0)
@@ -477,6 +528,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
         if step >= s.max_iters or interrupted or reached:
             break
 
+        progress(f"step {step} of {s.max_iters}" if machine.main else '')
         loss = gradient(step, model, wrapped, data, s, machine, pad_id)
         update(step, loss, model, optimizers, s, machine)
         state['step'] = step + 1
@@ -500,56 +552,6 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
         dist.barrier()  # nobody leaves before the last checkpoint is written
     return state
 
-
-def print_sample(model, tokenizer, s):
-    """A few words of what the model would write now, so that one can watch it learn."""
-    if not s.sample_tokens:
-        return
-    settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
-    was_training = model.training
-    model.eval()
-    text = ''.join(text for _, text in sample.write(model, tokenizer, '', settings))
-    model.train(was_training)
-    print(*(f'    | {line}' for line in text.splitlines() if line.strip()), sep='\n', flush=True)
-
-
-def duration(seconds):
-    """75 -> 1:15"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-class Log:
-    """out/log.csv, a row an evaluation, and its picture. On resume the rows behind the checkpoint are dropped."""
-
-    COLUMNS = ['step', 'train_loss', 'val_loss', 'lr', 'tokens', 'seconds']
-
-    def __init__(self, folder, step):
-        self.path, self.picture = os.path.join(folder, 'log.csv'), os.path.join(folder, 'loss.png')
-        rows = []
-        if step is not None and os.path.exists(self.path):
-            with open(self.path, newline='', encoding='utf-8') as f:
-                rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
-        os.makedirs(folder, exist_ok=True)
-        with open(self.path, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows([self.COLUMNS, *rows])
-
-    def write(self, *values):
-        with open(self.path, 'a', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerow([values[0], *(f'{value:.6g}' for value in values[1:])])
-
-    def plot(self):
-        """loss.png, where matplotlib is installed."""
-        with contextlib.suppress(ImportError):
-            from matplotlib.figure import Figure  # without pyplot: no window, no global state
-            rows = np.atleast_1d(np.genfromtxt(self.path, delimiter=',', names=True))
-            axes = Figure(figsize=(7, 4)).subplots()
-            for name in ('train_loss', 'val_loss'):
-                axes.plot(rows['step'], rows[name], label=name.replace('_', ' '))
-            axes.set(xlabel='step', ylabel='loss (nats per token)')
-            axes.legend()
-            axes.figure.savefig(self.picture, dpi=120)
-
 # -----------------------------------------------------------------------------
 # The script
 
@@ -568,12 +570,6 @@ def find_dataset(name, machine):
     if machine.world > 1:
         dist.barrier()  # nobody reads it before it is written
     return folder
-
-
-def check_tokenizer(checkpoint, tokenizer, path, folder):
-    if checkpoint['tokenizer'] != tokenizer_to_dict(tokenizer):
-        raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again with "
-                         "--tokenizer and the data folder of that training")
 
 
 def start(given):
@@ -607,13 +603,16 @@ def start(given):
                 raise ValueError(f"--{key} {value}: {path} has {key}={getattr(model.config, key)}, and weights cannot "
                                  "change their architecture: leave the flag out, or start from scratch")
         saved = {key: value for key, value in checkpoint.get('settings', {}).items() if key in ours}
+        if 'preset' in given and s.preset != saved.get('preset', s.preset):
+            raise ValueError(f"--preset {s.preset}: {path} is a {saved['preset']}, and weights cannot change their "
+                             "architecture: leave the flag out, or start from scratch")
         if resume or s.eval_only:
             if resume and 'optimizer' not in checkpoint:
                 raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it "
                                  f"with --init_from {path}")
             # a folder may have been moved or renamed since: it is the one that was asked for
             s = Settings(**{**saved, 'eval_only': False, 'out_dir': s.out_dir, **settings_given})
-            if resume and s.optimizer != saved['optimizer']:
+            if resume and s.optimizer != saved.get('optimizer', s.optimizer):
                 raise ValueError(f"--optimizer {s.optimizer}: {path} was trained with {saved['optimizer']}, whose state it "
                                  f"holds: leave the flag out, or start a new run with --init_from {path}")
         else:
@@ -621,7 +620,8 @@ def start(given):
             s = Settings(**{**recipe, **{key: saved[key] for key in ('preset', 'dataset') if key in saved},
                             **settings_given})
     machine = Machine(s)
-    share(0, s, machine)  # raises where the processes cannot share a step
+    if not s.eval_only:
+        share(0, s, machine)  # raises where the processes cannot share a step
     folder = find_dataset(s.dataset, machine)
     tokenizer = prepare_data.load_tokenizer(folder)
     data, val = (Data(folder, split, s.seed) for split in SPLITS)
@@ -630,9 +630,14 @@ def start(given):
         if config_given['vocab_size'] < data.vocab_size:
             raise ValueError(f"--vocab_size {config_given['vocab_size']}: the data has {data.vocab_size} different tokens")
         torch.manual_seed(s.seed)
-        model = build(dataclasses.replace(PRESETS[s.preset], **config_given))
+        preset = PRESETS[s.preset]
+        if preset.mlp_dim and 'n_embd' in config_given:  # as wide, in proportion
+            config_given.setdefault('mlp_dim', max(1, preset.mlp_dim * config_given['n_embd'] // preset.n_embd))
+        model = build(dataclasses.replace(preset, **config_given))
     else:
-        check_tokenizer(checkpoint, tokenizer, path, folder)
+        if checkpoint.get('tokenizer') != tokenizer_to_dict(tokenizer):
+            raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
+                             "with --tokenizer and the data folder of that training")
     for split in (data, val):
         split.window_starts([0], model.config.block_size)  # raises where it is too short
     return model, s, tokenizer, data, val, checkpoint if origin == 'resume' else None, machine
@@ -649,7 +654,10 @@ def set_aside(folder):
 
 
 def on_signal():
-    """A function that tells whether Ctrl-C or SIGTERM has come; a second one ends at once. `signals` lists them."""
+    """
+    Catch Ctrl-C and SIGTERM. Returns a list: empty until one comes, then it holds its number. A second signal ends the
+    process at once.
+    """
     signals = []
 
     def catch(number, frame):
@@ -663,15 +671,8 @@ def on_signal():
     return signals
 
 
-def main(argv):
-    given = read_flags(argv, __doc__, {'training': Settings, 'architecture (defaults: the preset\'s)': Config})
-    model, s, tokenizer, data, val, checkpoint, machine = start(given)
-    if s.eval_only:
-        scores = evaluate(model.to(machine.device), val, machine)
-        machine.say('val ' + sample.format_scores(scores))
-        if machine.world > 1:
-            dist.destroy_process_group()
-        return
+def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
+    """Say what is trained, train it, say how it went. Returns the exit status: 128 + the signal that ended it, or 0."""
     if machine.main:
         os.makedirs(s.out_dir, exist_ok=True)
         if checkpoint is None:
@@ -683,12 +684,29 @@ def main(argv):
                 + (f"; resumed at step {checkpoint['step']}" if checkpoint else ''))
     signals = on_signal()
     state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals))
-    if machine.world > 1:
-        dist.destroy_process_group()
     if signals:
-        sys.exit(128 + signals[0])
+        return 128 + signals[0]
     machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation loss {state['best']:.4f}. "
                 f"Ask the model: python sample.py --out_dir {s.out_dir} --start \"...\"")
+    return 0
+
+
+def main(argv):
+    given = read_flags(argv, __doc__, {'training': Settings, 'architecture (defaults: the preset\'s)': Config})
+    model, s, tokenizer, data, val, checkpoint, machine = start(given)
+    status = 0
+    try:
+        if s.eval_only:
+            machine.say('val ' + sample.format_scores(evaluate(model.to(machine.device), val, machine)))
+        else:
+            status = train_and_report(model, s, tokenizer, data, val, checkpoint, machine)
+    except torch.OutOfMemoryError as e:
+        raise ValueError(f"{machine.device} has not enough memory: lower --batch_size (and raise "
+                         "--gradient_accumulation_steps) or --block_size") from e
+    if machine.world > 1:
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == '__main__':

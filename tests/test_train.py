@@ -987,7 +987,7 @@ def refused(argv, capsys, monkeypatch):
     ('--lerning_rate 1', '--lerning_rate: did you mean --learning_rate?'),
     ('--dataset nowhere', '--dataset nowhere: there is no data folder'),
     ('--dataset tang', 'prepare_data.py --dataset tang'),
-    ('--learning_rate nan', '--learning_rate nan: must be above 0'),
+    ('--learning_rate nan', '--learning_rate nan: must be finite and above 0'),
     ('--learning_rate 0', '--learning_rate 0.0: must be above 0'),
     ('--grad_clip -1', '--grad_clip -1.0: must be at least 0'),
     ('--eval_interval 0', '--eval_interval 0: must be at least 1'),
