@@ -466,6 +466,16 @@ def update(step, loss, model, optimizers, s, machine):
     machine.scaler.update()
 
 
+def restore(optimizers, scaler, checkpoint):
+    """Give optimizers and scaler the state they had; their settings stay, since flags given on resume count."""
+    for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
+        settings = [{key: group[key] for key in group if key != 'params'} for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved)
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
+    scaler.load_state_dict(checkpoint['scaler'])
+
+
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
     Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'seconds'}: how far it came,
@@ -478,12 +488,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     optimizers = make_optimizers(model, s, machine.device)
     state = {'step': 0, 'best': math.inf, 'seconds': 0.0}
     if checkpoint:
-        for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
-            settings = [{key: group[key] for key in group if key != 'params'} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, own in zip(optimizer.param_groups, settings):
-                group.update(own)  # flags given on resume count
-        machine.scaler.load_state_dict(checkpoint['scaler'])
+        restore(optimizers, machine.scaler, checkpoint)
         state = {key: checkpoint[key] for key in state}
     first, n = share(0, s, machine)[0]
     forward = compiled(model, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device),
@@ -572,53 +577,56 @@ def find_dataset(name, machine):
     return folder
 
 
+def find_origin(s, given):
+    """(path, resume): the checkpoint to start from, None for random weights, and whether its run is to go on."""
+    latest = os.path.join(s.out_dir, 'ckpt.pt')
+    if s.eval_only and 'init_from' not in given:
+        return s.out_dir, False
+    if s.init_from == 'resume' or (s.init_from == 'auto' and os.path.exists(latest)):
+        return latest, not s.eval_only
+    return (None if s.init_from in ('scratch', 'auto') else s.init_from), False
+
+
+def from_checkpoint(path, resume, s, settings_given, config_given):
+    """
+    (model, checkpoint, settings). The architecture is the checkpoint's; so are the settings of a run that goes on, except
+    for the flags that were given. Raises ValueError where those contradict what the weights are.
+    """
+    free = ('dropout',) if resume else ('dropout', 'block_size')  # the steps of one run read windows of one length
+    model, checkpoint = load(path, **{key: config_given[key] for key in free if key in config_given})
+    saved = {key: value for key, value in checkpoint.get('settings', {}).items() if hasattr(s, key)}
+    fixed = {key: getattr(model.config, key) for key in config_given}
+    fixed |= {key: saved[key] for key in ('preset', *(['optimizer'] if resume else [])) if key in saved}
+    for key, value in fixed.items():
+        asked = {**settings_given, **config_given}.get(key, value)
+        if asked != value:
+            raise ValueError(f"--{key} {asked}: {path} has {key}={value}, which its weights "
+                             f"{'and optimizer ' if key == 'optimizer' else ''}are made for: leave the flag out, or start "
+                             + (f"a new run with --init_from {path}" if key == 'optimizer' else "from scratch"))
+    if resume and 'optimizer' not in checkpoint:
+        raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it with "
+                         f"--init_from {path}")
+    if resume or s.eval_only:  # the folder may have been moved or renamed since: it is the one that was asked for
+        return model, checkpoint, Settings(**{**saved, 'eval_only': False, 'out_dir': s.out_dir, **settings_given})
+    known = {key: saved[key] for key in ('preset', 'dataset') if key in saved}
+    return model, checkpoint, Settings(**{**RECIPES['pretrain'].get(saved.get('preset'), {}), **known, **settings_given})
+
+
 def start(given):
     """
     The flags that were given -> (model, settings, tokenizer, train data, val data, checkpoint, machine), where checkpoint
     is None unless the run is resumed. Raises ValueError or OSError, before anything is written.
     """
-    ours = {f.name for f in dataclasses.fields(Settings)}
-    settings_given = {key: value for key, value in given.items() if key in ours}
-    config_given = {key: value for key, value in given.items() if key not in ours}
+    names = {f.name for f in dataclasses.fields(Settings)}
+    settings_given = {key: value for key, value in given.items() if key in names}
+    config_given = {key: value for key, value in given.items() if key not in names}
     s = Settings(**settings_given)
-    path, origin = None, s.init_from
-    if origin == 'auto':
-        origin = 'resume' if os.path.exists(os.path.join(s.out_dir, 'ckpt.pt')) else 'scratch'
-    if s.eval_only and 'init_from' not in given:
-        path = s.out_dir
-    elif origin == 'resume':
-        path = os.path.join(s.out_dir, 'ckpt.pt')
-    elif origin != 'scratch':
-        path = origin
+    path, resume = find_origin(s, given)
     checkpoint = None
     if path is None:
-        recipe = RECIPES['pretrain'].get(s.preset, {})
-        s = Settings(**{**recipe, **settings_given})
+        s = Settings(**{**RECIPES['pretrain'].get(s.preset, {}), **settings_given})
     else:
-        resume = origin == 'resume' and not s.eval_only
-        free = ('dropout',) if resume else ('dropout', 'block_size')  # the steps of one run read windows of one length
-        model, checkpoint = load(path, **{key: config_given[key] for key in free if key in config_given})
-        for key, value in config_given.items():
-            if getattr(model.config, key) != value:
-                raise ValueError(f"--{key} {value}: {path} has {key}={getattr(model.config, key)}, and weights cannot "
-                                 "change their architecture: leave the flag out, or start from scratch")
-        saved = {key: value for key, value in checkpoint.get('settings', {}).items() if key in ours}
-        if 'preset' in given and s.preset != saved.get('preset', s.preset):
-            raise ValueError(f"--preset {s.preset}: {path} is a {saved['preset']}, and weights cannot change their "
-                             "architecture: leave the flag out, or start from scratch")
-        if resume or s.eval_only:
-            if resume and 'optimizer' not in checkpoint:
-                raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it "
-                                 f"with --init_from {path}")
-            # a folder may have been moved or renamed since: it is the one that was asked for
-            s = Settings(**{**saved, 'eval_only': False, 'out_dir': s.out_dir, **settings_given})
-            if resume and s.optimizer != saved.get('optimizer', s.optimizer):
-                raise ValueError(f"--optimizer {s.optimizer}: {path} was trained with {saved['optimizer']}, whose state it "
-                                 f"holds: leave the flag out, or start a new run with --init_from {path}")
-        else:
-            recipe = RECIPES['pretrain'].get(saved.get('preset'), {})
-            s = Settings(**{**recipe, **{key: saved[key] for key in ('preset', 'dataset') if key in saved},
-                            **settings_given})
+        model, checkpoint, s = from_checkpoint(path, resume, s, settings_given, config_given)
     machine = Machine(s)
     if not s.eval_only:
         share(0, s, machine)  # raises where the processes cannot share a step
@@ -634,13 +642,12 @@ def start(given):
         if preset.mlp_dim and 'n_embd' in config_given:  # as wide, in proportion
             config_given.setdefault('mlp_dim', max(1, preset.mlp_dim * config_given['n_embd'] // preset.n_embd))
         model = build(dataclasses.replace(preset, **config_given))
-    else:
-        if checkpoint.get('tokenizer') != tokenizer_to_dict(tokenizer):
-            raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
-                             "with --tokenizer and the data folder of that training")
+    elif checkpoint.get('tokenizer') != tokenizer_to_dict(tokenizer):
+        raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again with "
+                         "--tokenizer and the data folder of that training")
     for split in (data, val):
         split.window_starts([0], model.config.block_size)  # raises where it is too short
-    return model, s, tokenizer, data, val, checkpoint if origin == 'resume' else None, machine
+    return model, s, tokenizer, data, val, checkpoint if resume else None, machine
 
 
 def set_aside(folder):
