@@ -143,7 +143,7 @@ PRESETS = {
                     bias=False, tied=False, init='normal'),  # 344: 2/3 of 4C; G < H came with Llama 2
     'nano': Config(norm='rmsnorm', norm_eps=1e-6, norm_weight=False, qk_norm=True, positions='rotary',
                    activation='relu2', bias=False, tied=False, logit_cap=15.0, init='zero'),
-    'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='normal'),
+    'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='fan_in'),
 }
 PRESETS |= {  # the published sizes, on top of their row
     'gpt2-124m': dataclasses.replace(PRESETS['gpt2'], block_size=1024, n_layer=12, n_head=12, n_embd=768),

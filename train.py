@@ -99,6 +99,8 @@ class Settings:
 # Good values where they differ from the defaults: first by what is trained, then by preset.
 RECIPES = {
     'pretrain': {
+        'lstm': dict(learning_rate=1e-2),
+        'palm': dict(learning_rate=1e-2),  # its embeddings start large, and move as slowly as all else under AdamW
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95, batch_size=12,
                           gradient_accumulation_steps=40, eval_interval=2000, eval_iters=200),
         'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03,
