@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -331,7 +332,8 @@ def test_kill_9_at_any_moment_leaves_a_checkpoint_to_go_on_from(data, tmp_path):
     assert different(read(tmp_path / 'out' / 'ckpt.pt')['model'], model) == [], f'killed after step {step}'
     steps = [row[0] for row in log_rows(tmp_path / 'out')]
     assert len(set(steps)) == len(steps) and steps[-1] == '160', steps
-    assert (tmp_path / 'out' / 'loss.png').stat().st_size > 1000
+    drawn = (tmp_path / 'out' / 'loss.png').exists()
+    assert drawn == bool(importlib.util.find_spec('matplotlib')), 'a picture where matplotlib is, and only there'
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
