@@ -637,8 +637,7 @@ def new_folder(path):
     an older data folder; on an error nothing is left. Raises ValueError rather than replace anything else.
     """
     path = os.path.realpath(path)  # a link stays a link
-    temporary, old = f'{path}.tmp', f'{path}.old'
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary, old = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.old'  # names that nobody else has chosen
     ours = {'meta.json', 'tokenizer.json', 'source.txt'} | {
         f'{split}.{end}' for split in ('train', 'val') for end in ('bin', 'sentences.npy', 'jsonl')}
     if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - ours):
@@ -647,7 +646,6 @@ def new_folder(path):
     os.makedirs(temporary)
     try:
         yield temporary
-        shutil.rmtree(old, ignore_errors=True)
         if os.path.exists(path):
             os.rename(path, old)
         try:

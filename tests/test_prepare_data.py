@@ -674,6 +674,20 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path, monkeypatch, fails)
     assert contents(tmp_path / 'out') == {'meta.json': b'the old one'}, sorted(os.listdir(tmp_path))
 
 
+def test_folders_beside_the_new_one_are_left_alone(tmp_path):
+    """A user may have kept an older folder as NAME.old or NAME.tmp: preparing NAME again touches neither."""
+    (tmp_path / 'a.txt').write_text('some text, long enough to be split. ' * 9, encoding='utf-8')
+    for name in ('d', 'd.old', 'd.tmp'):
+        (tmp_path / name).mkdir()
+        if name != 'd':
+            (tmp_path / name / 'mine').write_text('kept', encoding='utf-8')
+    for _ in range(2):
+        prepare_data.prepare(prepare_data.Settings(input=[str(tmp_path / 'a.txt')], tokenizer='byte',
+                                                   out_dir=str(tmp_path / 'd')))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.txt', 'd', 'd.old', 'd.tmp']
+    assert all((tmp_path / name / 'mine').read_text(encoding='utf-8') == 'kept' for name in ('d.old', 'd.tmp'))
+
+
 def test_a_linked_folder_is_replaced_without_leftovers(tmp_path):
     """data/NAME may be a link to a larger disk."""
     write(tmp_path / 'disk/out/meta.json', '{}')
