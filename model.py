@@ -6,13 +6,15 @@ The Transformer family in one file. Read it from top to bottom: every part is de
     attention           softmax(Q Kᵀ / sqrt(D)) V, and the layer around it: Attention
     MLP, Block          think alone; talk, think, and add both to the stream
     Embedding, Stack    ids -> vectors -> n_layer blocks; the masks are made here, once for all blocks
-    Output, GPT, LSTM   vectors -> logits, loss; the models
+    Output              vectors -> logits
+    GPT, LSTM, BERT     ids -> logits, loss; TaskModel puts one Linear on any of them
     build, save, load   configuration -> model -> file -> model
     optimizer_groups    which weights decay, and which are matrices
 
 The models are one set of parts; a row of this table fixes the choices (PRESETS has them as code):
 
               looks at   norm                    positions   MLP           heads           output
+    bert      all        LayerNorm, after        learned     GELU          H               tied + bias
     gpt2      the past   LayerNorm, before       learned     GELU (tanh)   H               tied
     palm      the past   LayerNorm, before both  rotary      SwiGLU        one key/value   tied, x 1/sqrt(C)
     llama     the past   RMSNorm, before         rotary      SwiGLU        G key/value     its own
@@ -24,6 +26,7 @@ Shapes stand in comments where they change, in these letters:
 
     B batch    T query positions    S key/source positions    C channels (n_embd)
     H heads    G key/value heads    D channels per head       V vocabulary
+    L labels   N asked tokens
 
 References, cited by number:
     [1] Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
@@ -39,6 +42,7 @@ References, cited by number:
     [11] So et al. 2021, Primer (ReLU squared), https://arxiv.org/abs/2109.08668
     [12] Henry et al. 2020, Query-Key Normalization, https://arxiv.org/abs/2010.04245
     [13] Gemma Team 2024, Gemma 2 (capped logits), https://arxiv.org/abs/2408.00118
+    [14] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
 """
 
 import dataclasses
@@ -62,10 +66,15 @@ def choice(default, help, *choices):
     return dataclasses.field(default=default, metadata={'help': help, 'choices': choices})
 
 
+TASKS = ('classify', 'tag', 'qa')
+
+
 @dataclass
 class Config:
     """The architecture. Raises ValueError where the choices cannot be built together."""
-    arch: str = choice('gpt', 'kind of model', 'gpt', 'lstm')
+    arch: str = choice('gpt', 'kind of model', 'gpt', 'bert', 'lstm')
+    task: str = choice('', 'question that a head on top answers; the data says which', '', *TASKS)
+    n_labels: int = choice(0, 'labels of the task, L; the data says how many')
     # sizes: small enough by default to train in minutes on a laptop
     vocab_size: int = choice(50257, 'number of different tokens, V')
     block_size: int = choice(128, 'longest sequence, in tokens')
@@ -85,6 +94,8 @@ class Config:
     activation: str = choice('gelu_tanh', 'the bend in the MLP', 'gelu_tanh', 'gelu', 'relu', 'relu2', 'swiglu', 'geglu')
     bias: bool = choice(True, 'biases in the linear layers and in LayerNorm')
     # how tokens come in and go out
+    segments: int = choice(0, 'kinds of text that have an embedding: BERT tells sentence A from B')
+    embedding_norm: bool = choice(False, 'normalise what enters the first block')
     positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'none')
     rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
@@ -102,13 +113,18 @@ class Config:
             elif type(value) is not kind:
                 raise ValueError(f"{f.name}={value!r} must be of type {kind.__name__}")
             if f.metadata['choices'] and value not in f.metadata['choices']:
-                raise ValueError(f"{f.name}={value} is unknown: choose one of {', '.join(f.metadata['choices'])}")
+                raise ValueError(f"{f.name}={value} is unknown: choose one of "
+                                 + ', '.join(filter(None, f.metadata['choices'])))
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_embd'):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ('n_kv_head', 'head_dim', 'mlp_dim'):
+        for name in ('n_kv_head', 'head_dim', 'mlp_dim', 'segments', 'n_labels'):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 (0 means: derive it)")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 (0 means: derive it, or none)")
+        if self.segments and self.arch != 'bert':
+            raise ValueError(f"segments={self.segments}: only arch=bert reads them")
+        if self.task in ('classify', 'tag') and not self.n_labels:
+            raise ValueError(f"task={self.task} needs n_labels, the number of labels to choose from")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
         for name in ('norm_eps', 'rope_theta'):
@@ -136,6 +152,8 @@ class Config:
 
 
 PRESETS = {
+    'bert': Config(arch='bert', block_size=64, norm_first=False, norm_eps=1e-12, embedding_norm=True, segments=2,
+                   activation='gelu', init='normal'),
     'gpt2': Config(),
     'palm': Config(norm='layernorm', parallel=True, positions='rotary', activation='swiglu', n_kv_head=1, bias=False,
                    scale_output=True, init='fan_in'),
@@ -146,6 +164,7 @@ PRESETS = {
     'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='fan_in'),
 }
 PRESETS |= {  # the published sizes, on top of their row
+    'bert-base': dataclasses.replace(PRESETS['bert'], vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
     'gpt2-124m': dataclasses.replace(PRESETS['gpt2'], block_size=1024, n_layer=12, n_head=12, n_embd=768),
     'palm-8b': dataclasses.replace(PRESETS['palm'], vocab_size=256000, block_size=2048, n_layer=32, n_head=16,
                                    n_embd=4096, head_dim=256, mlp_dim=16384),
@@ -373,7 +392,9 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token + position: what goes into a stack. The token table is given, since models share it with other parts."""
+    """
+    Token + position (+ segment): what goes into a stack. The token table is given, since models share it with other parts.
+    """
 
     def __init__(self, config, tokens):
         super().__init__()
@@ -383,16 +404,20 @@ class Embedding(nn.Module):
             self.positions = nn.Embedding(config.block_size, config.n_embd)
         elif config.positions == 'sinusoids':
             self.register_buffer('sinusoids', sinusoids(config.block_size, config.n_embd), persistent=False)
+        self.segments = nn.Embedding(config.segments, config.n_embd) if config.segments else None
+        self.norm = make_norm(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, ids, where):
-        """ids (B, T), and where each token stands, (1, T) or (B, T) -> (B, T, C)."""
+    def forward(self, ids, where, segments=None):
+        """ids (B, T), where each token stands (1 or B, T), which text it is of (B, T; None: the first) -> (B, T, C)."""
         x = self.tokens(ids) * self.scale                                              # (B, T, C)
         if hasattr(self, 'positions'):
             x = x + self.positions(where)
         elif hasattr(self, 'sinusoids'):
             x = x + self.sinusoids[where]
-        return self.drop(x)
+        if self.segments is not None:
+            x = x + self.segments(torch.zeros_like(ids) if segments is None else segments)
+        return self.drop(self.norm(x))
 
 
 def never_blind(keep, visible=None):
@@ -424,10 +449,11 @@ class Stack(nn.Module):
             self.register_buffer('cos', angles.cos(), persistent=False)
             self.register_buffer('sin', angles.sin(), persistent=False)
 
-    def forward(self, ids, keep=None, memory=None, memory_keep=None, cache=None):
+    def forward(self, ids, keep=None, segments=None, memory=None, memory_keep=None, cache=None):
         """
-        ids (B, T) -> hidden states (B, T, C). keep (B, T) and memory_keep (B, S) are True at real tokens and False at
-        padding; None: all are real. Positions count real tokens, so it does not matter on which side the padding lies.
+        ids (B, T) -> hidden states (B, T, C). segments as in Embedding. keep (B, T) and memory_keep (B, S) are True at real
+        tokens and False at padding; None: all are real. Positions count real tokens, so it does not matter on which side
+        the padding lies.
         cache: an empty dict at first; the same dict later continues the sequence, and ids holds only what is new.
         Raises ValueError where the sequence outgrows block_size.
         """
@@ -456,7 +482,7 @@ class Stack(nn.Module):
         if memory is not None:
             read = {'context': memory, 'mask': never_blind(memory_keep)}
 
-        x = self.embed(ids, where)                                                     # (B, T, C)
+        x = self.embed(ids, where, segments)                                           # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, look, read, None if cache is None else cache.setdefault(i, {}))
         return self.norm(x)                                                            # (B, T, C)
@@ -512,16 +538,17 @@ def init_weights(model, config):
 
 
 class Output(nn.Module):
-    """Hidden states -> logits: softmax(h W_eᵀ), where W_e is the embedding matrix itself or one of its own."""
+    """Hidden states -> logits: softmax(h W_eᵀ + b), where W_e is the embedding matrix itself or one of its own."""
 
-    def __init__(self, config, tokens):
+    def __init__(self, config, tokens, bias=False):
         super().__init__()
         self.weight = tokens.weight if config.tied else nn.Parameter(torch.empty_like(tokens.weight))  # (V, C)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if bias else None
         self.scale = config.n_embd ** -0.5 if config.scale_output else 1.0
         self.cap = config.logit_cap
 
     def forward(self, x):
-        logits = F.linear(x * self.scale, self.weight)                                 # (..., C) -> (..., V)
+        logits = F.linear(x * self.scale, self.weight, self.bias)                      # (..., C) -> (..., V)
         return self.cap * torch.tanh(logits.float() / self.cap) if self.cap else logits
 
 
@@ -592,13 +619,108 @@ class LSTM(GPT):
             cache['state'] = state
         return self.drop(x)                                                            # (B, T, C)
 
+
+class BERT(nn.Module):
+    """
+    An encoder [14]: every token sees every other, so it is not asked for the next one but for hidden ones (MLM), and
+    whether its second text followed the first (NSP). `[CLS] A [SEP] B [SEP]` goes in; `[CLS]` gathers what is about all.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.config = config.n_embd, config
+        self.tokens = nn.Embedding(config.vocab_size, C)
+        self.encoder = Stack(config, self.tokens, causal=False)
+        self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(), make_norm(config, C))
+        self.output = Output(config, self.tokens, bias=True)
+        self.pooler = nn.Sequential(nn.Linear(C, C), nn.Tanh())
+        self.is_next = nn.Linear(C, 2)  # class 1: B follows A. In Google's files 0 means that
+        init_weights(self, config)
+
+    def hidden(self, ids, keep=None, segments=None):
+        """ids (B, T) -> (B, T, C). segments (B, T): 0 in the first text, 1 in the second."""
+        return self.encoder(ids, keep, segments)
+
+    def fill(self, x):
+        """Hidden states -> which token belongs there: (..., C) -> (..., V)."""
+        return self.output(self.transform(x))
+
+    def pool(self, x, keep=None):
+        """Hidden states -> what [CLS], the first real token, has gathered: (B, T, C) -> (B, C)."""
+        first = torch.zeros(len(x), dtype=torch.long, device=x.device) if keep is None else keep.int().argmax(dim=1)
+        return self.pooler(x[torch.arange(len(x), device=x.device), first])
+
+    def follows(self, x, keep=None):
+        """Hidden states -> whether B follows A: (B, T, C) -> (B, 2), class 1 for yes."""
+        return self.is_next(self.pool(x, keep))
+
+    def forward(self, ids, segments=None, keep=None, targets=None, next_targets=None, counts=None):
+        """
+        ids (B, T) -> logits (B, T, V); with targets (B, T), of the N asked tokens alone, (N, V): the vocabulary is wide and
+        six of seven tokens are not asked. The loss is that of targets plus that of next_targets (B,): section 3.1 of [14].
+        """
+        x, counts = self.hidden(ids, keep, segments), counts or {}                     # (B, T, C)
+        if targets is not None:
+            asked = targets != IGNORE
+            logits = self.fill(x[asked])                                               # (N, V)
+            loss = cross_entropy(logits, targets[asked], counts.get('targets'))
+        else:
+            logits, loss = self.fill(x), None                                          # (B, T, V)
+        if next_targets is not None:
+            follows = cross_entropy(self.follows(x, keep), next_targets, counts.get('next_targets'))
+            loss = follows if loss is None else loss + follows
+        return logits, loss
+
+
+class TaskModel(nn.Module):
+    """
+    A trunk that has read much, and one new Linear that asks it something: section 4 of [14], and of Radford et al. 2018.
+
+    classify   one question a text: BERT is read at [CLS], a decoder at its last token, the only one that saw all
+    tag        one question a token
+    qa         two questions a text, over all of its tokens: where does the answer begin, where does it end?
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = build(dataclasses.replace(config, task='', n_labels=0))
+        self.drop = nn.Dropout(config.dropout)
+        self.head = nn.Linear(config.n_embd, 2 if config.task == 'qa' else config.n_labels)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def hidden(self, ids, keep=None, segments=None):
+        """ids (B, T) -> (B, T, C). A trunk without segments does not ask for them."""
+        return self.trunk.hidden(ids, keep, **({'segments': segments} if self.config.segments else {}))
+
+    def forward(self, ids, segments=None, keep=None, targets=None, counts=None):
+        """
+        ids (B, T) -> logits, and the loss where targets are given: classify (B, L) against (B,), tag (B, T, L) against
+        (B, T), qa (B, 2, T) against (B, 2), positions of the first and last token of the answer.
+        """
+        x = self.hidden(ids, keep, segments)                                           # (B, T, C)
+        if self.config.task == 'classify':
+            if isinstance(self.trunk, BERT):
+                x = self.trunk.pool(x, keep)                                           # (B, C)
+            else:
+                real = torch.ones_like(ids) if keep is None else keep.int()
+                last = (real * torch.arange(ids.size(1), device=ids.device)).argmax(dim=1)
+                x = x[torch.arange(len(x), device=x.device), last]                     # (B, C)
+        logits = self.head(self.drop(x))
+        if self.config.task == 'qa':
+            logits = logits.transpose(1, 2)                                            # (B, 2, T)
+            if keep is not None:
+                logits = logits.masked_fill(~keep[:, None], torch.finfo(logits.dtype).min)  # no answer in the padding
+        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'))
+
 # -----------------------------------------------------------------------------
 # From a configuration to a model, to a file, and back
 
 
 def build(config):
     """A new model with random weights."""
-    return {'gpt': GPT, 'lstm': LSTM}[config.arch](config)
+    return TaskModel(config) if config.task else {'gpt': GPT, 'bert': BERT, 'lstm': LSTM}[config.arch](config)
 
 
 def write_file(path, write):
@@ -679,10 +801,11 @@ def read_checkpoint(path, device='cpu'):
 
 def optimizer_groups(model, weight_decay):
     """
-    The trainable weights in three groups, each weight in one: `matrices` (inside the blocks), `embeddings` (also the
-    output layer: one row a token), `vectors` (biases, norms). Vectors do not decay: they are few and do not overfit.
+    The trainable weights in three groups, each weight in one: `matrices` (inside the blocks), `embeddings` (also
+    output layers: one row a token or a label), `vectors` (biases, norms). Vectors do not decay: they are few.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, Output))}
+    tables = {id(m.weight) for name, m in model.named_modules()
+              if isinstance(m, (nn.Embedding, Output)) or name.endswith(('head', 'is_next'))}
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
     for p in model.parameters():  # a tied weight comes once
         if p.requires_grad:

@@ -1,14 +1,18 @@
 """
 From text to numbers. A data set becomes a folder of plain files, which train.py reads:
 
-    data/NAME/meta.json             what it is: task, vocabulary, counts, source and its sha256
+    data/NAME/meta.json             what it is: task, vocabulary, counts, labels, source and its sha256
     data/NAME/tokenizer.json        how text becomes ids and back
-    data/NAME/train.bin, val.bin    one long row of ids (uint16 or uint32); a document ends in <|endoftext|>
+    data/NAME/train.bin, val.bin    to pre-train on: one long row of ids (uint16 or uint32); a document ends in <|endoftext|>
     data/NAME/*.sentences.npy       (sentences, 2) int64: the first token and the document of every sentence
-    data/NAME/source.txt            the text of a built-in data set
+    data/NAME/train.jsonl, val.jsonl    to fine-tune on: an example a line, its keys the arguments of a model
+    data/NAME/source*.txt           the text of a built-in data set
 
-    python prepare_data.py --dataset pydoc                    Python's own documentation, offline
-    python prepare_data.py --input book.txt notes/            your text: files, folders, JSONL with a `text` field
+    python prepare_data.py --dataset pydoc                          Python's own documentation, offline
+    python prepare_data.py --input book.txt notes/                  your text: files, folders, JSONL with a `text` field
+    python prepare_data.py --task classify --input reviews.tsv      label<TAB>text, or label<TAB>text<TAB>text; or JSONL
+    python prepare_data.py --task tag --input entities.conll        a token and its tag a line, a blank line between texts
+    python prepare_data.py --task qa --input squad.json             questions, and answers that stand in a context
 
 What the other scripts share with this one stands here too, since this is the first that a user runs: flags, errors of
 one line, the progress line.
@@ -17,11 +21,14 @@ one line, the progress line.
     tokenizers                          char, byte, bpe, gpt2: each is a tiktoken.Encoding
     read_documents, sentences           text from files, a piece at a time: memory does not grow with the corpus
     write_text                          the folder
-    pydoc, shakespeare, tang            the built-in data sets
+    TASKS                               fine-tuning: rows that people have -> examples that a model reads
+    pydoc, shakespeare, pytopics, ...   the built-in data sets
 
 References:
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units, https://arxiv.org/abs/1508.07909
     [2] Radford et al. 2019, Language Models are Unsupervised Multitask Learners (GPT-2): byte-level BPE, section 2.2
+    [3] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
+    [4] Rajpurkar et al. 2016, SQuAD, https://arxiv.org/abs/1606.05250
 """
 
 import argparse
@@ -38,14 +45,18 @@ import http.client
 import io
 import itertools
 import json
+import keyword
 import math
 import operator
 import os
+import random
 import re
 import shutil
 import sys
+import tokenize
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -417,25 +428,26 @@ def safe_pieces(texts):
         yield rest
 
 
-def read_rows(path):
-    """The `text` of every row of a JSONL file."""
+def read_rows(path, names=('text',), example='{"text": "Once upon a time"}'):
+    """(number, row) of every row of a JSONL file. Each of `names` must be a string in it."""
     for n, line in read_lines(path):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)['text']
-            text.encode()  # JSON can hold half of a surrogate pair, which is not text
+            row = json.loads(line)
+            for name in names:
+                row[name].encode()  # JSON can hold half of a surrogate pair, which is not text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f'{path}, line {n}: a row must be JSON with a string "text", such as '
-                             f'{{"text": "Once upon a time"}} ({type(e).__name__})') from None
-        yield text
+            raise ValueError(f'{path}, line {n}: a row must be JSON with a string "{names[-1]}", such as '
+                             f'{example} ({type(e).__name__})') from None
+        yield n, row
 
 
 def read_documents(path):
     """One file as (text, last) pieces; `last` marks the end of a document."""
     if path.endswith('.jsonl'):
-        for text in read_rows(path):
-            for piece in safe_pieces([text]):
+        for _, row in read_rows(path):
+            for piece in safe_pieces([row['text']]):
                 yield piece, False
             yield '', True
         return
@@ -638,7 +650,7 @@ def new_folder(path):
     """
     path = os.path.realpath(path)  # a link stays a link
     temporary, old = f'{path}.{os.getpid()}.tmp', f'{path}.{os.getpid()}.old'  # names that nobody else has chosen
-    ours = {'meta.json', 'tokenizer.json', 'source.txt'} | {
+    ours = {'meta.json', 'tokenizer.json', 'source.txt', 'source.val.txt'} | {
         f'{split}.{end}' for split in ('train', 'val') for end in ('bin', 'sentences.npy', 'jsonl')}
     if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - ours):
         raise ValueError(f"--out_dir {path} exists and is not a data folder, or holds files of yours: choose another name, "
@@ -659,7 +671,309 @@ def new_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 # -----------------------------------------------------------------------------
-# Built-in data sets: a function that writes one UTF-8 file
+# Tasks. A reader turns a file that people have into rows; an encoder turns a row into examples, each a dict whose keys are
+# arguments of model.forward(), and `about`, which holds what only scoring needs. A row is a dict of texts, with `where`
+# (file and line) for complaints; rows to be answered rather than learned have no label, tags or answers.
+
+IGNORE = -100                                      # a target that is not asked, as in model.py
+
+
+def is_text(value):
+    """A string, and no half of a surrogate pair in it, which JSON can hold."""
+    return isinstance(value, str) and not any('\ud800' <= c <= '\udfff' for c in value)
+
+
+def read_labelled(path):
+    """label<TAB>text or label<TAB>text<TAB>second text, or JSONL with "label", "text" and maybe "text_b"."""
+    if path.endswith('.jsonl'):
+        for n, row in read_rows(path, ('text', 'label'), '{"label": "good", "text": "Once upon a time"}'):
+            row = {'where': f'{path}, line {n}', **{key: row[key] for key in ('label', 'text', 'text_b') if key in row}}
+            if not is_text(row.get('text_b', '')):
+                raise ValueError(f'{row["where"]}: "text_b" must be a string')
+            yield row
+        return
+    for n, line in read_lines(path):
+        if not line.strip():
+            continue
+        fields = line.split('\t')
+        if len(fields) not in (2, 3) or not all(field.strip() for field in fields):
+            raise ValueError(f"{path}, line {n}: {line[:40]!r} must be label<TAB>text or label<TAB>text<TAB>second text, "
+                             f"and has {len(fields)} column{'s' * (len(fields) != 1)}"
+                             + (', one of them empty' if len(fields) in (2, 3) else ''))
+        yield {'where': f'{path}, line {n}', **dict(zip(('label', 'text', 'text_b'), fields))}
+
+
+def read_tagged(path):
+    """CoNLL: a token a line, its tag (O, B-kind or I-kind) in the last column, a blank line between texts."""
+    tokens, tags, columns, first = [], [], None, 1
+    for n, line in itertools.chain(read_lines(path), [(None, '')]):
+        if not line.strip() or line.startswith('-DOCSTART-'):
+            if tokens:
+                yield {'where': f'{path}, line {first}', 'tokens': tokens, 'tags': tags}
+            tokens, tags = [], []
+            continue
+        fields = line.split('\t') if '\t' in line else line.split()
+        columns = columns or len(fields)
+        if len(fields) != columns or columns < 2 or not fields[0] or not re.fullmatch(r'O|[BI]-\S+', fields[-1].strip()):
+            raise ValueError(f"{path}, line {n}: {line[:40]!r} must be a token and, in column {max(2, columns)}, its tag: "
+                             "O, B-kind where an entity begins, I-kind inside of one")
+        first = first if tokens else n
+        tokens.append(fields[0])
+        tags.append(fields[-1].strip())
+
+
+def read_questions(path):
+    """SQuAD's JSON [4], 1.1 or 2.0: data > paragraphs > context and qas > question, answers > text and answer_start."""
+    text = ''.join(read_utf8(path))
+    try:
+        data = json.loads(text)['data']
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f'{path} must be JSON with a list "data", as SQuAD has it ({type(e).__name__})') from None
+    lines = iter([n for n, line in enumerate(text.split('\n'), 1) for _ in re.findall(r'"id"\s*:', line)])
+    where = path
+    try:
+        for paragraph in (p for article in data for p in article['paragraphs']):
+            for question in paragraph['qas']:
+                where = f"{path}, line {next(lines, 1)} (question {question['id']})"
+                answers = [(a['answer_start'], a['text']) for a in question.get('answers', [])]
+                row = {'where': where, 'id': question['id'], 'question': question['question'],
+                       'context': paragraph['context'], 'answers': answers}
+                if not is_text(row['question']) or not is_text(row['context']):
+                    raise ValueError(f"{where}: question and context must be strings")
+                for start, answer in answers:
+                    if not answer.strip() or start < 0 or row['context'][start:start + len(answer)] != answer:
+                        found = row['context'][max(0, start):][:max(1, len(answer))]
+                        raise ValueError(f"{where}: the answer {answer[:40]!r} does not stand at its answer_start {start}, "
+                                         f"where the context has {found[:40]!r}")
+                yield row
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{where}: after this place something is not as SQuAD has it ({type(e).__name__}: {e})") from None
+
+
+CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # writing without spaces: each character counts as a word
+
+
+def encode_spans(tokenizer, text):
+    """
+    text -> ids (T,), and where each token stands in it, (T, 2): text[start:end] holds all characters that the token has a
+    part of. A character that several tokens share belongs to each of them. No token goes across the border of a CJK
+    character: entities and answers begin and end there.
+    """
+    ids = [encode(tokenizer, piece) for piece in regex.split(f'({CJK.pattern})', text) if piece]
+    ids = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+    ends = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()], np.int64).cumsum()
+    data = np.frombuffer(text.encode(), np.uint8)
+    character = ((data & 0xC0) != 0x80).cumsum() - 1   # of every byte; bytes that go on look like 10xxxxxx
+    starts = np.append(0, ends)[:-1]
+    return ids, np.stack([character[starts], character[ends - 1] + 1], axis=1)
+
+
+def frame(tokenizer, *texts):
+    """
+    One or two texts, given as ids, as BERT reads them: section 3 of [3].
+
+        ids         [CLS] the cat sat [SEP] on the mat [SEP]
+        segments      0    0   0   0    0   1   1   1    1
+    """
+    special = tokenizer._special_tokens
+    rows = [[special['[CLS]'], *texts[0], special['[SEP]']], *([*text, special['[SEP]']] for text in texts[1:])]
+    return [i for row in rows for i in row], [segment for segment, row in enumerate(rows) for _ in row]
+
+
+def classify_examples(tokenizer, row, labels, block_size):
+    """One question about a whole text, or a pair. What is too long loses the end of the longer text."""
+    texts = [encode(tokenizer, row[name]).tolist() for name in ('text', 'text_b') if name in row]
+    room = block_size - 1 - len(texts)
+    for _ in range(max(0, sum(map(len, texts)) - room)):
+        max(texts, key=len).pop()
+    ids, segments = frame(tokenizer, *texts)
+    example = {'ids': ids, 'segments': segments}
+    if 'label' in row:
+        example['targets'] = labels.index(row['label'])
+    return [example | {'about': {name: row[name] for name in ('label', 'text', 'text_b') if name in row}}]
+
+
+def tag_examples(tokenizer, row, labels, block_size):
+    """
+    One question a token of the text, asked at its first piece; the other pieces have no target [3, section 5.3]. A text of
+    more than block_size tokens is cut into several examples.
+
+        tokens    Angela       Merkel       spoke
+        ids       Ang  ela     Mer  kel     spoke
+        targets   B-person .   I-person .   O           a dot is IGNORE
+    """
+    tokens = row['tokens']
+    ids, spans = encode_spans(tokenizer, ' '.join(tokens))
+    starts = np.cumsum([0, *(len(token) + 1 for token in tokens)])
+    first = np.searchsorted(spans[:, 1], starts[:-1], side='right')  # the piece that holds a token's first character
+    ends = [*(first[1:]), len(ids)]
+    examples, begin = [], 0
+    while begin < len(tokens):
+        stop = begin + 1
+        while stop < len(tokens) and ends[stop] - first[begin] <= block_size - 2:
+            stop += 1
+        part, _ = frame(tokenizer, ids[first[begin]:ends[stop - 1]][:block_size - 2].tolist())
+        where = (first[begin:stop] - first[begin] + 1).tolist()
+        example = {'ids': part, 'about': {'tokens': tokens[begin:stop], 'where': where}}
+        if 'tags' in row:
+            example['targets'] = [IGNORE] * len(part)
+            example['about']['tags'] = row['tags'][begin:stop]
+            for at, tag in zip(where, row['tags'][begin:stop]):
+                example['targets'][at] = labels.index(tag)
+        examples.append(example)
+        begin = stop
+    return examples
+
+
+def qa_examples(tokenizer, row, labels, block_size):
+    """
+    Where in the context does the answer stand? `[CLS] question [SEP] window [SEP]`: a long context is cut into windows that
+    overlap by half, each an example. targets: where the answer's first and last token stand, [CLS] where the window does not
+    hold it. about: the window's text as context, its place in the whole as start, its first token as first, and where each
+    token stands in it as offsets.
+    """
+    question = encode(tokenizer, row['question']).tolist()[:block_size // 2]
+    context, room = row['context'], block_size - 3 - len(question)
+    ids, spans = encode_spans(tokenizer, context)
+    held = None                                        # the first and last token of the answer
+    if row.get('answers'):
+        start, text = row['answers'][0]
+        stop = start + len(text)
+        held = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
+        if context[spans[held[0], 0]:spans[held[1], 1]].strip() != text.strip():  # it begins or ends inside of a token
+            pieces = [(0, start), (start, stop), (stop, len(context))]
+            encoded = [encode_spans(tokenizer, context[a:b]) for a, b in pieces]
+            ids = np.concatenate([part for part, _ in encoded])
+            spans = np.concatenate([where + a for (a, _), (_, where) in zip(pieces, encoded)])
+            held = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
+        if held[1] - held[0] >= room:
+            raise ValueError(f"the answer {text[:40]!r} has {held[1] - held[0] + 1} tokens, more than a "
+                             f"window of --block_size {block_size} holds beside its question: raise --block_size")
+    begins = [*range(0, max(0, len(ids) - room), max(1, room // 2)), max(0, len(ids) - room)]
+    if held is not None and not any(begin <= held[0] and held[1] < begin + room for begin in begins):
+        begins.append(int(held[0]))
+    examples = []
+    for begin in sorted(set(begins)):
+        window, offsets = ids[begin:begin + room].tolist(), spans[begin:begin + room]
+        low, high = (int(offsets[0, 0]), int(offsets[-1, 1])) if window else (0, 0)
+        framed, segments = frame(tokenizer, question, window)
+        about = {'question': row['question'], 'context': context[low:high], 'start': low, 'first': len(question) + 2,
+                 'offsets': (offsets - low).tolist()}
+        example = {'ids': framed, 'segments': segments, 'about': about}
+        if 'answers' in row:
+            inside = held is not None and begin <= held[0] and held[1] < begin + room
+            example['targets'] = (held - begin + about['first']).tolist() if inside else [0, 0]
+            about |= {'id': row['id'], 'answers': [text for _, text in row['answers']]}
+        examples.append(example)
+    return examples
+
+
+class Task(NamedTuple):
+    """How one kind of fine-tuning data is read."""
+    read: Callable      # path -> rows
+    texts: Callable     # row -> its texts, which a tokenizer may learn from
+    asked: Callable     # row -> the labels that it has
+    labels: Callable    # the labels of all rows -> those to choose from, in order
+    examples: Callable  # (tokenizer, row, labels, block_size) -> examples
+
+
+def tag_labels(asked):
+    """O, and for each kind B-kind and I-kind, seen or not."""
+    return ['O', *(prefix + kind for kind in sorted({tag[2:] for tag in asked if tag != 'O'}) for prefix in ('B-', 'I-'))]
+
+
+TASKS = {
+    'classify': Task(read_labelled, lambda row: [row[name] for name in ('text', 'text_b') if name in row],
+                     lambda row: [row['label']], sorted, classify_examples),
+    'tag': Task(read_tagged, lambda row: [' '.join(row['tokens'])], lambda row: row['tags'], tag_labels, tag_examples),
+    'qa': Task(read_questions, lambda row: [row['question'], row['context']],
+               lambda row: [] if row['answers'] else ['no answer'], sorted, qa_examples),
+}
+
+
+def split_rows(rows, val_fraction):
+    """
+    Shuffle, the same way every time, and cut: (train rows, val rows). Questions about one context stay together, or
+    validation would ask about texts that were learned by heart.
+    """
+    groups = collections.defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row.get('context', i)].append(row)
+    groups, train = list(groups.values()), []
+    order = np.random.default_rng(0).permutation(len(groups)).tolist()
+    while order and len(train) + len(groups[order[0]]) <= len(rows) * (1 - val_fraction):
+        train += groups[order.pop(0)]
+    return train, [row for i in order for row in groups[i]]
+
+
+def check_labels(task, rows, labels):
+    """Raise ValueError, naming file and line, at the first row with a label that is not among `labels`."""
+    for row in rows:
+        if task != 'qa' and (unknown := set(TASKS[task].asked(row)).difference(labels)):
+            raise ValueError(f"{row['where']}: the label {min(unknown)!r} is unknown: the training data has "
+                             f"{', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}")
+
+
+def encode_rows(tokenizer, task, rows, labels, block_size):
+    """The examples of all rows, in order; about's row tells of which. Raises ValueError, naming file and line."""
+    examples = []
+    for i, row in enumerate(rows):
+        try:
+            made = TASKS[task].examples(tokenizer, row, labels, block_size)
+        except ValueError as e:
+            raise ValueError(f"{row['where']}: {e}" if 'where' in row else str(e)) from None
+        for example in made:
+            example['about']['row'] = i
+        examples += made
+    return examples
+
+
+def write_examples(out_dir, task, tokenizer, splits, labels, block_size, **about):
+    """splits {split: rows} -> out_dir/train.jsonl, val.jsonl, tokenizer.json, meta.json; returns the meta."""
+    counts = {}
+    for split, rows in splits.items():
+        c = counts[split] = {'rows': len(rows), 'examples': 0, 'tokens': 0, 'full': 0,
+                               'bytes': sum(len(text.encode()) for row in rows for text in TASKS[task].texts(row))}
+        with open(os.path.join(out_dir, f'{split}.jsonl'), 'w', encoding='utf-8', newline='\n') as f:
+            for example in encode_rows(tokenizer, task, rows, labels, block_size):
+                f.write(json.dumps(example, ensure_ascii=False) + '\n')
+                c['examples'] += 1
+                c['tokens'] += len(example['ids'])
+                c['full'] += len(example['ids']) == block_size
+                progress(f"encoding: row {example['about']['row'] + 1:,} of {len(rows):,} of {split}")
+    progress('')
+    meta = {'format': 'plainformer data 1', 'task': task, 'tokenizer': tokenizer.name, 'vocab_size': tokenizer.n_vocab,
+            'counts': counts, 'labels': labels, 'block_size': block_size, **about}
+    write_json(os.path.join(out_dir, 'tokenizer.json'), tokenizer_to_dict(tokenizer))
+    write_json(os.path.join(out_dir, 'meta.json'), meta)
+    return meta
+
+
+def prepare_task(settings, task, folder, files, val_files, source):
+    """Rows of labelled data -> a data folder; returns its meta. Raises ValueError naming file and line."""
+    rows, val_rows = ([row for path in paths for row in TASKS[task].read(path)] for paths in (files, val_files))
+    train_rows = rows
+    if not val_files:
+        train_rows, val_rows = split_rows(rows, settings.val_fraction)
+    for split, found in (('train', train_rows), ('val', val_rows)):
+        if not found:
+            raise ValueError(f"{', '.join(files if split == 'train' else val_files or files)}: no rows for a {split} split: "
+                             "give more, or change --val_fraction")
+    labels = TASKS[task].labels({label for row in rows for label in TASKS[task].asked(row)})
+    check_labels(task, val_rows, labels)
+    texts = lambda rows: (text for row in rows for text in TASKS[task].texts(row))
+    alphabet = set().union(*texts(rows), *texts(val_rows))
+    unique = dict.fromkeys(texts(train_rows))          # one context has many questions
+    tokenizer = choose_tokenizer(settings, alphabet, unique)
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, 'rb') as f:
+            digest.update(f.read())
+    return write_examples(folder, task, tokenizer, {'train': train_rows, 'val': val_rows}, labels, settings.block_size,
+                          source=source, sha256=digest.hexdigest())
+
+# -----------------------------------------------------------------------------
+# Built-in data sets: functions that return a text, or one for training and one for validation
 
 UPSTREAM = 'https://raw.githubusercontent.com/'
 SHAKESPEARE = ('karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt',
@@ -673,6 +987,16 @@ TANG_SHA256 = ['4f88f429938082523cdc72a1612bd7a7c3e3f7a33f8192c61ae51340efc3c92d
                'a0306e6962cff01639ad9a00b042a201b8dec1f30fa5d768a7b112587889861e',
                '982a21d2b15922b406911f1c825785054314c686da86b2155d7aebb362d22771',
                'a6fb69d7b4343c904dc56ae5aae34facc2478d196b51c37ceba9d1e2f171b342']
+ROTTEN_TOMATOES = {
+    'positive': ('yoonkim/CNN_sentence/23e0e1f7355705bb083043fda05c031b15acb38c/rt-polarity.pos',
+                 '2da124ec187a9d5a29c9f04e91c540e02baed5af8868f550a26bd6fd4dbf8bf0'),
+    'negative': ('yoonkim/CNN_sentence/23e0e1f7355705bb083043fda05c031b15acb38c/rt-polarity.neg',
+                 '4ace77d558c3714723843f1d65b60c01e3417b208180f0728808d76ad0eeeaca'),
+}
+WNUT17 = [('leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/wnut17train.conll',
+           '731820e13f71af324c6b55a1575ec2ce59fbaa2a0806f8f0400b98d56cd6a7a5'),
+          ('leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/emerging.dev.conll',
+           'e053b752b8155113ca66e7db08af5f2f5f43ab993694e4774f1ec5bad42312d8')]
 
 
 def fetch(path, sha256, mirror):
@@ -720,23 +1044,37 @@ def pydoc(mirror=None):
     """
     from pydoc_data.topics import topics
     documents = [f'{name}\n\n{text.strip()}\n' for name, text in topics.items()]
-    library = os.path.dirname(os.__file__)
-    for folder, folders, names in os.walk(library):
+    for path, source in library():
+        module, *found = docstrings(path, source) or ['']
+        if found:
+            (_, about), *rest = found
+            documents.append('\n'.join([f'{module}\n' + (f'\n{about}\n' if about else ''),
+                                        *(f'{title}\n\n{text}\n' for title, text in rest)]))
+    return '<|endoftext|>\n'.join(by_hash(documents))
+
+
+def by_hash(texts):
+    """In an order that is the same everywhere and has nothing to do with what the texts say."""
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def library():
+    """(path, source) of the modules of Python's own library, as bytes. They are read and never imported."""
+    root = os.path.dirname(os.__file__)
+    for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - {'site-packages', 'test', 'tests', 'idlelib', 'lib2to3', '__pycache__'})
-        for name in names:
+        for name in sorted(names):
             if name.endswith('.py'):
                 with open(os.path.join(folder, name), 'rb') as f:
-                    documents.append(docstrings(os.path.relpath(os.path.join(folder, name), library), f.read()))
-    documents = sorted(filter(None, documents), key=lambda text: hashlib.sha256(text.encode()).digest())
-    return '<|endoftext|>\n'.join(documents)
+                    yield os.path.relpath(os.path.join(folder, name), root), f.read()
 
 
 def docstrings(path, source):
-    """The documentation of one module as text: its name, then what it, its classes and its functions say. '' if nothing."""
+    """[module, (title, docstring), ...]: what a module says of itself (first, maybe None), its classes and its functions."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
-        return ''
+        return []
     module = path.removesuffix('.py').removesuffix('__init__').strip(os.sep).replace(os.sep, '.')
     found = []
 
@@ -749,12 +1087,62 @@ def docstrings(path, source):
                 visit(child, f'{prefix}{child.name}.')
 
     visit(tree, '')
-    texts = [f'{title}\n\n{text}\n' for title, text in found if text]
-    about = ast.get_docstring(tree)
-    return '\n'.join([f'{module}\n' + (f'\n{about}\n' if about else ''), *texts]) if about or texts else ''
+    found, about = [(title, text) for title, text in found if text], ast.get_docstring(tree)
+    return [module, (module, about), *found] if about or found else []
 
 
-DATASETS = {'pydoc': pydoc, 'shakespeare': shakespeare, 'tang': tang}
+def pytopics(mirror=None):
+    """Which part of Python's library is this docstring from? The twelve packages that say most; label<TAB>text."""
+    said = collections.defaultdict(set)
+    for path, source in library():
+        module, *found = docstrings(path, source) or ['']
+        texts = (' '.join(text.split()) for _, text in found if text)
+        said[module.split('.')[0]].update(text for text in texts if len(text) >= 20)
+    most = sorted(said, key=lambda package: (-len(said[package]), package))[:12]
+    return '\n'.join(by_hash(f'{package}\t{text}' for package in most for text in said[package])) + '\n'
+
+
+def pytokens(mirror=None):
+    """
+    What is each word of Python source: keyword, name, number, string, comment, or O for an operator? A logical line is a
+    text; strings and comments of several words are entities of several tokens. CoNLL, 12,000 lines of Python's library.
+    """
+    lines = set()
+    for _, source in library():
+        row = []
+        with contextlib.suppress(tokenize.TokenError, SyntaxError, UnicodeDecodeError):
+            for token in tokenize.tokenize(io.BytesIO(source).readline):
+                kind = tokenize.tok_name[token.type].lower()
+                kind = 'string' if kind.startswith('fstring') else 'keyword' if keyword.iskeyword(token.string) else kind
+                if kind in ('keyword', 'name', 'number', 'string', 'comment', 'op'):
+                    words = token.string.split()
+                    row += [f"{word}\t{'O' if kind == 'op' else ('I-' if i else 'B-') + kind}"
+                            for i, word in enumerate(words)]
+                elif kind == 'newline' or (kind == 'nl' and row and row[0].endswith('-comment')):
+                    lines.add('\n'.join(row[:32]) + '\n')
+                    row = []
+    return '\n'.join(by_hash(lines)[:12_000])
+
+
+def rotten_tomatoes(mirror):
+    """10,662 sentences of film reviews, good or bad (Pang and Lee 2005), 80 % to train, 10 % to validate; label<TAB>text."""
+    rows = [f'{label}\t{line.strip()}' for label, (path, sha256) in ROTTEN_TOMATOES.items()
+            for line in fetch(path, sha256, mirror).decode('cp1252').split('\n') if line.strip()]
+    random.Random(0).shuffle(rows)
+    train, val = int(0.8 * len(rows)), int(0.9 * len(rows))  # the rest is for tests
+    return '\n'.join(rows[:train]) + '\n', '\n'.join(rows[train:val]) + '\n'
+
+
+def wnut17(mirror):
+    """Persons, places and products in tweets (Derczynski et al. 2017); CoNLL. Rare names: those of val are not in train."""
+    return tuple(fetch(path, sha256, mirror).decode() for path, sha256 in WNUT17)
+
+
+DATASETS = {  # what each is for, and the function
+    'pydoc': ('lm', pydoc), 'shakespeare': ('lm', shakespeare), 'tang': ('lm', tang),
+    'pytopics': ('classify', pytopics), 'rotten_tomatoes': ('classify', rotten_tomatoes),
+    'pytokens': ('tag', pytokens), 'wnut17': ('tag', wnut17),
+}
 
 # -----------------------------------------------------------------------------
 # The script
@@ -766,10 +1154,12 @@ class Settings:
     dataset: str = flag('', 'a built-in data set; pydoc needs no network', choices=('', *DATASETS))
     input: list = flag([], 'UTF-8 text files, folders of them, or .jsonl files whose rows have a "text"')
     val: list = flag([], 'the same for the validation split, instead of the end of the text')
-    task: str = flag('lm', 'what the data is for', choices=('lm',))
+    task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune [lm, or that of the data set]',
+                     choices=('', 'lm', *TASKS))
     tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data folder whose tokenizer is to be used')
     vocab_size: int = flag(4096, 'of bpe: all tokens, special ones included', low=1)
-    val_fraction: float = flag(0.1, 'share of the text, at its end, for validation', above=0, below=1)
+    val_fraction: float = flag(0.1, 'share for validation: the end of the text; of a task any rows', above=0, below=1)
+    block_size: int = flag(64, 'of a task: longest example, in tokens; what is longer is cut, or makes several', low=8)
     out_dir: str = flag('', 'folder to write, data/NAME if not given')
     mirror: str = flag('', 'URL or folder to download from, instead of ' + UPSTREAM)
 
@@ -777,8 +1167,8 @@ class Settings:
 BPE_SAMPLE = 50_000_000                            # characters that bpe learns from
 
 
-def choose_tokenizer(settings, alphabet, blocks, cut):
-    """The tokenizer that the flags ask for; bpe learns from the training part, spread over it where that is large."""
+def choose_tokenizer(settings, alphabet, texts):
+    """The tokenizer that the flags ask for; bpe learns from an iterable of texts."""
     name = settings.tokenizer
     if name == 'char':
         return char_tokenizer(alphabet)
@@ -791,17 +1181,33 @@ def choose_tokenizer(settings, alphabet, blocks, cut):
         if not os.path.isdir(folder):
             raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder")
         return load_tokenizer(folder)
+    return bpe_tokenizer(texts, settings.vocab_size)
 
-    def sample():
-        share, seen, taken = min(1.0, BPE_SAMPLE / cut), 0, 0
-        for split, block in split_blocks(blocks, cut):
-            seen += len(block.text)
-            if split == 'train' and taken < share * seen:
-                taken += len(block.text)
-                progress(f"counting words: {seen / 1e6:,.1f} of {cut / 1e6:,.1f} M characters")
-                yield block.text
 
-    return bpe_tokenizer(sample(), settings.vocab_size)
+def training_sample(blocks, cut):
+    """The training part of a text; where that is large, BPE_SAMPLE characters of it, spread evenly."""
+    share, seen, taken = min(1.0, BPE_SAMPLE / cut), 0, 0
+    for split, block in split_blocks(blocks, cut):
+        seen += len(block.text)
+        if split == 'train' and taken < share * seen:
+            taken += len(block.text)
+            progress(f"counting words: {seen / 1e6:,.1f} of {cut / 1e6:,.1f} M characters")
+            yield block.text
+
+
+def prepare_text(settings, folder, files, val_files, source):
+    """Text -> a data folder to pre-train on; returns its meta. Raises ValueError."""
+    text, val_text = survey(files), survey(val_files)
+    if not text.characters:
+        raise ValueError(f"{', '.join(files)}: no text in it: give files that hold some")
+    cut = text.characters if val_files else int(text.characters * (1 - settings.val_fraction))
+    if not cut:
+        raise ValueError(f"a text of {text.characters} characters is too short to split: add text")
+    blocks = lambda: read_blocks(files, text.by_line)
+    val_blocks = split_blocks(read_blocks(val_files, val_text.by_line), 0)
+    tokenizer = choose_tokenizer(settings, text.alphabet | val_text.alphabet, training_sample(blocks(), cut))
+    return write_text(folder, tokenizer, itertools.chain(split_blocks(blocks(), cut), val_blocks),
+                      text.characters + val_text.characters, source=source, sha256=text.sha256)
 
 
 def prepare(settings):
@@ -812,25 +1218,24 @@ def prepare(settings):
                          f"{', '.join(DATASETS)}. For a first try: --dataset pydoc")
     name = settings.dataset or os.path.splitext(os.path.basename(os.path.abspath(settings.input[0])))[0]
     out_dir = (settings.out_dir or os.path.join('data', name)).rstrip('/\\')
+    task = settings.task or (DATASETS[settings.dataset][0] if settings.dataset else 'lm')
+    if settings.dataset and task != DATASETS[settings.dataset][0]:
+        raise ValueError(f"--task {task}: {settings.dataset} is for {DATASETS[settings.dataset][0]}: leave the flag out")
     with new_folder(out_dir) as folder:
-        files, source = settings.input, settings.input
+        files, val_files, source = settings.input, settings.val, settings.input
         if settings.dataset:
-            files, source = [os.path.join(folder, 'source.txt')], settings.dataset
-            with open(files[0], 'w', encoding='utf-8', newline='\n') as f:
-                f.write(DATASETS[settings.dataset](settings.mirror))
-        files, val_files = find_files(files), find_files(settings.val)
-        text = survey(files)
-        val_text = survey(val_files)
-        if not text.characters:
-            raise ValueError(f"{', '.join(files)}: no text in it: give files that hold some")
-        cut = text.characters if val_files else int(text.characters * (1 - settings.val_fraction))
-        if not cut:
-            raise ValueError(f"a text of {text.characters} characters is too short to split: add text")
-        blocks = lambda: read_blocks(files, text.by_line)
-        val_blocks = split_blocks(read_blocks(val_files, val_text.by_line), 0)
-        tokenizer = choose_tokenizer(settings, text.alphabet | val_text.alphabet, blocks(), cut)
-        meta = write_text(folder, tokenizer, itertools.chain(split_blocks(blocks(), cut), val_blocks),
-                          text.characters + val_text.characters, source=source, sha256=text.sha256)
+            texts, source = DATASETS[settings.dataset][1](settings.mirror), settings.dataset
+            paths = []
+            for name, text in zip(('source.txt', 'source.val.txt'), (texts,) if isinstance(texts, str) else texts):
+                paths.append(os.path.join(folder, name))
+                with open(paths[-1], 'w', encoding='utf-8', newline='\n') as f:
+                    f.write(text)
+            files, val_files = paths[:1], val_files or paths[1:]
+        files, val_files = find_files(files), find_files(val_files)
+        if task == 'lm':
+            meta = prepare_text(settings, folder, files, val_files, source)
+        else:
+            meta = prepare_task(settings, task, folder, files, val_files, source)
     return out_dir, meta
 
 
@@ -838,8 +1243,13 @@ def main(argv):
     settings = Settings(**read_flags(argv, __doc__, {'flags': Settings}))
     out_dir, meta = prepare(settings)
     for split, c in meta['counts'].items():
-        print(f"{split + ':':6} {c['tokens']:,} tokens, {c['characters']:,} characters, {c['sentences']:,} sentences, "
-              f"{c['documents']:,} document{'s' * (c['documents'] != 1)}")
+        rest = ('characters', 'sentences', 'documents') if meta['task'] == 'lm' else ('rows', 'examples')
+        print(f"{split + ':':6} "
+              + ', '.join(f"{c[name]:,} {name[:-1] if c[name] == 1 else name}" for name in ('tokens', *rest)))
+    if meta['labels']:
+        print(f"labels: {', '.join(meta['labels'])}")
+    if meta['task'] == 'classify' and (full := sum(c['full'] for c in meta['counts'].values())):
+        print(f"{full:,} examples are as long as --block_size {meta['block_size']} tokens allows: their text may be cut")
     print(f"{out_dir}: {meta['tokenizer']} tokenizer, vocabulary of {meta['vocab_size']:,}. "
           f"Next: python train.py --dataset {out_dir.removeprefix('data' + os.sep)}")
     if meta['tokenizer'] == 'bpe' and settings.tokenizer == 'bpe' and meta['vocab_size'] < settings.vocab_size:

@@ -1,5 +1,6 @@
 """
-Ask a trained model. A GPT goes on writing:
+Ask a trained model. --start is what you say; what comes back depends on what the model was trained for. A GPT goes on
+writing:
 
     python sample.py --start "The import statement"
     python sample.py --start FILE:poem.txt --num_samples 3 --temperature 0.9 --top_p 0.95 --seed 1
@@ -9,33 +10,52 @@ On standard output stands the text and nothing else; several samples are separat
 sees at most block_size tokens: when its window is full it forgets the older half and goes on. Writing ends after
 --max_new_tokens, at a --stop text (which is not printed), or where the model ends the document.
 
+The others answer each line of --start with a line:
+
+    python sample.py --out_dir out-bert --start "The [MASK] statement"         the best guesses for each [MASK]
+    python sample.py --out_dir out-reviews --start FILE:reviews.txt            a label and its probability
+    python sample.py --out_dir out-squad --start "Who won? ||| The dog won."   the answer, cut from the text behind the |||
+
     choose              logits -> the next token: greedy, temperature, top-k, top-p
     generate            ids -> new ids, one at a time, with a cache
     TextStream          ids -> text, never half a character
-    text_loss           how well a model predicts a text: loss, perplexity, bits per byte
+    ask                 examples -> logits, in batches; ANSWERS and SCORES make of them what a task wants
+    text_loss           how well a model predicts a text: loss, perplexity, bits per byte; hidden_scores: the same for BERT
 
 References:
     [1] Fan et al. 2018, Hierarchical Neural Story Generation (top-k), https://arxiv.org/abs/1805.04833
     [2] Holtzman et al. 2019, The Curious Case of Neural Text Degeneration (top-p), https://arxiv.org/abs/1904.09751
+    [3] Rajpurkar et al. 2016, SQuAD, https://arxiv.org/abs/1606.05250
+    [4] Tjong Kim Sang and De Meulder 2003, CoNLL-2003 shared task: entities count as a whole
+    [5] Salazar et al. 2020, Masked Language Model Scoring (pseudo-perplexity), https://arxiv.org/abs/1910.14659
 """
 
 import codecs
+import collections
 import contextlib
 import json
 import math
+import re
+import string
 import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import regex
 import torch
 
-from model import load
+from model import IGNORE, load
 from prepare_data import (
+    CJK,
+    TASKS,
     check_flags,
+    check_labels,
     encode,
+    encode_rows,
     find_files,
     flag,
+    frame,
     progress,
     read_documents,
     read_flags,
@@ -178,8 +198,250 @@ def write(model, tokenizer, prompt, settings, first_row=0, rows=1):
         yield row, stream.end()
 
 # -----------------------------------------------------------------------------
+# Answers of the models that do not write
+
+
+def collate(examples, pad_id):
+    """
+    A list of examples -> a batch: a dict of tensors. Rows of unequal length are padded on the right, and
+    `keep` says what is real. The key `about` is for scoring only and stays behind.
+    """
+    fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE}
+    batch = {}
+    for key in examples[0]:
+        if key == 'about':
+            continue
+        rows = [np.asarray(example[key], np.int64) for example in examples]
+        shape = np.max([row.shape for row in rows], axis=0)
+        if any(row.shape != tuple(shape) for row in rows):
+            padded = np.full((len(rows), *shape), fill.get(key, 0))
+            for i, row in enumerate(rows):
+                padded[i, :len(row)] = row
+            rows = padded
+            if key == 'ids':
+                batch['keep'] = torch.from_numpy(np.arange(shape[0]) < [[len(e['ids'])] for e in examples])  # (B, T)
+        batch[key] = torch.from_numpy(np.stack(rows))
+    return batch
+
+
+@torch.no_grad()
+def ask(model, examples, pad_id, take=lambda example, logits: logits, rows=64):
+    """
+    Examples -> (what `take` wants of the logits of each, given as float32 numpy; the sum of their losses, in nats; the
+    number of targets asked). Batches hold examples of about one length, and the answers have the order of the examples.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    taken, nats, asked = [None] * len(examples), 0.0, 0
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
+    for at in range(0, len(order), rows):
+        progress(f"{at:,} of {len(order):,}")
+        chosen = order[at:at + rows]
+        batch = {key: t.to(device) for key, t in collate([examples[i] for i in chosen], pad_id).items()}
+        out, loss = model(**batch, counts={'targets': 1})
+        if loss is not None:
+            nats, asked = nats + loss.item(), asked + int((batch['targets'] != IGNORE).sum())
+        for i, row in zip(chosen, out.float().cpu().numpy()):
+            taken[i] = take(examples[i], row)
+    model.train(was_training)
+    progress('')
+    return taken, nats, asked
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def read_label(examples, logits, labels):
+    """(L,) -> the likeliest label."""
+    p = softmax(logits[0])
+    return {'label': labels[p.argmax()], 'probability': float(p.max()),
+            'probabilities': {label: float(x) for label, x in zip(labels, p)}}
+
+
+def entities(tags):
+    """
+    Tags -> [(kind, first, behind the last)]: as seqeval and CoNLL's own script [4] read them, an I-kind that follows no
+    entity of its kind begins one.
+
+    >>> entities(['B-person', 'I-person', 'O', 'I-place', 'B-place'])
+    [('person', 0, 2), ('place', 3, 4), ('place', 4, 5)]
+    """
+    found, before, begin = [], 'O', 0
+    for i, tag in enumerate([*tags, 'O']):
+        if tag[0] != 'I' or before[2:] != tag[2:]:
+            if before != 'O':
+                found.append((before[2:], begin, i))
+            begin = i
+        before = tag
+    return found
+
+
+def read_tags(examples, logits, labels):
+    """(T, L) of each part of a text -> a tag for every token, that of its first piece, and the entities they make."""
+    tokens = [token for example in examples for token in example['about']['tokens']]
+    tags = [labels[row[t].argmax()] for example, row in zip(examples, logits) for t in example['about']['where']]
+    return {'tokens': tokens, 'tags': tags, 'entities': [
+        {'kind': kind, 'text': ' '.join(tokens[i:j]), 'first': i, 'last': j - 1} for kind, i, j in entities(tags)]}
+
+
+def read_span(examples, logits, labels):
+    """
+    (2, T) of each window -> the span whose first and last token are the likeliest together, at most 30 tokens of one window
+    [3]. A window that does not hold the answer says so by pointing at [CLS]. Where the training data had questions without
+    an answer, '' is one: when [CLS] is likelier in every window.
+    """
+    best, nothing = (-1.0, 0, 0, 0), 1.0
+    for n, (example, row) in enumerate(zip(examples, logits)):
+        p, about = softmax(row), example['about']
+        first, size = about['first'], len(about['offsets'])
+        both = np.triu(p[0, first:first + size, None] * p[1, None, first:first + size])   # ends not before it begins
+        both = np.tril(both, 29)
+        solid = np.array([not about['context'][a:b].isspace() for a, b in about['offsets']], int).cumsum()
+        both *= solid[None, :] > np.append(0, solid)[:size, None]                         # white space is no answer
+        if size:
+            begin, end = np.unravel_index(both.argmax(), both.shape)
+            best = max(best, (float(both[begin, end]), n, begin, end))
+        nothing = min(nothing, float(p[0, 0] * p[1, 0]))
+    p, n, begin, end = best
+    about = examples[n]['about']
+    if p < 0 or (labels and nothing > p):
+        return {'answer': '', 'probability': nothing}
+    low, high = about['offsets'][begin][0], about['offsets'][end][1]
+    text = about['context'][low:high]
+    low += len(text) - len(text.lstrip())
+    return {'answer': text.strip(), 'probability': p, 'start': about['start'] + low}
+
+
+ANSWERS = {'classify': read_label, 'tag': read_tags, 'qa': read_span}
+
+
+def answer(model, examples, task, labels, pad_id):
+    """
+    Examples of many rows -> (the answers, one a row; the examples of each row; the mean loss of a target, in nats, or None
+    where no targets are given).
+    """
+    logits, nats, asked = ask(model, examples, pad_id)
+    rows = {}
+    for i, example in enumerate(examples):
+        rows.setdefault(example['about']['row'], []).append(i)
+    rows = list(rows.values())
+    answers = [ANSWERS[task]([examples[i] for i in row], [logits[i] for i in row], labels) for row in rows]
+    return answers, [[examples[i] for i in row] for row in rows], nats / asked if asked else None
+
+# -----------------------------------------------------------------------------
 # Scores
 
+
+def ratio(a, b):
+    return a / b if b else 0.0
+
+
+def f1(precision, recall):
+    """The harmonic mean: near the worse of the two."""
+    return ratio(2 * precision * recall, precision + recall)
+
+
+def label_scores(answers, golds):
+    """Accuracy, and the mean over labels of the F1 of finding that label."""
+    guesses, right = [a['label'] for a in answers], [g[0]['about']['label'] for g in golds]
+    hits = collections.Counter(g for g, r in zip(guesses, right) if g == r)
+    guessed, there = collections.Counter(guesses), collections.Counter(right)
+    return {'accuracy': ratio(sum(hits.values()), len(right)), 'macro_f1': float(np.mean([
+        f1(ratio(hits[label], guessed[label]), ratio(hits[label], there[label])) for label in guessed | there]))}
+
+
+def entity_scores(answers, golds):
+    """Precision, recall and F1 of whole entities [4]: both ends and the kind must be right."""
+    found = {(i, *e) for i, a in enumerate(answers) for e in entities(a['tags'])}
+    there = {(i, *e) for i, g in enumerate(golds) for e in entities([t for part in g for t in part['about']['tags']])}
+    precision, recall = ratio(len(found & there), len(found)), ratio(len(found & there), len(there))
+    return {'precision': precision, 'recall': recall, 'f1': f1(precision, recall)}
+
+
+def answer_words(text):
+    """As SQuAD's script compares answers [3]: no case, punctuation, articles. Each CJK character is a word."""
+    text = ''.join(c for c in text.lower() if c not in string.punctuation)
+    return CJK.sub(r' \g<0> ', re.sub(r'\b(a|an|the)\b', ' ', text)).split()
+
+
+def answer_scores(answers, golds):
+    """Exact match, and F1 of the words in common, each against the best of the right answers."""
+    exact, overlap = 0.0, 0.0
+    for a, g in zip(answers, golds):
+        words, rights = answer_words(a['answer']), [answer_words(t) for t in g[0]['about']['answers']]
+        rights = list(filter(None, rights)) or [[]]    # no answer, or one of which nothing is left
+        common = [sum((collections.Counter(words) & collections.Counter(right)).values()) for right in rights]
+        exact += any(words == right for right in rights)
+        overlap += max(f1(ratio(n, len(words)), ratio(n, len(right))) if words and right else float(words == right)
+                       for n, right in zip(common, rights))
+    return {'exact_match': ratio(exact, len(answers)), 'f1': ratio(overlap, len(answers))}
+
+
+SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores}
+
+
+def task_scores(model, examples, task, labels, tokenizer):
+    """Loss and scores of labelled examples, all of them."""
+    answers, golds, loss = answer(model, list(examples), task, labels, tokenizer._special_tokens['[PAD]'])
+    return {'loss': loss, **SCORES[task](answers, golds)}
+
+
+def masked_text(tokenizer, text, block_size):
+    """
+    `The [MASK] statement` -> an example whose [MASK] tokens are to be guessed; `a ||| b` for two texts. Where tokens carry
+    the space before a word, the one before [MASK] belongs to what is hidden. Raises ValueError where there is no [MASK].
+    """
+    if '[MASK]' not in text:
+        raise ValueError(f"{text[:60]!r} has no [MASK]: write one where a word is to be guessed")
+    spaced = any(len(token) > 1 and token.startswith(b' ') for token in tokenizer._mergeable_ranks)
+    parts = []
+    if text.count('|||') > 1:
+        raise ValueError(f"{text[:60]!r}: write one text, or two as a ||| b")
+    for part in text.split('|||'):
+        ids = []
+        for i, piece in enumerate(part.strip().split('[MASK]')):
+            last = i == part.count('[MASK]')
+            ids += encode(tokenizer, piece.removesuffix(' ') if spaced and not last else piece).tolist()
+            ids += [] if last else [tokenizer._special_tokens['[MASK]']]
+        parts.append(ids)
+    ids, segments = frame(tokenizer, *parts)
+    if len(ids) > block_size:
+        raise ValueError(f"{text[:60]!r} has {len(ids)} tokens, more than block_size={block_size}: shorten it")
+    return {'ids': ids, 'segments': segments, 'about': {'text': text}}
+
+
+def read_masks(tokenizer, example, logits, k):
+    """(T, V) -> for each [MASK] its k best guesses: [(text, probability)]."""
+    mask, hidden = tokenizer._special_tokens['[MASK]'], forbidden_tokens(tokenizer, logits.shape[-1]).numpy()
+    hidden[tokenizer._special_tokens['<|endoftext|>']] = True
+    guesses = []
+    for row in logits[np.flatnonzero(np.array(example['ids']) == mask)]:
+        p = softmax(np.where(hidden, -np.inf, row))
+        guesses.append([(tokenizer.decode([i]).strip() or tokenizer.decode([i]), float(p[i]))
+                        for i in (-p).argsort()[:k] if not hidden[i]])
+    return guesses
+
+
+def hidden_scores(model, tokenizer, ids, positions=4096):
+    """
+    How well BERT knows a text, ids (n,): hide one token at a time, see all others of its window, and guess. Returns the
+    share that is right, and the pseudo-perplexity [5], exp of the mean -log P(token | the others). In long texts `positions`
+    tokens, evenly spread, are asked for.
+    """
+    room, special = model.config.block_size - 2, tokenizer._special_tokens
+    asked = np.unique(np.linspace(0, len(ids) - 1, min(positions, len(ids))).astype(int))
+    examples = []
+    for i in asked.tolist():
+        window = ids[i // room * room:][:room].tolist()
+        framed, segments = frame(tokenizer, window)
+        targets = [IGNORE] * len(framed)
+        at = i % room + 1
+        targets[at], framed[at] = framed[at], special['[MASK]']
+        examples.append({'ids': framed, 'segments': segments, 'targets': targets})
+    right, nats, n = ask(model, examples, special['[PAD]'], lambda e, logits: logits.argmax() == max(e['targets']))  # (V,)
+    return {'masked_accuracy': float(np.mean(right)), 'pseudo_perplexity': math.exp(min(nats / n, 700))}
 
 @torch.no_grad()
 def text_loss(model, tokens, block_size=0, rank=0, world=1, context=contextlib.nullcontext):
@@ -214,12 +476,12 @@ def text_scores(nats, predictions, text_bytes):
 
 def format_scores(scores):
     """loss 1.8980, perplexity 6.67, bits per byte 2.738"""
-    return (f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f}, "
-            f"bits per byte {scores['bits_per_byte']:.3f}")
+    digits = {'perplexity': 2, 'pseudo_perplexity': 2, 'bits_per_byte': 3}
+    return ', '.join(f"{name.replace('_', ' ')} {value:.{digits.get(name, 4)}f}" for name, value in scores.items())
 
 
-def score_file(model, tokenizer, path):
-    """Score a text file as prepare_data.py reads it: documents end in <|endoftext|>."""
+def read_text(tokenizer, path):
+    """A text file as prepare_data.py reads it: (ids, documents ending in <|endoftext|>; its size in bytes)."""
     ids, size, end_id = [], 0, tokenizer._special_tokens['<|endoftext|>']
     open_document = False
     for file in find_files([path]):
@@ -233,7 +495,27 @@ def score_file(model, tokenizer, path):
     ids = np.concatenate(ids) if ids else np.zeros(0)
     if len(ids) < 2:
         raise ValueError(f"--score {path}: no text in it")
-    return text_scores(*text_loss(model, ids), size)
+    return ids, size
+
+
+def score_file(model, tokenizer, path, labels=()):
+    """Score a file in the format that prepare_data.py reads for what the model was trained for. Raises ValueError."""
+    task = model.config.task
+    if not task:
+        ids, size = read_text(tokenizer, path)
+        if hasattr(model, 'decode'):
+            return text_scores(*text_loss(model, ids), size)
+        return hidden_scores(model, tokenizer, ids[ids != tokenizer._special_tokens['<|endoftext|>']])
+    rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
+    if not rows:
+        raise ValueError(f"--score {path}: no rows in it")
+    check_labels(task, rows, labels)
+    asked = [{key: row[key] for key in row if key != 'answers'} for row in rows]  # or tokens would be cut where answers end
+    examples = encode_rows(tokenizer, task, asked, labels, model.config.block_size)
+    for example in examples if task == 'qa' else []:
+        example['about']['answers'] = [text for _, text in rows[example['about']['row']]['answers']]
+    scores = task_scores(model, examples, task, labels, tokenizer)
+    return {name: scores[name] for name in scores if name != 'loss'}
 
 # -----------------------------------------------------------------------------
 # The script
@@ -247,15 +529,15 @@ class Settings:
     start: str = flag('', 'what to continue: a text, FILE:path, or - for standard input; nothing: a new document')
     out_dir: str = flag('out', 'the folder that train.py wrote')
     init_from: str = flag('', 'a checkpoint or folder to use instead of out_dir')
-    num_samples: int = flag(1, 'how many texts', low=1)
+    num_samples: int = flag(1, 'how many texts of a GPT', low=1)
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
     temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says', low=0)
-    top_k: int = flag(0, 'draw from the k likeliest tokens; 0: from all', low=0)
+    top_k: int = flag(0, 'draw from the k likeliest tokens; 0: from all. For [MASK]: show so many; 0: five', low=0)
     top_p: float = flag(1.0, 'draw from the fewest likeliest tokens that reach this probability', low=0, high=1)
     stop: list = flag([], 'texts at which to stop')
     seed: int = flag(-1, 'the same seed writes the same text; -1: a new one every time', low=-1)
     stream: bool = flag(False, 'print text as it is written, one sample after the other')
-    score: str = flag('', 'a file to score instead of writing: loss, perplexity, bits per byte')
+    score: str = flag('', 'a file to score instead: a text, or labelled rows as prepare_data.py reads them')
     json: bool = flag(False, 'print JSON objects, one a line')
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU that has it, else float32',
@@ -321,6 +603,70 @@ def print_texts(model, tokenizer, prompt, settings):
     print(f"{n_tokens} tokens in {seconds:.2f} s ({n_tokens / seconds:.1f} tok/s)", file=sys.stderr)
 
 
+WORDS = regex.compile(CJK.pattern + r'|[\p{L}\p{N}\p{M}_@#](?:(?!' + CJK.pattern + r')\S)*(?<=[\p{L}\p{N}\p{M}_])|\S')
+
+
+def read_line(task, line):
+    """What a user writes -> a row as the readers of prepare_data.py make them, without its labels. Raises ValueError."""
+    texts = [text.strip() for text in line.split('|||')]
+    if task == 'tag':
+        return {'tokens': WORDS.findall(line)}
+    if task == 'qa' and len(texts) != 2:
+        raise ValueError(f"{line[:60]!r}: write question ||| context")
+    if len(texts) > 2:
+        raise ValueError(f"{line[:60]!r}: write one text, or two as a ||| b")
+    return dict(zip(('question', 'context') if task == 'qa' else ('text', 'text_b'), texts))
+
+
+def show(found):
+    """An answer as one line of text."""
+    if 'guesses' in found:
+        plain = lambda text: text if text.isprintable() else repr(text)
+        return ' | '.join(', '.join(f'{plain(text)} {p:.3f}' for text, p in guesses) for guesses in found['guesses'])
+    if 'label' in found:
+        return f"{' '.join(found['label'].split())} {found['probability']:.4f}"
+    if 'tags' in found:
+        tagged = ' '.join(f'{token}/{tag}' for token, tag in zip(found['tokens'], found['tags']))
+        return '\t'.join([tagged, '; '.join(f"{e['kind']}: {e['text']}" for e in found['entities'])]).rstrip()
+    return ' '.join(found['answer'].split())
+
+
+def print_answers(model, tokenizer, prompt, labels, settings):
+    """Answer each line of the prompt with a line on standard output; an empty one with an empty one."""
+    began, task, pad_id = time.perf_counter(), model.config.task, tokenizer._special_tokens['[PAD]']
+    lines = [line.strip() for line in prompt.removesuffix('\n').split('\n')]
+    asked = [n for n, line in enumerate(lines) if line]
+    if not asked:
+        raise ValueError("--start is empty: give a text, FILE:path, or - for standard input")
+    rows = []
+    for n in asked:  # all are read before the first is answered
+        try:
+            if task:
+                rows.append(encode_rows(tokenizer, task, [read_line(task, lines[n])], labels, model.config.block_size))
+            else:
+                rows.append([masked_text(tokenizer, lines[n], model.config.block_size)])
+        except ValueError as e:
+            raise ValueError(f"line {n + 1}: {e}" if len(lines) > 1 else str(e)) from None
+    printed = 0
+    for at in range(0, len(asked), 64):
+        part, answers = rows[at:at + 64], []
+        examples = [dict(example, about={**example['about'], 'row': i}) for i, row in enumerate(part) for example in row]
+        if task:
+            answers, _, _ = answer(model, examples, task, labels, pad_id)
+        else:
+            best = lambda example, logits: read_masks(tokenizer, example, logits, settings.top_k or 5)
+            guesses, _, _ = ask(model, examples, pad_id, best, rows=8)
+            answers = [{'guesses': masks} for masks in guesses]
+        for n, found in zip(asked[at:at + 64], answers):
+            print('\n' * (n - printed), end='')
+            print(json.dumps({'text': lines[n], **found}, ensure_ascii=False) if settings.json else show(found))
+            printed = n + 1
+    print('\n' * (len(lines) - printed), end='')
+    seconds = time.perf_counter() - began
+    print(f"{len(asked)} answer{'s' * (len(asked) != 1)} in {seconds:.2f} s ({len(asked) / seconds:.1f} a second)",
+          file=sys.stderr)
+
+
 def main(argv):
     settings = Settings(**read_flags(argv, __doc__, {'flags': Settings}))
     device = find_device(settings.device)
@@ -333,9 +679,12 @@ def main(argv):
     tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
     half = device == 'cuda' and not settings.score and torch.cuda.is_bf16_supported(including_emulation=False)
     model = model.to(DTYPES.get(settings.dtype, torch.bfloat16 if half else torch.float32)).eval()
+    labels = checkpoint.get('labels', [])
     if settings.score:
-        scores = score_file(model, tokenizer, settings.score)
+        scores = score_file(model, tokenizer, settings.score, labels)
         print(json.dumps(scores) if settings.json else format_scores(scores))
+    elif not hasattr(model, 'decode'):
+        print_answers(model, tokenizer, prompt, labels, settings)
     else:
         print_texts(model, tokenizer, prompt, settings)
 

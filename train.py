@@ -4,6 +4,8 @@ Train any model of model.py with one loop.
     python train.py                                           a small GPT on Python's documentation, about a minute
     python train.py --dataset shakespeare --preset nano       another text, another row of the table
     python train.py --init_from resume                        go on, bit for bit as if never stopped
+    python train.py --preset bert --out_dir out-bert          another way to learn from the same text
+    python train.py --init_from out-bert --dataset pytopics   fine-tune it on labelled data
     torchrun --nproc_per_node=4 train.py --gradient_accumulation_steps 4
 
 The data flow, and all that the loop knows of a task:
@@ -14,23 +16,28 @@ An example is a dict whose keys are the arguments of model.forward(). A step is 
 number: which windows it reads, and what dropout drops, is drawn from (seed, step), so nothing about the loader needs
 saving, and a resumed run is the unbroken one.
 
-    Settings, RECIPES   the flags, and good values for them
-    causal_lm           what is shown and what is asked: the objectives
-    Data, get_batch     which part of the text a step sees
-    learning_rate       and the optimizers
-    evaluate, train     the loop
-    start, main         new, resumed, or from another checkpoint
+    Settings, RECIPES                   the flags, and good values for them
+    causal_lm, masked_lm, supervised    what is shown and what is asked: the objectives
+    Text, Examples, get_batch           which part of the data a step sees
+    learning_rate                       and the optimizers
+    evaluate, train                     the loop
+    start, main                         new, resumed, or from another checkpoint
 
 References:
     [1] Loshchilov and Hutter 2017, Decoupled Weight Decay Regularization (AdamW), https://arxiv.org/abs/1711.05101
     [2] Micikevicius et al. 2017, Mixed Precision Training, https://arxiv.org/abs/1710.03740
     [3] Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon
+    [4] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
+    [5] Miyato et al. 2017, Adversarial Training Methods for Text Classification, https://arxiv.org/abs/1605.07725
+    [6] Goodfellow et al. 2015, Explaining and Harnessing Adversarial Examples, https://arxiv.org/abs/1412.6572
 """
 
 import contextlib
 import csv
 import ctypes
 import dataclasses
+import functools
+import json
 import math
 import os
 import signal
@@ -46,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import IGNORE, PRESETS, Config, build, load, optimizer_groups, save
+from model import IGNORE, PRESETS, Config, Stack, TaskModel, build, cross_entropy, load, optimizer_groups, save
 from prepare_data import check_flags, flag, progress, read_flags, read_json, run, tokenizer_to_dict
 
 # -----------------------------------------------------------------------------
@@ -62,7 +69,8 @@ class Settings:
     init_from: str = flag('scratch', 'scratch | resume (out_dir/ckpt.pt) | auto (resume where there is one) | a checkpoint')
     out_dir: str = flag('out', 'folder for ckpt.pt, best.pt and log.csv')
     eval_only: bool = flag(False, 'print the loss over the whole validation split, and write nothing')
-    objective: str = flag('causal_lm', 'what is asked', choices=('causal_lm',))
+    objective: str = flag('', 'what is asked [of text, what the preset was made for; of labelled data, its labels]',
+                          choices=('', 'causal_lm', 'masked_lm', 'supervised'))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes together', low=1)
@@ -71,6 +79,7 @@ class Settings:
     eval_iters: int = flag(20, 'batches in an evaluation', low=1)
     log_interval: int = flag(20, 'steps between lines of the log', low=1)
     sample_tokens: int = flag(60, 'tokens of the sample that an evaluation prints; 0: none', low=0)
+    patience: int = flag(0, 'stop after so many evaluations without a better one; 0: never', low=0)
     target_loss: float = flag(0.0, 'stop once the loss over the whole validation split is at most this; 0: never', low=0)
     # how
     optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', choices=('adamw', 'muon'))
@@ -84,6 +93,8 @@ class Settings:
     beta1: float = flag(0.9, 'AdamW: memory of the gradient', low=0, below=1)
     beta2: float = flag(0.99, 'AdamW: memory of its square', low=0, below=1)
     grad_clip: float = flag(1.0, 'longest gradient, as a norm over all weights; 0: any', low=0)
+    freeze: str = flag('none', 'what keeps its weights: none | embeddings | trunk | a number: embeddings and so many blocks')
+    adversarial: float = flag(0.0, 'also learn with the embedding moved so far where it hurts the most; 0: off', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
@@ -94,9 +105,17 @@ class Settings:
 
     def __post_init__(self):
         check_flags(self)
+        if self.freeze not in ('none', 'embeddings', 'trunk') and not self.freeze.isdecimal():
+            raise ValueError(f"--freeze {self.freeze}: choose none, embeddings, trunk, or a number of blocks")
+        if self.adversarial and self.freeze != 'none':
+            raise ValueError(f"--adversarial {self.adversarial} moves the embedding, which --freeze {self.freeze} holds "
+                             "still: leave one of them out")
 
 
-# Good values where they differ from the defaults: first by what is trained, then by preset.
+# Good values where they differ from the defaults: first by what is trained, then by preset ('': any).
+SMALL = dict(max_iters=1000, batch_size=32, optimizer='muon', learning_rate=2e-3, muon_learning_rate=3e-3, min_lr=0.0,
+             warmup_iters=100, lr_schedule='linear')
+LARGE = dict(optimizer='adamw', learning_rate=3e-5, beta2=0.999, weight_decay=0.01, dropout=0.1)
 RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
@@ -106,15 +125,28 @@ RECIPES = {
         'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03,
                      min_lr=0.0, warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
                      grad_clip=0.0),
+        # one token in seven is asked for, so it needs many; Muon, and a learning rate that post-norm survives
+        'bert': dict(max_iters=2500, batch_size=64, optimizer='muon', learning_rate=6e-3, muon_learning_rate=0.01,
+                     min_lr=0.0, warmup_iters=100, lr_schedule='linear', eval_interval=500, log_interval=100),
     },
+    # heads on small trunks; large pre-trained ones want the small steps of [4], appendix A.3
+    'classify': {'': dict(SMALL, dropout=0.3), 'bert-base': LARGE, 'gpt2-124m': LARGE},
+    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
+    'qa': {'': dict(SMALL, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
 }
 
+
+def recipe(task, preset):
+    """What RECIPES has for a task ('lm': pre-training) and a preset: settings, and maybe a dropout."""
+    rows = RECIPES['pretrain' if task == 'lm' else task]
+    return {**rows.get('', {}), **rows.get(preset, {})}
+
 # -----------------------------------------------------------------------------
-# Objectives: what is shown, and what is asked? Each is a function of (data, rows, rng, block_size) to a list of examples.
-# rows: running numbers of the examples, counted from the first step; rng: for objectives that draw anew each time.
+# Objectives: what is shown, and what is asked? Each is a function of (data, rows, block_size) to a list of examples.
+# rows: consecutive running numbers of the examples, counted from the first step.
 
 
-def causal_lm(data, rows, rng, block_size):
+def causal_lm(data, rows, block_size):
     """
     At every position: which token comes next?
 
@@ -129,7 +161,93 @@ def causal_lm(data, rows, rng, block_size):
     return examples
 
 
-OBJECTIVES = {'causal_lm': causal_lm}
+IS_NEXT = 1                                        # the class of next_targets that says: B follows A
+
+
+def sentence_pairs(data, u, room):
+    """
+    Draw two runs of sentences for each row of u (B, 3), numbers in [0, 1). Returns (tokens of A, tokens of B, B follows A)
+    for each. A starts at any sentence that has a successor and takes a quarter to three quarters of the room; B starts at
+    the next sentence, or in another document. What is too long loses the beginning of A and the end of B, so that the two
+    still touch.
+    """
+    starts, document, followed = data.sentences                                        # (S + 1,), (S,), (F,)
+    first = followed[(u[:, 0] * len(followed)).astype(int)]                            # A's first sentence, (B,)
+    low, high = (np.searchsorted(document, document[first], side) for side in ('left', 'right'))  # its document
+    length = room // 4 + (u[:, 1] * (room // 2 + 1)).astype(int)
+    after = np.searchsorted(starts, starts[first] + length, side='right') - 1          # as many sentences as fit
+    after = np.clip(after, first + 1, high - 1)
+    follows = u[:, 2] < 0.5
+    any_other = ((u[:, 2] * 2 - 1) * (len(document) - (high - low))).astype(int)       # 0, 1, ... outside of A's document
+    second = np.where(follows, after, any_other + (high - low) * (any_other >= low))
+    end = starts[np.searchsorted(document, document[second], side='right')]            # of B's document
+    end, end_id = np.minimum(end, starts[second] + room), data.tokenizer._special_tokens['<|endoftext|>']
+    pairs = []
+    for f, a, n, b, e, follow in zip(first, after, length, second, end, follows):
+        text = data.tokens[starts[b]:e]
+        stop = np.flatnonzero(text == end_id)  # white space may follow it: the next document begins with some
+        pairs.append((data.tokens[max(starts[f], starts[a] - n):starts[a]], text[:stop[0]] if len(stop) else text, follow))
+    return pairs
+
+
+def masked_lm(data, rows, block_size):
+    """
+    Which tokens are hidden, and does the second text follow the first? Section 3.1 of [4].
+
+        text        the cat sat . it purred .              half of the pairs follow; else B is from another document:
+                                                           the same one would be too easy to believe, and often true
+        ids         [CLS] the [M] sat .  [SEP] it  dog   .   [SEP]
+        segments      0    0   0   0  0    0    1   1    1     1
+        targets       .    .  cat  .  .    .    .  purred .    .           a dot is IGNORE
+        next_targets  IS_NEXT
+
+    Of the text tokens 15 % are asked for, at least one a row, never a special token or padding. Of those 80 % show [MASK];
+    10 % another token and 10 % themselves, since no [MASK] will stand in the texts of a task: what is seen must be used, and
+    cannot be trusted. The other token is never a special one. Rows of labelled data are taken as they are, without
+    next_targets; so is text without sentences that follow each other.
+    """
+    u, special = data.uniforms(rows, 2 * block_size + 3), data.tokenizer._special_tokens
+    if isinstance(data, Examples):
+        framed = [(example['ids'], example.get('segments', [0] * len(example['ids'])))
+                  for example in supervised(data, rows, block_size)]
+    elif data.has_pairs:
+        pairs = sentence_pairs(data, u[:, -3:], block_size - 3)
+        framed = [prepare_data.frame(data.tokenizer, a, b[:block_size - 3 - len(a)]) for a, b, _ in pairs]
+    else:
+        room = block_size - 2
+        framed = [prepare_data.frame(data.tokenizer, data.tokens[i:i + room]) for i in data.window_starts(rows, room)]
+    ids = np.full((len(framed), block_size), special['[PAD]'])                         # (B, T)
+    for row, (tokens, _) in zip(ids, framed):
+        row[:len(tokens)] = tokens
+
+    data.check(ids)
+    text = data.is_text[ids]                                                           # (B, T)
+    n = np.maximum(1, np.rint(0.15 * text.sum(axis=1))).astype(int)                    # (B,)
+    order = np.where(text, u[:, :block_size], 2).argsort(axis=1)                       # text tokens first, in any order
+    asked = np.zeros_like(text)
+    np.put_along_axis(asked, order, np.arange(block_size) < n[:, None], axis=1)
+    asked &= text                                                                      # a row may have no text at all
+    shown, draw = ids.copy(), u[:, block_size:-3]                                      # ids are the targets: keep them
+    shown[asked & (draw < 0.8)] = special['[MASK]']
+    other = asked & (draw >= 0.8) & (draw < 0.9)
+    shown[other] = data.text_ids[((draw[other] - 0.8) * 10 * len(data.text_ids)).astype(int)]
+    targets = np.where(asked, ids, IGNORE)
+
+    examples = [{'ids': shown[i, :len(segments)], 'segments': segments, 'targets': targets[i, :len(segments)]}
+                for i, (_, segments) in enumerate(framed)]
+    if not isinstance(data, Examples) and data.has_pairs:
+        for example, (_, _, follow) in zip(examples, pairs):
+            example['next_targets'] = IS_NEXT if follow else 1 - IS_NEXT
+    return examples
+
+
+def supervised(data, rows, block_size):
+    """What prepare_data.py has written, every example once an epoch."""
+    return data.examples_of(rows)
+
+
+METRICS = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1'}  # what makes a checkpoint the best; else the loss
+OBJECTIVES = {'causal_lm': causal_lm, 'masked_lm': masked_lm, 'supervised': supervised}
 
 # -----------------------------------------------------------------------------
 # Data
@@ -139,21 +257,82 @@ SPLITS = {'train': 0, 'val': 1}
 
 
 class Data:
-    """One split of a folder that prepare_data.py made. Raises ValueError or OSError where it is not one."""
+    """
+    One split of a folder that prepare_data.py made; Text and Examples are its kinds. Raises ValueError or OSError where it
+    is not one.
+    """
 
     def __init__(self, folder, split, seed=0):
-        self.folder, self.split, self.seed = folder, split, seed
+        self.folder, self.split, self.seed, self.epoch = folder, split, seed, None
         self.meta = read_json(os.path.join(folder, 'meta.json'))
-        path = os.path.join(folder, f'{split}.bin')
         try:
-            self.counts = self.meta['counts'][split]
-            n, dtype, self.vocab_size = self.counts['tokens'], self.meta['dtype'], self.meta['vocab_size']
-            if dtype not in ('uint16', 'uint32') or os.path.getsize(path) != n * np.dtype(dtype).itemsize or n < 2:
-                raise ValueError(f"{path} is not the {n} ids that meta.json speaks of: prepare the data again")
+            self.counts, self.vocab_size = self.meta['counts'][split], self.meta['vocab_size']
+            self.task, self.labels = self.meta['task'], self.meta['labels']
+            self.read()
         except (KeyError, TypeError) as e:
-            raise ValueError(f"{folder}/meta.json is not that of a text data set ({e}): prepare the data again") from None
+            raise ValueError(f"{folder}/meta.json is not that of a data set ({e!r}): prepare the data again") from None
+
+    @functools.cached_property
+    def tokenizer(self):
+        return prepare_data.load_tokenizer(self.folder)
+
+    @functools.cached_property
+    def is_text(self):
+        """Which ids are text, not special tokens: (V,) bool."""
+        is_text = np.ones(self.vocab_size, bool)
+        is_text[list(self.tokenizer._special_tokens.values())] = False
+        return is_text
+
+    @functools.cached_property
+    def text_ids(self):
+        return np.flatnonzero(self.is_text)
+
+    @functools.cached_property
+    def commonest(self):
+        """The text token that occurs most often (in the first ten million)."""
+        often = np.bincount(self.tokens[:10_000_000], minlength=self.vocab_size)[:self.vocab_size]
+        return int((often * self.is_text).argmax())
+
+    def uniforms(self, rows, n):
+        """
+        n numbers in [0, 1) for each of consecutive `rows`: (B, n). A counter makes them, so they can be had from any row on,
+        and a row has the same ones however the rows are shared among processes.
+        """
+        blocks = -(-n // 4)  # a count gives four numbers
+        counter = np.random.Philox(np.random.SeedSequence((self.seed, SPLITS[self.split]))).advance(rows[0] * blocks)
+        return np.random.Generator(counter).random((len(rows), 4 * blocks))[:, :n]
+
+    def check(self, ids):
+        """Raise ValueError where an id is beyond the vocabulary: on a GPU it would end everything without a word."""
+        if (highest := int(ids.max())) >= self.vocab_size:
+            raise ValueError(f"{self.folder} holds the id {highest} in {self.split}, but its vocabulary has only "
+                             f"{self.vocab_size}: prepare the data again")
+
+
+class Text(Data):
+    """One long row of ids, to pre-train on."""
+
+    def read(self):
+        path, dtype, n = os.path.join(self.folder, f'{self.split}.bin'), self.meta['dtype'], self.counts['tokens']
+        if dtype not in ('uint16', 'uint32') or os.path.getsize(path) != n * np.dtype(dtype).itemsize or n < 2:
+            raise ValueError(f"{path} is not the {n} ids that meta.json speaks of: prepare the data again")
         self.tokens = np.memmap(path, dtype, mode='r')
-        self.epoch = None
+
+    @functools.cached_property
+    def sentences(self):
+        """Where sentences start, and the last one ends (S + 1,); their documents (S,); those with a successor (F,)."""
+        table = np.load(os.path.join(self.folder, f'{self.split}.sentences.npy'))
+        document = np.ascontiguousarray(table[:, 1])
+        return np.append(table[:, 0], len(self.tokens)), document, np.flatnonzero(document[1:] == document[:-1])
+
+    @functools.cached_property
+    def has_pairs(self):
+        """Two documents at least, since a wrong B must come from another one, and sentences that follow each other."""
+        _, document, followed = self.sentences
+        return bool(len(followed)) and document[0] != document[-1]
+
+    def check_length(self, block_size):
+        self.window_starts([0], block_size)  # raises where it is too short
 
     def window_starts(self, rows, block_size):
         """
@@ -175,42 +354,89 @@ class Data:
             starts.append(int(self.offset + self.order[k] * block_size))
         return starts
 
-    def check(self, ids):
-        """Raise ValueError where an id is beyond the vocabulary: on a GPU it would end everything without a word."""
-        if (highest := int(ids.max())) >= self.vocab_size:
-            raise ValueError(f"{self.folder}/{self.split}.bin holds the id {highest}, but its vocabulary has only "
-                             f"{self.vocab_size}: prepare the data again")
+
+RUN, POOL = 64, 2048                               # examples of about equal length; those among which they are found
 
 
-def collate(examples, pad_id):
-    """
-    A list of examples -> a batch: a dict of tensors. Rows of unequal length are padded on the right, and
-    `keep` says what is real. The key `about` is for scoring only and stays behind.
-    """
-    fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE}
-    batch = {}
-    for key in examples[0]:
-        if key == 'about':
-            continue
-        rows = [np.asarray(example[key], np.int64) for example in examples]
-        shape = np.max([row.shape for row in rows], axis=0)
-        if any(row.shape != tuple(shape) for row in rows):
-            padded = np.full((len(rows), *shape), fill.get(key, 0))
-            for i, row in enumerate(rows):
-                padded[i, :len(row)] = row
-            rows = padded
-            if key == 'ids':
-                batch['keep'] = torch.from_numpy(np.arange(shape[0]) < [[len(e['ids'])] for e in examples])  # (B, T)
-        batch[key] = torch.from_numpy(np.stack(rows))
-    return batch
+class Examples(Data):
+    """Labelled examples, a line of JSON each, to fine-tune on. Only their places and lengths are kept in memory."""
+
+    def read(self):
+        self.path, n = os.path.join(self.folder, f'{self.split}.jsonl'), self.counts['examples']
+        places, lengths, at = [], [], 0
+        with open(self.path, 'rb') as f:
+            for line in f:
+                try:
+                    example = json.loads(line)
+                    classes = len(example['ids'] if self.task == 'qa' else self.labels)
+                    ids, targets = np.array(example['ids'], int), np.array(example['targets'], int)
+                    if not ((targets == IGNORE) | (targets >= 0) & (targets < classes)).all():
+                        raise ValueError(f"targets must be below {classes}")
+                    if not ids.size or not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                        raise ValueError(f"ids must be below {self.vocab_size}")
+                except (ValueError, KeyError, TypeError, OverflowError) as e:
+                    raise ValueError(f"{self.path}, line {len(places) + 1}: not an example of {self.task} ({e!r}): prepare "
+                                     "the data again") from None
+                places.append(at)
+                lengths.append(len(ids))
+                at += len(line)
+        if len(places) != n or not n:
+            raise ValueError(f"{self.path} has {len(places)} examples, not the {n} that meta.json speaks of: prepare the "
+                             "data again")
+        self.places, self.lengths = np.array(places), np.array(lengths)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        with open(self.path, 'rb') as f:
+            f.seek(self.places[i])
+            return json.loads(f.readline())
+
+    def examples_of(self, rows):
+        """
+        The example of each of `rows`. An epoch takes each once, in an order drawn from (seed, split, epoch): runs of about
+        equal length, so that a batch needs little padding, in any order.
+        """
+        examples = []
+        for row in rows:
+            epoch, k = divmod(int(row), len(self))
+            if self.epoch != epoch:
+                rng = np.random.default_rng((self.seed, SPLITS[self.split], epoch))
+                order = rng.permutation(len(self))
+                blur = self.lengths[order] * rng.uniform(1, 1.3, len(self))  # or a batch would be the same in every epoch
+                pools = [pool[blur[i:i + POOL].argsort()] for i, pool in
+                         ((i, order[i:i + POOL]) for i in range(0, len(self), POOL))]
+                runs = [pool[i:i + RUN] for pool in pools for i in range(0, len(pool), RUN)]
+                self.order, self.epoch = np.concatenate([runs[i] for i in rng.permutation(len(runs))]), epoch
+            examples.append(self[self.order[k]])
+        return examples
+
+    def check_length(self, block_size):
+        """Raise ValueError where an example is longer than block_size tokens."""
+        if (longest := self.lengths.max()) > block_size:
+            raise ValueError(f"{self.path} has an example of {longest} tokens, more than block_size={block_size}: raise "
+                             f"--block_size, or prepare the data with --block_size {block_size}")
+
+    @functools.cached_property
+    def tokens(self):
+        """All texts in one row of ids, for objectives that read text."""
+        return np.concatenate([self[i]['ids'] for i in range(len(self))])
+
+    window_starts = Text.window_starts
+
+
+def open_data(folder, split, seed=0):
+    """The Text or Examples of a folder that prepare_data.py made. Raises ValueError or OSError where it is not one."""
+    meta = read_json(os.path.join(folder, 'meta.json'))
+    return (Text if not isinstance(meta, dict) or meta.get('task') == 'lm' else Examples)(folder, split, seed)
 
 
 def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
     """The examples first, first + 1, ..., first + n - 1 since the beginning of training, as a batch."""
-    rng = np.random.default_rng((data.seed, SPLITS[data.split], first))
-    batch = collate(OBJECTIVES[objective](data, range(first, first + n), rng, block_size), pad_id)
-    data.check(batch['ids'])
-    data.check(batch['targets'])
+    batch = sample.collate(OBJECTIVES[objective](data, range(first, first + n), block_size), pad_id)
+    for key in ('ids',) if objective == 'supervised' else ('ids', 'targets'):
+        data.check(batch[key])
     pinned = device.startswith('cuda')  # from pinned memory the copy overlaps with work; MPS has none
     return {key: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for key, t in batch.items()}
 
@@ -330,24 +556,73 @@ def compiled(model, batch, machine, wanted):
 # The loop
 
 
-@torch.no_grad()
-def estimate_loss(forward, model, data, s, machine, pad_id):
-    """The mean loss over the same eval_iters batches every time, shared among the processes; dropout off."""
+def count_targets(batches, machine):
+    """{'targets': how many are asked in the batches of all processes together, ...}"""
+    names = [key for key in batches[0] if key.endswith('targets')]
+    totals = machine.sum(*(sum(int((batch[name] != IGNORE).sum()) for batch in batches) for name in names))
+    return {name: max(1, int(total)) for name, total in zip(names, totals)}
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """No dropout and no gradients inside; then as before."""
     was_training = model.training
     model.eval()
-    total, asked = 0.0, 0
-    for i in range(machine.rank, s.eval_iters, machine.world):
-        batch = get_batch(data, s.objective, model.config.block_size, i * s.batch_size, s.batch_size, pad_id, machine.device)
-        with machine.precision():
-            _, loss = forward(**batch, counts={'targets': 1})
-        total, asked = total + loss.item(), asked + int((batch['targets'] != IGNORE).sum())
+    with torch.no_grad():
+        yield
     model.train(was_training)
-    total, asked = machine.sum(total, asked)
-    return total / max(1, asked)
 
 
-def evaluate(model, data, machine):
-    """Scores over the whole split, in windows that do not overlap. Raises ValueError where an id is out of range."""
+def estimate(forward, model, data, s, machine, pad_id):
+    """Scores of the same eval_iters batches every time, shared among the processes; of labelled validation data, of all."""
+    block_size, n = model.config.block_size, s.batch_size
+    if s.objective == 'masked_lm':
+        return masked_scores(model, data, s.eval_iters * n, s, machine)
+    if s.objective == 'supervised' and data.split == 'val':
+        return evaluate(model, data, s, machine)
+    batches = [get_batch(data, s.objective, block_size, i * n, n, pad_id, machine.device)
+               for i in range(s.eval_iters)][machine.rank::machine.world]
+    total = 0.0
+    with evaluating(model), machine.precision():
+        counts = count_targets(batches or [{'targets': torch.full((1,), IGNORE)}], machine)
+        for batch in batches:
+            total += forward(**batch, counts=counts)[1].item()
+    return {'loss': machine.sum(total)[0]}
+
+
+def masked_scores(model, data, n, s, machine):
+    """
+    n rows of masked_lm: the loss, the share of hidden tokens that are guessed right, that of always guessing the commonest
+    token, and of right answers to whether B follows A.
+    """
+    sums = np.zeros(7)
+    with evaluating(model), machine.precision():
+        for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
+            batch = get_batch(data, 'masked_lm', model.config.block_size, first, min(s.batch_size, n - first),
+                              data.tokenizer._special_tokens['[PAD]'], machine.device)
+            asked = batch['targets'] != IGNORE
+            x, targets = model.hidden(batch['ids'], batch.get('keep'), batch['segments']), batch['targets'][asked]
+            for k, logits, right in [(0, model.fill(x[asked]), targets)] + (
+                    [(4, model.follows(x, batch.get('keep')), batch['next_targets'])] if 'next_targets' in batch else []):
+                sums[k] += cross_entropy(logits, right, 1).item()
+                sums[k + 1] += len(right)
+                sums[k + 2] += (logits.argmax(dim=-1) == right).sum().item()
+            sums[3] += (targets == data.commonest).sum().item()
+    nats, asked, right, common, next_nats, pairs, next_right = machine.sum(*sums.tolist())
+    asked = max(1, asked)
+    scores = {'loss': nats / asked, 'masked_accuracy': right / asked, 'commonest_token': common / asked}
+    if pairs:
+        scores |= {'loss': scores['loss'] + next_nats / pairs, 'next_sentence_accuracy': next_right / pairs}
+    return scores
+
+
+def evaluate(model, data, s, machine):
+    """Scores over the whole split. Raises ValueError where an id is out of range."""
+    if s.objective == 'supervised':  # each process does all of it: few tokens, and their scores are not sums
+        with machine.precision():
+            return sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+    if s.objective == 'masked_lm':
+        return masked_scores(model, data, -(-len(data.tokens) // model.config.block_size), s, machine)
     data.check(data.tokens)
     nats, predictions = machine.sum(*sample.text_loss(model, data.tokens, rank=machine.rank, world=machine.world,
                                                       context=machine.precision))
@@ -374,30 +649,75 @@ def gradient(step, model, wrapped, data, s, machine, pad_id):
     Leave in .grad the gradient of the mean loss over all targets of the global batch of a step; returns that loss. The
     micro-batches are made first, since each loss is divided by the number of targets in all of them.
     """
-    batches = [(first, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device))
-               for first, n in share(step, s, machine)]
-    names = [key for key in batches[0][1] if key.endswith('targets')]
-    counts = machine.sum(*(sum(int((batch[name] != IGNORE).sum()) for _, batch in batches) for name in names))
-    counts = {name: max(1, int(count)) for name, count in zip(names, counts)}
-    total = 0.0
-    for i, (first, batch) in enumerate(batches):
-        torch.manual_seed(int(np.random.SeedSequence((s.seed, first)).generate_state(1)[0]))  # of dropout
-        # DDP adds the gradients of all processes in the last backward; it decides that in the forward, so both must
-        # lie inside no_sync. It takes the mean, we want the sum.
-        last = i == len(batches) - 1
-        with contextlib.nullcontext() if last or machine.world == 1 else wrapped.no_sync():
-            with machine.precision():
-                _, loss = wrapped(**batch, counts=counts)
-            machine.scaler.scale(loss * machine.world).backward()
-        total = total + loss.detach()
+    shares, T = share(step, s, machine), model.config.block_size
+    batches = [get_batch(data, s.objective, T, first, n, pad_id, machine.device) for first, n in shares]
+    counts = count_targets(batches, machine)
+
+    def add_gradient():
+        total = 0.0
+        for i, ((first, _), batch) in enumerate(zip(shares, batches)):
+            torch.manual_seed(int(np.random.SeedSequence((s.seed, first)).generate_state(1)[0]))  # of dropout
+            # DDP adds the gradients of all processes in the last backward; it decides that in the forward, so both must
+            # lie inside no_sync. It takes the mean, we want the sum.
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last or machine.world == 1 else wrapped.no_sync():
+                with machine.precision():
+                    _, loss = wrapped(**batch, counts=counts)
+                machine.scaler.scale(loss * machine.world).backward()
+            total = total + loss.detach()
+        return total
+
+    loss = add_gradient()
+    if s.adversarial:
+        with moved_embedding(model, s.adversarial):
+            add_gradient()
     if machine.world > 1:
-        dist.all_reduce(total)
-    return total
+        dist.all_reduce(loss)
+    return loss
+
+
+@contextlib.contextmanager
+def moved_embedding(model, distance):
+    """
+    Inside, the token embeddings stand where the loss just measured is higher: moved by distance * g / |g|, where g is their
+    gradient, the fast gradient method of [5], after [6]. The gradient taken there is added to the plain one.
+    """
+    weight = trunk_of(model).tokens.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight += distance * weight.grad / weight.grad.norm().clamp(min=1e-12)
+    yield
+    with torch.no_grad():
+        weight.copy_(before)
+
+
+def trunk_of(model):
+    return model.trunk if isinstance(model, TaskModel) else model
+
+
+def freeze(model, what):
+    """
+    Keep some weights as they are: `embeddings`; a number, embeddings and so many blocks; `trunk`, all but the head of a
+    task, which makes the head a logistic regression on features. Raises ValueError where nothing would be left to train.
+    """
+    if what == 'none':
+        return
+    trunk = trunk_of(model)
+    stacks = [m for m in trunk.modules() if isinstance(m, Stack)]
+    parts = [trunk] if what == 'trunk' else [trunk.tokens, *(stack.embed for stack in stacks)]
+    if what.isdecimal():
+        if not stacks or int(what) > trunk.config.n_layer:
+            raise ValueError(f"--freeze {what}: the model has {trunk.config.n_layer if stacks else 'no'} blocks")
+        parts += [block for stack in stacks for block in stack.blocks[:int(what)]]
+    for part in parts:
+        part.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"--freeze {what}: nothing is left to train, since there is no head of a task")
 
 
 def print_sample(model, tokenizer, s):
-    """A few words of what the model would write now, so that one can watch it learn."""
-    if not s.sample_tokens:
+    """A few words of what the model would write now, so that one can watch it learn; nothing of one that does not write."""
+    if not s.sample_tokens or not hasattr(model, 'decode'):
         return
     settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
     was_training = model.training
@@ -480,32 +800,39 @@ def restore(optimizers, scaler, checkpoint):
 
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
-    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'seconds'}: how far it came,
-    the best validation loss, how long it took. checkpoint: what `load` returned, to go on from. stop() is asked before
+    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'waited', 'seconds'}: how far
+    it came, the best validation loss (of a task, the best score), for how many evaluations there was no better one, how long
+    it took. checkpoint: what `load` returned, to go on from. stop() is asked before
     every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises as `update` does.
     """
-    machine = Machine(s)
+    machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(model.config))
     model = model.to(machine.device).train()
+    metric = METRICS.get(model.config.task, 'loss')
+    better = (lambda new, old: new < old) if metric == 'loss' else (lambda new, old: new > old)
     pad_id = tokenizer._special_tokens['[PAD]']
     optimizers = make_optimizers(model, s, machine.device)
-    state = {'step': 0, 'best': math.inf, 'seconds': 0.0}
+    state = {'step': 0, 'best': math.inf if metric == 'loss' else -math.inf, 'waited': 0, 'seconds': 0.0}
     if checkpoint:
         restore(optimizers, machine.scaler, checkpoint)
-        state = {key: checkpoint[key] for key in state}
+        state = {key: checkpoint.get(key, state[key]) for key in state}
     first, n = share(0, s, machine)[0]
     forward = compiled(model, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device),
                        machine, s.compile)
-    wrapped = DistributedDataParallel(forward, broadcast_buffers=False) if machine.world > 1 else forward
+    wrapped = forward
+    if machine.world > 1:  # a task does not ask every part of its trunk, nor masked_lm without pairs
+        wrapped = DistributedDataParallel(forward, broadcast_buffers=False,
+                                          find_unused_parameters=s.objective != 'causal_lm')
     log = Log(s.out_dir, state['step'] if checkpoint else None) if machine.main else None
-    tokens_per_step = s.batch_size * s.gradient_accumulation_steps * model.config.block_size
+    tokens_per_step = round(s.batch_size * s.gradient_accumulation_steps * (
+        data.lengths.mean() if isinstance(data, Examples) else model.config.block_size))
     resumed_at, seconds_before = (state['step'], state['seconds']) if checkpoint else (None, 0.0)
     began = time.perf_counter()
     logged_at, logged_step, reached = began, state['step'], False
 
     def write_checkpoint(name, **extra):
         if machine.main:
-            save(os.path.join(s.out_dir, name), model, tokenizer=tokenizer_to_dict(tokenizer), task='', labels=[],
-                 settings=dataclasses.asdict(s), **state, **extra)
+            save(os.path.join(s.out_dir, name), model, tokenizer=tokenizer_to_dict(tokenizer), task=model.config.task,
+                 labels=data.labels if model.config.task else [], settings=dataclasses.asdict(s), **state, **extra)
 
     def write_latest():
         write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict())
@@ -515,16 +842,17 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
         state['seconds'] = seconds_before + now - began
         interrupted = bool(machine.sum(float(stop()))[0])
         if (step % s.eval_interval == 0 or step == s.max_iters) and step != resumed_at:
-            losses = {d.split: estimate_loss(forward, model, d, s, machine, pad_id) for d in (data, val)}
-            machine.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-            if s.target_loss and losses['val'] <= s.target_loss:  # an estimate: look at all of it
-                scores = evaluate(model, val, machine)
-                losses['val'], reached = scores['loss'], scores['loss'] <= s.target_loss
-            if losses['val'] < state['best'] or reached:
-                state['best'] = losses['val']
+            train_scores, scores = (estimate(forward, model, d, s, machine, pad_id) for d in (data, val))
+            machine.say(f"step {step}: train loss {train_scores['loss']:.4f}, val {sample.format_scores(scores)}")
+            if s.target_loss and scores['loss'] <= s.target_loss:  # an estimate: look at all of it
+                scores = evaluate(model, val, s, machine)
+                reached = scores['loss'] <= s.target_loss
+            state['waited'] += 1
+            if better(scores[metric], state['best']) or reached:
+                state['best'], state['waited'] = float(scores[metric]), 0  # plain data: numpy's would not load
                 write_checkpoint('best.pt')
             if machine.main:  # before the checkpoint: rows behind it are dropped on resume, missing ones would stay so
-                log.write(step, losses['train'], losses['val'], learning_rate(step, s), step * tokens_per_step,
+                log.write(step, train_scores['loss'], scores['loss'], learning_rate(step, s), step * tokens_per_step,
                           state['seconds'])
             write_latest()
             if machine.main:
@@ -532,7 +860,8 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
             logged_at += time.perf_counter() - now  # the speed in the log is that of the steps
         elif interrupted:
             write_latest()
-        if step >= s.max_iters or interrupted or reached:
+        tired = s.patience and state['waited'] >= s.patience
+        if step >= s.max_iters or interrupted or reached or tired:
             break
 
         progress(f"step {step} of {s.max_iters}" if machine.main else '')
@@ -551,8 +880,10 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
                     f"{sample.format_scores(scores)} over the whole validation split")
     elif interrupted:
         machine.say(f"stopped at step {step}: go on with --init_from resume")
+    elif tired:
+        machine.say(f"stopped at step {step}: {state['waited']} evaluations without a better one")
     elif s.target_loss:
-        machine.say(f"target loss {s.target_loss} not reached: best validation loss {state['best']:.4f}")
+        machine.say(f"target loss {s.target_loss} not reached")
     if machine.main:
         log.plot()
     if machine.world > 1:
@@ -592,26 +923,28 @@ def find_origin(s, given):
 def from_checkpoint(path, resume, s, settings_given, config_given):
     """
     (model, checkpoint, settings). The architecture is the checkpoint's; so are the settings of a run that goes on, except
-    for the flags that were given. Raises ValueError where those contradict what the weights are.
+    for the flags that were given. A new run keeps preset and data set. Raises ValueError where those contradict what the
+    weights are.
     """
     free = ('dropout',) if resume else ('dropout', 'block_size')  # the steps of one run read windows of one length
     model, checkpoint = load(path, **{key: config_given[key] for key in free if key in config_given})
     saved = {key: value for key, value in checkpoint.get('settings', {}).items() if hasattr(s, key)}
     fixed = {key: getattr(model.config, key) for key in config_given}
-    fixed |= {key: saved[key] for key in ('preset', *(['optimizer'] if resume else [])) if key in saved}
+    fixed |= {key: saved[key] for key in ('preset', *(['optimizer', 'freeze'] if resume else [])) if key in saved}
     for key, value in fixed.items():
         asked = {**settings_given, **config_given}.get(key, value)
         if asked != value:
             raise ValueError(f"--{key} {asked}: {path} has {key}={value}, which its weights "
-                             f"{'and optimizer ' if key == 'optimizer' else ''}are made for: leave the flag out, or start "
-                             + (f"a new run with --init_from {path}" if key == 'optimizer' else "from scratch"))
+                             f"{'and optimizer ' if key in ('optimizer', 'freeze') else ''}are made for: leave the flag "
+                             "out, or start "
+                             + (f"a new run with --init_from {path}" if key in ('optimizer', 'freeze') else "from scratch"))
     if resume and 'optimizer' not in checkpoint:
         raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it with "
                          f"--init_from {path}")
     if resume or s.eval_only:  # the folder may have been moved or renamed since: it is the one that was asked for
         return model, checkpoint, Settings(**{**saved, 'eval_only': False, 'out_dir': s.out_dir, **settings_given})
     known = {key: saved[key] for key in ('preset', 'dataset') if key in saved}
-    return model, checkpoint, Settings(**{**RECIPES['pretrain'].get(saved.get('preset'), {}), **known, **settings_given})
+    return model, checkpoint, Settings(**{**known, **settings_given})
 
 
 def start(given):
@@ -625,16 +958,23 @@ def start(given):
     s = Settings(**settings_given)
     path, resume = find_origin(s, given)
     checkpoint = None
-    if path is None:
-        s = Settings(**{**RECIPES['pretrain'].get(s.preset, {}), **settings_given})
-    else:
+    if path is not None:
         model, checkpoint, s = from_checkpoint(path, resume, s, settings_given, config_given)
     machine = Machine(s)
+    folder = find_dataset(s.dataset, machine)
+    data, val = (open_data(folder, split, s.seed) for split in SPLITS)
+    val.tokenizer = data.tokenizer
+    task = '' if data.task == 'lm' or s.objective in ('causal_lm', 'masked_lm') else data.task
+    goes_on = resume or (path is not None and s.eval_only)
+    if not goes_on:
+        advice = recipe(task or 'lm', s.preset)
+        s = dataclasses.replace(s, **{**{key: advice[key] for key in advice if key in names}, **settings_given})
+        config_given = {**{key: advice[key] for key in advice if key not in names}, **config_given}
     if not s.eval_only:
         share(0, s, machine)  # raises where the processes cannot share a step
-    folder = find_dataset(s.dataset, machine)
-    tokenizer = prepare_data.load_tokenizer(folder)
-    data, val = (Data(folder, split, s.seed) for split in SPLITS)
+    for name, there in (('task', task), ('n_labels', len(data.labels) if task else 0)):
+        if config_given.setdefault(name, there) != there:
+            raise ValueError(f"--{name} {config_given[name]}: {folder} has {name}={there!r}: leave the flag out")
     if path is None:
         config_given.setdefault('vocab_size', data.vocab_size)
         if config_given['vocab_size'] < data.vocab_size:
@@ -644,12 +984,52 @@ def start(given):
         if preset.mlp_dim and 'n_embd' in config_given:  # as wide, in proportion
             config_given.setdefault('mlp_dim', max(1, preset.mlp_dim * config_given['n_embd'] // preset.n_embd))
         model = build(dataclasses.replace(preset, **config_given))
-    elif checkpoint.get('tokenizer') != tokenizer_to_dict(tokenizer):
-        raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again with "
-                         "--tokenizer and the data folder of that training")
+    else:
+        if checkpoint.get('tokenizer') != tokenizer_to_dict(data.tokenizer):
+            raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
+                             "with --tokenizer and the data folder of that training")
+        torch.manual_seed(s.seed)
+        model = with_head(model, checkpoint, path, task, data, machine, goes_on, config_given)
+    s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config))
+    if s.objective != 'supervised' and (s.objective == 'masked_lm') != (model.config.arch == 'bert'):
+        raise ValueError(f"--objective {s.objective}: a {model.config.arch} "
+                         + ("would see the answer, since every token sees all others: use masked_lm"
+                            if s.objective == 'causal_lm' else "sees only the past: use causal_lm, or --preset bert"))
+    if s.objective == 'masked_lm' and model.config.block_size < 8:
+        raise ValueError(f"--block_size {model.config.block_size}: [CLS] A [SEP] B [SEP] needs at least 8")
+    if s.objective == 'supervised' and not task:
+        raise ValueError(f"--objective supervised: {folder} has no labels: prepare labelled data, or leave the flag out")
     for split in (data, val):
-        split.window_starts([0], model.config.block_size)  # raises where it is too short
-    return model, s, tokenizer, data, val, checkpoint if resume else None, machine
+        split.check_length(model.config.block_size)
+    freeze(model, s.freeze)
+    return model, s, data.tokenizer, data, val, checkpoint if resume else None, machine
+
+
+def usual_objective(config):
+    """What a model is trained on unless a flag says otherwise."""
+    return 'supervised' if config.task else 'masked_lm' if config.arch == 'bert' else 'causal_lm'
+
+
+def with_head(model, checkpoint, path, task, data, machine, fixed, config_given):
+    """
+    The model of a checkpoint, asked for `task` ('': pre-training): the trunk stays, a head that was made for something else
+    is replaced by a new one. Raises ValueError where that cannot be, as when a run is resumed.
+    """
+    if model.config.task == task and (not task or checkpoint.get('labels') == data.labels):
+        return model
+    if fixed:
+        raise ValueError(f"{path} was trained for {model.config.task or 'pre-training'} with the labels "
+                         f"{checkpoint.get('labels')}, {data.folder} is for {task or 'pre-training'} with {data.labels}: "
+                         "choose another --dataset")
+    trunk = trunk_of(model)
+    if not task:
+        machine.say(f"{path}: the trunk alone, without its head for {model.config.task}")
+        return trunk
+    fresh = build(dataclasses.replace(trunk.config, **config_given))
+    fresh.trunk.load_state_dict(trunk.state_dict())
+    machine.say(f"{path}: trunk loaded, its tokenizer is that of {data.folder}; new: a head for {task}"
+                + (f" with the labels {', '.join(data.labels)}" if data.labels else ''))
+    return fresh
 
 
 def set_aside(folder):
@@ -689,13 +1069,18 @@ def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
     n = sum(p.numel() for p in model.parameters())
     machine.say(f"{s.preset}: {n:,} parameters, {str(machine.dtype).removeprefix('torch.')} on {machine.device}"
                 + (f", {machine.world} processes" if machine.world > 1 else '')
-                + f"; {data.folder}: {len(data.tokens):,} tokens, vocabulary of {data.vocab_size:,}"
+                + f"; {data.folder}: {data.counts['tokens']:,} tokens, "
+                + (f"{len(data):,} examples, " if isinstance(data, Examples) else '') + f"vocabulary of {data.vocab_size:,}"
                 + (f"; resumed at step {checkpoint['step']}" if checkpoint else ''))
+    if s.objective == 'masked_lm' and not (isinstance(data, Text) and data.has_pairs):
+        machine.say(f"{data.folder} has no two documents with sentences that follow each other: trained without the "
+                    "question whether the second text follows the first")
     signals = on_signal()
     state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals))
     if signals:
         return 128 + signals[0]
-    machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation loss {state['best']:.4f}. "
+    machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation "
+                f"{METRICS.get(model.config.task, 'loss')} {state['best']:.4f}. "
                 f"Ask the model: python sample.py --out_dir {s.out_dir} --start \"...\"")
     return 0
 
@@ -706,7 +1091,7 @@ def main(argv):
     status = 0
     try:
         if s.eval_only:
-            machine.say('val ' + sample.format_scores(evaluate(model.to(machine.device), val, machine)))
+            machine.say('val ' + sample.format_scores(evaluate(model.to(machine.device), val, s, machine)))
         else:
             status = train_and_report(model, s, tokenizer, data, val, checkpoint, machine)
     except torch.OutOfMemoryError as e:

@@ -8,6 +8,7 @@ The ids b1 to b16 name bugs that really happened in code of this kind. Freshly i
 
 import dataclasses
 import doctest
+import inspect
 import math
 import os
 import pickle
@@ -21,15 +22,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import (
+    BERT,
     GPT,
     IGNORE,
     LSTM,
     MLP,
     PRESETS,
+    TASKS,
     Attention,
     Block,
     Config,
     Stack,
+    TaskModel,
     attention,
     attention_weights,
     build,
@@ -46,8 +50,10 @@ from model import (
 )
 
 V, T = 50, 16  # vocabulary and block_size of the tiny models
-every_preset = pytest.mark.parametrize('preset', PRESETS)
-every_gpt = pytest.mark.parametrize('preset', [name for name in PRESETS if PRESETS[name].arch == 'gpt'])
+ROWS = [name for name in PRESETS if name not in ('bert-base', 'gpt2-124m')]  # made tiny, these two equal their row
+every_preset = pytest.mark.parametrize('preset', ROWS)
+every_decoder = pytest.mark.parametrize('preset', [name for name in ROWS if PRESETS[name].arch != 'bert'])
+every_gpt = pytest.mark.parametrize('preset', [name for name in ROWS if PRESETS[name].arch == 'gpt'])
 
 
 def tiny(preset, **changes):
@@ -100,9 +106,10 @@ cuts_of_a_sequence = st.sets(st.integers(1, T - 1))
 # Config and the table
 
 
-@pytest.mark.parametrize('preset, millions', [('gpt2-124m', 124.439808), ('llama-7b', 6738.415616), ('palm-8b', 8632.0128)])
+@pytest.mark.parametrize('preset, millions', [('gpt2-124m', 124.439808), ('llama-7b', 6738.415616), ('palm-8b', 8632.0128),
+                                              ('bert-base', 110.106428)])
 def test_published_sizes_have_the_published_number_of_parameters(preset, millions):
-    """Counted without memory for them: 124M for GPT-2, 6.7B for LLaMA, 8.63B for PaLM."""
+    """Counted without memory for them: 124M for GPT-2, 6.7B for LLaMA, 8.63B for PaLM, 110M for BERT."""
     with torch.device('meta'):
         model = build(PRESETS[preset])
     assert sum(p.numel() for p in model.parameters()) == round(millions * 1e6)
@@ -130,6 +137,15 @@ def test_rows_of_the_table_fix_what_history_chose():
     assert m['palm'].output.scale == 32 ** -0.5 and m['nano'].output.cap == 15 and not m['nano'].output.weight.any()
     assert not any('norm' in key for key, _ in m['nano'].named_parameters()), 'nano norms have no weight'
     assert (gpt2.attn_norm.eps, llama.attn_norm.eps) == (1e-5, 1e-6)
+    bert, embed = m['bert'].encoder.blocks[0], m['bert'].encoder.embed
+    assert type(m['bert']) is BERT and not m['bert'].encoder.causal and not m['bert'].config.norm_first
+    assert bert.attn.sizes == (4, 4, 8) and not bert.mlp.gated and m['bert'].config.activation == 'gelu'
+    assert all(type(norm) is nn.LayerNorm and norm.eps == 1e-12 for norm in (embed.norm, bert.attn_norm, bert.mlp_norm))
+    assert embed.segments.num_embeddings == 2 and hasattr(embed, 'positions')
+    assert m['bert'].output.weight is m['bert'].tokens.weight and m['bert'].output.bias.shape == (V,)
+    for name in ('gpt2', 'palm', 'llama', 'nano'):
+        embed = m[name].decoder.embed
+        assert embed.segments is None and type(embed.norm) is nn.Identity and m[name].output.bias is None, name
     assert type(m['lstm']) is LSTM and not any(isinstance(part, Attention) for part in m['lstm'].modules())
 
 
@@ -145,7 +161,10 @@ def test_rows_of_the_table_fix_what_history_chose():
     ({'logit_cap': math.inf}, 'logit_cap=inf'), ({'positions': 'rotary', 'n_embd': 36, 'n_head': 4}, '9'),
     ({'positions': 'rotary', 'head_dim': 7}, '7'), ({'positions': 'sinusoids', 'n_embd': 9, 'n_head': 3}, 'n_embd=9'),
     ({'n_layer': 2.0}, 'n_layer=2.0 int'), ({'n_layer': True}, 'n_layer=True int'), ({'bias': 1}, 'bias=1 bool'),
-    ({'dropout': '0.1'}, "dropout='0.1' float"), ({'norm': None}, 'norm=None str')])
+    ({'dropout': '0.1'}, "dropout='0.1' float"), ({'norm': None}, 'norm=None str'),
+    ({'arch': 'bert', 'segments': -1}, 'segments=-1'), ({'n_labels': -1}, 'n_labels=-1'),
+    ({'task': 'tag'}, 'task=tag n_labels'), ({'task': 'classify'}, 'task=classify n_labels'),
+    ({'n_labels': 2.0}, 'n_labels=2.0 int'), ({'task': None}, 'task=None str')])
 def test_config_refuses_what_cannot_be_built_and_names_it(changes, words):
     """One line that names the value, before anything is built; replace() checks again."""
     with pytest.raises(ValueError) as error:
@@ -159,8 +178,8 @@ def test_config_refuses_what_cannot_be_built_and_names_it(changes, words):
 def test_every_choice_is_refused_when_unknown(field):
     """The message names the field, the value, and what could have been chosen; the choices themselves are accepted."""
     for value in field.metadata['choices']:
-        Config(**{field.name: value})
-    for value in ('小猫', '', field.default.upper(), field.default + ' '):
+        Config(**{'n_labels': 3, field.name: value})
+    for value in {'小猫', '', field.default.upper(), field.default + ' '} - {*field.metadata['choices']}:
         with pytest.raises(ValueError) as error:
             Config(**{field.name: value})
         assert all(word in one_line(error) for word in (field.name, value, *field.metadata['choices'])), error.value
@@ -438,8 +457,8 @@ def test_a_last_norm_closes_a_stack_only_where_norms_come_first():
 # Stack and models: what may look at what
 
 
-@every_preset
-def test_every_preset_gives_logits_a_loss_and_finite_gradients(preset):
+@every_decoder
+def test_every_decoder_gives_logits_a_loss_and_finite_gradients(preset):
     """Shapes, and a gradient for every weight: a part that nothing flows through was forgotten in the wiring."""
     model = awake(build(tiny(preset, dropout=0.1))).train()
     logits, loss = model(some(3, 11), targets=some(3, 11))
@@ -450,7 +469,7 @@ def test_every_preset_gives_logits_a_loss_and_finite_gradients(preset):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f'{name} has no gradient'
 
 
-@every_preset
+@every_decoder
 @given(st.integers(2, T), st.data())
 def test_nothing_leaks_from_the_future(preset, length, data):
     """Change token j: all before j stays equal bit for bit, with and without a cache, and j itself changes (b3)."""
@@ -467,7 +486,7 @@ def test_nothing_leaks_from_the_future(preset, length, data):
     same(before[:, :j], after[:, :j])
 
 
-@every_preset
+@every_decoder
 def test_the_loss_of_a_position_sends_no_gradient_to_the_future(preset):
     """The same said by autograd: what stands at t depends on the embeddings up to t, on each of them, and on no other."""
     model = awake(build(tiny(preset)))
@@ -480,7 +499,7 @@ def test_the_loss_of_a_position_sends_no_gradient_to_the_future(preset):
         assert reached.tolist() == [i <= t for i in range(T)], f'{t} reads {reached.nonzero().flatten().tolist()}'
 
 
-@every_preset
+@every_decoder
 @given(cuts_of_a_sequence, st.integers(1, T))
 def test_a_cache_changes_nothing(preset, cuts, length):
     """Reading a sequence in any pieces up to block_size gives the logits of reading it whole (b10)."""
@@ -518,7 +537,7 @@ def test_a_cache_grows_without_losing_what_it_held():
         close(model.decode(ids[:, t:t + 1], cache=cache), whole[:, t], 1e-4)
 
 
-@every_preset
+@every_decoder
 @given(st.lists(st.integers(1, 10), min_size=2, max_size=4), cuts_of_a_sequence)
 def test_rows_padded_on_the_left_decode_as_each_row_alone(preset, lengths, cuts):
     """With keep, whole or in pieces, also where a piece of a row is all padding; later pieces need no keep (b10)."""
@@ -589,7 +608,7 @@ def test_a_source_is_read_into_the_cache_once(cuts, preset):
         close(stack(ids[:, start:end], memory=given_memory, memory_keep=keep, cache=cache), whole[:, start:end], 1e-4)
 
 
-@every_preset
+@every_decoder
 @pytest.mark.parametrize('cached', [False, True])
 def test_a_row_of_padding_poisons_nothing(preset, cached):
     """All padding: nothing to see, softmax would be 0/0. Outputs, loss and every gradient stay finite (b3)."""
@@ -680,7 +699,7 @@ def test_the_loss_of_half_precision_logits_is_computed_in_float32():
     close(cross_entropy(logits, targets), F.cross_entropy(logits.double(), targets).float(), 1e-4)
 
 
-@every_preset
+@every_decoder
 def test_targets_are_used_as_given_and_not_shifted_again(preset):
     """The loss of a model is that of its logits against the targets, position by position (b4)."""
     model, ids = awake(build(tiny(preset))), some(2, 9)
@@ -695,18 +714,21 @@ def test_targets_are_used_as_given_and_not_shifted_again(preset):
 
 
 @settings(max_examples=15)
-@given(st.sampled_from(list(PRESETS)), st.integers(1, 5), st.integers(0, 99))
+@given(st.sampled_from(ROWS), st.integers(1, 5), st.integers(0, 99))
 def test_micro_batches_with_counts_add_up_to_one_big_batch(preset, size, seed):
-    """Losses and gradients, with rows of very unequal numbers of asked targets: no mean of means (b1)."""
+    """Losses and gradients, with rows of very unequal numbers of asked targets: no mean of means (b1). BERT counts two."""
     model = awake(build(tiny(preset)))
     torch.manual_seed(seed)
     ids, targets = some(5, 8), some(5, 8)
     targets[torch.rand(5, 8) < torch.rand(5, 1)] = IGNORE
-    asked = max(1, int((targets != IGNORE).sum()))
+    batch = {'ids': ids, 'targets': targets}
+    if preset == 'bert':
+        batch['next_targets'] = torch.tensor([0, 1, IGNORE, 1, 0])
+    counts = {key: max(1, int((t != IGNORE).sum())) for key, t in batch.items() if key != 'ids'}
     total = []
     for step in (5, size):
         model.zero_grad()
-        losses = [model(ids[i:i + step], targets=targets[i:i + step], counts={'targets': asked} if step < 5 else None)[1]
+        losses = [model(**{key: t[i:i + step] for key, t in batch.items()}, counts=counts if step < 5 else None)[1]
                   for i in range(0, 5, step)]
         sum(losses).backward()
         total.append([sum(losses).detach()] + [p.grad.clone() for p in model.parameters()])
@@ -818,8 +840,9 @@ def test_what_a_step_adds_to_the_stream_is_dropped_too():
         passed = ((block(x, {}) - wanted).abs() < 1e-5).float().mean()
         assert passed > 0.9, f'norm_first={norm_first}: only {passed:.0%} of the stream is untouched'
     stack = awake(Stack(tiny('gpt2', dropout=0.5), nn.Embedding(V, 32), causal=True)).train()
-    dropped = (stack.embed(some(8, T), torch.arange(T)[None]) == 0).float().mean()
-    assert 0.4 < dropped < 0.6, f'{dropped:.0%} of the embedding is dropped'
+    for embed in (stack.embed, awake(build(tiny('bert', dropout=0.5))).train().encoder.embed):  # BERT: after the norm
+        dropped = (embed(some(8, T), torch.arange(T)[None]) == 0).float().mean()
+        assert 0.4 < dropped < 0.6, f'{dropped:.0%} of the embedding is dropped'
 
 
 def test_an_lstm_drops_what_enters_it_and_what_leaves_it():
@@ -838,11 +861,13 @@ def test_bfloat16_autocast_gives_nearly_the_same_loss_and_finite_gradients(prese
     """Mixed precision on the plain road, padded, with a row that is all padding."""
     model = awake(build(tiny(preset))).train()
     ids, keep = some(3, T), torch.arange(T) < torch.tensor([[T], [5], [0]])
-    targets = some(3, T).masked_fill(~keep, IGNORE)
+    batch = {'ids': ids, 'keep': keep, 'targets': some(3, T).masked_fill(~keep, IGNORE)}
+    if preset == 'bert':
+        batch['next_targets'] = torch.tensor([0, 1, IGNORE])
     with torch.no_grad():
-        exact = model(ids, keep, targets)[1].item()
+        exact = model(**batch)[1].item()
     with torch.autocast('cpu', torch.bfloat16):
-        loss = model(ids, keep, targets)[1]
+        loss = model(**batch)[1]
     loss.backward()
     assert abs(loss.item() / exact - 1) < 0.05 and loss.dtype == torch.float32, (loss, exact)
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -877,7 +902,7 @@ def test_dropout_and_a_shorter_block_size_may_change_at_loading(preset, tmp_path
     assert (again.config.block_size, again.config.dropout) == (7, 0.25)
     close(again.eval()(ids)[0], model(ids)[0], 1e-5)
     assert (again.train()(ids)[0] - again(ids)[0]).abs().max() > 1e-3, 'the new dropout does nothing'
-    if model.config.arch == 'gpt':
+    if preset != 'lstm':
         with pytest.raises(ValueError, match='block_size=7'):
             again(some(1, 8))
     with pytest.raises(ValueError) as error:
@@ -1021,6 +1046,465 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(damage, words, tm
     assert all(word in one_line(error) for word in words.split()), f'{error.value} does not name {words}'
 
 # -----------------------------------------------------------------------------
+# BERT: everything sees everything, and it is asked for hidden tokens and for whether B follows A
+
+
+def halves(B, length):
+    """Segments (B, length): 0 in the first half of a row, 1 in the second."""
+    return (torch.arange(length) >= length // 2).long().expand(B, -1)
+
+
+def beside(side, a, b):
+    """a (B, T, ...) with b on its side: the padding of a row."""
+    return torch.cat([b, a] if side == 'left' else [a, b], dim=1)
+
+
+def embedded(model, ids, segments):
+    """What enters the first block of BERT, by hand: the sum of three embeddings, normalised."""
+    embed = model.encoder.embed
+    x = model.tokens.weight[ids] + embed.positions.weight[:ids.size(1)] + embed.segments.weight[segments]
+    return F.layer_norm(x, (x.size(-1),), embed.norm.weight, embed.norm.bias, 1e-12)
+
+
+def of_both_classes(model, **batch):
+    """The probabilities that B does not follow A, and that it does, as the two losses tell them: (2, B)."""
+    return torch.stack([torch.stack([(-model(**{key: t[i:i + 1] for key, t in batch.items()},
+                                             next_targets=torch.tensor([k]))[1]).exp() for i in range(len(batch['ids']))])
+                        for k in (0, 1)])
+
+
+@pytest.mark.parametrize('kind, arguments', [
+    (GPT, 'keep targets counts'), (LSTM, 'keep targets counts'), (BERT, 'segments keep targets next_targets counts'),
+    (TaskModel, 'segments keep targets counts')])
+def test_forward_takes_the_arguments_of_the_contract(kind, arguments):
+    """Examples are dicts of these names, so a name is an interface; all but ids may be left out."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())
+    assert [p.name for p in parameters] == ['self', 'ids', *arguments.split()]
+    assert all(p.default is None for p in parameters[2:]), parameters
+    assert list(inspect.signature(kind.hidden).parameters)[:3] == ['self', 'ids', 'keep']
+
+
+@given(st.integers(1, 3), st.integers(1, T), st.integers(0, 99))
+def test_bert_gives_all_logits_or_those_of_the_asked_tokens(B, length, seed):
+    """(B, T, V) and no loss; with targets (N, V), in reading order; next_targets alone leave all logits."""
+    model = awake(build(tiny('bert')))
+    torch.manual_seed(seed)
+    ids, targets = some(B, length), some(B, length)
+    asked = torch.rand(B, length) < 0.3
+    full, loss = model(ids)
+    assert full.shape == (B, length, V) and loss is None and model.hidden(ids).shape == (B, length, 32)
+    logits, loss = model(ids, targets=targets.masked_fill(~asked, IGNORE))
+    assert logits.shape == (asked.sum(), V) and loss.shape == ()
+    close(logits, full[asked], 1e-4)
+    logits, loss = model(ids, next_targets=torch.ones(B, dtype=torch.long))
+    close(logits, full, 0.0)
+    assert loss.shape == () and loss > 0
+
+
+@given(st.integers(1, T), st.integers(0, 99))
+def test_bert_equals_torchs_own_encoder_behind_its_embedding(length, seed):
+    """Post-norm, exact GELU, eps 1e-12 and no last norm (b5, b16), padded on the right; then the MLM head by hand."""
+    model = awake(build(tiny('bert', mlp_dim=48)))
+    layer = nn.TransformerEncoderLayer(32, 4, 48, 0.0, 'gelu', layer_norm_eps=1e-12, batch_first=True, norm_first=False)
+    theirs = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    awake(theirs).train()  # in eval mode it takes a fused road that writes zeros under padding
+    for its, block in zip(theirs.layers, model.encoder.blocks, strict=True):
+        copy_torch_layer(its, block, cross=False)
+    torch.manual_seed(seed)
+    ids, segments = some(2, length), halves(2, length)
+    keep = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
+    x = embedded(model, ids, segments)
+    close(model.encoder.embed(ids, torch.arange(length)[None], segments), x, 1e-5)
+    h = theirs(x, src_key_padding_mask=~keep)[keep]                                    # (real tokens, C)
+    close(model.hidden(ids, keep, segments)[keep], h, 1e-4)
+    dense, _, norm = model.transform
+    transformed = model.transform(h)  # compared closely: the two GELUs are only 5e-4 apart
+    h = F.layer_norm(F.gelu(h @ dense.weight.T + dense.bias), (32,), norm.weight, norm.bias, 1e-12)
+    close(transformed, h, 1e-5)
+    close(model(ids, segments, keep)[0][keep], h @ model.tokens.weight.T + model.output.bias, 1e-3)
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.sampled_from(['left', 'right']), st.data())
+def test_in_bert_every_real_token_changes_every_output(length, pads, side, data):
+    """The opposite of a decoder: change one token and all positions feel it, before and behind (b3)."""
+    model, j = awake(build(tiny('bert'))), data.draw(st.integers(0, length - 1))
+    ids, padding = some(2, length), some(2, pads)
+    changed = ids.clone()
+    changed[:, j] = (ids[:, j] + 1) % V
+    keep = beside(side, torch.ones(2, length, dtype=torch.bool), torch.zeros(2, pads, dtype=torch.bool))
+    before, after = (model(beside(side, t, padding), keep=keep)[0][keep] for t in (ids, changed))
+    moved = (before - after).abs().amax(dim=1)                                         # (real tokens)
+    assert (moved > 0).all(), f'token {j} of {length} changes only {(moved > 0).view(2, -1).tolist()}'
+
+
+@given(st.integers(1, 9), st.integers(0, 7), st.sampled_from(['left', 'right']), st.integers(0, 99))
+def test_padding_is_invisible_to_what_bert_says_of_tokens(length, pads, side, seed):
+    """Any amount on either side, any ids and segments in it: the hidden tokens are guessed as alone (b3, b10)."""
+    model = awake(build(tiny('bert')))
+    torch.manual_seed(seed)
+    ids, segments, padding = some(2, length), halves(2, length), some(2, pads)
+    keep = beside(side, torch.ones(2, length, dtype=torch.bool), torch.zeros(2, pads, dtype=torch.bool))
+    logits = model(beside(side, ids, padding), beside(side, segments, padding % 2), keep)[0]
+    close(logits[keep].view(2, length, V), model(ids, segments)[0], 1e-4)
+    other = model(beside(side, ids, some(2, pads)), beside(side, segments, some(2, pads) % 2), keep)[0]
+    same(logits[keep], other[keep])
+
+
+@pytest.mark.parametrize('side', ['right', 'left'])
+@given(st.integers(1, 9), st.integers(0, 7), st.integers(0, 99))
+def test_padding_is_invisible_to_whether_b_follows_a(side, length, pads, seed):
+    """[CLS] is the first real token, on whichever side the padding lies, and whatever ids are in it (b3, b10)."""
+    model = awake(build(tiny('bert')))
+    torch.manual_seed(seed)
+    ids, segments, padding = some(2, length), halves(2, length), some(2, pads)
+    keep = beside(side, torch.ones(2, length, dtype=torch.bool), torch.zeros(2, pads, dtype=torch.bool))
+    alone = of_both_classes(model, ids=ids, segments=segments)
+    padded = of_both_classes(model, ids=beside(side, ids, padding), segments=beside(side, segments, padding % 2), keep=keep)
+    close(alone.sum(dim=0), torch.ones(2))
+    close(padded, alone, 1e-4)
+
+
+def test_segments_matter_and_none_means_the_first_text():
+    """To the guesses and to the answer about all; without a row for segments there is nothing to tell."""
+    model, ids, segments = awake(build(tiny('bert'))), some(2, 9), halves(2, 9)
+    zeros, targets = torch.zeros_like(ids), torch.tensor([0, 1])
+    same(model(ids)[0], model(ids, zeros)[0])
+    same(model.hidden(ids), model.hidden(ids, segments=zeros))
+    same(model(ids, next_targets=targets)[1], model(ids, zeros, next_targets=targets)[1])
+    difference = (model(ids)[0] - model(ids, segments)[0]).abs().amax(dim=(0, 2))
+    assert (difference > 1e-3).all(), f'segments of others do not matter at every position: {difference}'
+    assert (model(ids, next_targets=targets)[1] - model(ids, segments, next_targets=targets)[1]).abs() > 1e-3
+    without = awake(build(tiny('bert', segments=0)))
+    same(without(ids)[0], without(ids, segments)[0])
+
+
+@given(st.integers(1, 4), st.integers(1, T), st.booleans(), st.integers(0, 99))
+def test_the_loss_of_bert_is_the_sum_of_two(B, length, counted, seed):
+    """MLM over the asked tokens plus NSP over the asked rows, each divided by its own count (b1); either may be alone."""
+    model = awake(build(tiny('bert')))
+    torch.manual_seed(seed)
+    batch = {'ids': some(B, length), 'segments': halves(B, length)}
+    targets, next_targets = some(B, length), torch.randint(2, (B,))
+    targets[torch.rand(B, length) < 0.5] = IGNORE
+    targets[0, 0], next_targets[1:] = 7, next_targets[1:].masked_fill(torch.rand(B - 1) < 0.3, IGNORE)
+    counts = {'targets': 100, 'next_targets': 7} if counted else None
+    x, logits = model.hidden(batch['ids'], segments=batch['segments']), model(**batch)[0]
+    dense, last = model.pooler[0], model.is_next
+    follows = (x[:, 0] @ dense.weight.T + dense.bias).tanh() @ last.weight.T + last.bias  # (B, 2)
+    mlm, nsp = (F.cross_entropy(flat, t, reduction='sum') / (counts[key] if counted else (t != IGNORE).sum())
+                for key, flat, t in (('targets', logits.flatten(0, 1), targets.flatten()),
+                                     ('next_targets', follows, next_targets)))
+    close(model(**batch, targets=targets, counts=counts)[1], mlm, 1e-4)
+    close(model(**batch, next_targets=next_targets, counts=counts)[1], nsp, 1e-4)
+    close(model(**batch, targets=targets, next_targets=next_targets, counts=counts)[1], mlm + nsp, 1e-4)
+
+
+@pytest.mark.parametrize('label', [0, 1])
+def test_both_answers_to_whether_b_follows_a_are_learned_from(label):
+    """Neither class is taken for "not asked": each sends a gradient through the pooler into the tokens (b8)."""
+    model = awake(build(tiny('bert')))
+    ids = some(3, 8)
+    loss = model(ids, next_targets=torch.full((3,), label))[1]
+    loss.backward()
+    assert loss > 1e-4, f'label {label} costs {loss}'
+    for name in ('is_next.weight', 'is_next.bias', 'pooler.0.weight', 'tokens.weight', 'encoder.embed.segments.weight'):
+        assert model.get_parameter(name).grad.any(), f'label {label} sends no gradient to {name}'
+    assert model.is_next.bias.grad[label] < 0 < model.is_next.bias.grad[1 - label], model.is_next.bias.grad
+    assert model.output.bias.grad is None, 'NSP has nothing to do with the vocabulary'
+
+
+def test_class_one_means_that_b_follows():
+    """In Google's files it is 0. A model sure of class 1 pays nothing for target 1, and much for 0 (b8)."""
+    model = awake(build(tiny('bert')))
+    with torch.no_grad():
+        model.is_next.weight.zero_()
+        model.is_next.bias.copy_(torch.tensor([-10.0, 10.0]))
+    losses = [model(some(2, 5), next_targets=torch.full((2,), label))[1].item() for label in (0, 1)]
+    assert losses[0] > 19 and losses[1] < 1e-6, losses
+    follows = model.follows(model.hidden(some(2, 5)))
+    assert follows.shape == (2, 2) and (follows.argmax(dim=1) == 1).all()
+
+
+@pytest.mark.parametrize('with_next', [False, True])
+def test_a_batch_of_bert_that_asks_for_no_token_is_no_nan(with_next):
+    """No token asked: no rows of logits, a loss of 0 (or that of NSP alone), and only finite gradients (b7)."""
+    model, ids, nothing = awake(build(tiny('bert'))), some(2, 8), torch.full((2, 8), IGNORE)
+    next_targets = torch.tensor([0, 1]) if with_next else None
+    logits, loss = model(ids, targets=nothing, next_targets=next_targets)
+    loss.backward()
+    assert logits.shape == (0, V) and loss.isfinite(), (logits.shape, loss)
+    close(loss, model(ids, next_targets=next_targets)[1] if with_next else torch.tensor(0.0), 1e-6)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    _, loss = model(ids, targets=nothing, next_targets=torch.full((2,), IGNORE))
+    assert loss.item() == 0.0, loss
+
+
+def test_a_row_of_padding_poisons_nothing_in_bert():
+    """All padding, with a target on neither: all outputs and gradients finite, the other rows as alone (b3)."""
+    model = awake(build(tiny('bert'))).train()
+    ids, targets, keep = some(3, 8), some(3, 8), torch.arange(8) < torch.tensor([[0], [5], [8]])
+    batch = {'ids': ids, 'segments': halves(3, 8), 'keep': keep, 'targets': targets.masked_fill(~keep, IGNORE),
+             'next_targets': torch.tensor([IGNORE, 0, 1])}
+    _, loss = model(**batch)
+    close(loss, model(**{key: t[1:] for key, t in batch.items()})[1], 1e-5)
+    model(**{**batch, 'next_targets': torch.tensor([1, 0, 1])})[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f'{name} has no gradient, or none to use'
+    assert model(ids, keep=keep)[0].isfinite().all()
+
+
+def test_new_weights_of_bert_are_small_and_of_one_size():
+    """0.02 in every matrix and table, heads and segments too; biases 0, norms 1."""
+    for name, p in build(tiny('bert', n_embd=64, n_layer=4, vocab_size=500, segments=40)).named_parameters():
+        if p.dim() < 2:
+            same(p.data, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p))
+        else:
+            tolerance = 4 * 0.02 / math.sqrt(2 * p.numel())  # four times what chance does to a measured deviation
+            assert abs(p.std().item() - 0.02) < tolerance, f'{name}: {p.std():.4f}'
+
+
+def test_guesses_of_bert_have_a_bias_and_share_the_embedding():
+    """A token that is frequent may be likely whatever the text; the matrix is the embedding, in one piece (b5)."""
+    model, ids = build(tiny('bert')), some(2, 5)
+    before = model(ids)[0]
+    with torch.no_grad():
+        model.output.bias[7] += 3.0
+    close(model(ids)[0] - before, 3.0 * F.one_hot(torch.tensor(7), V).expand(2, 5, V), 1e-5)
+    assert model.output.weight.data_ptr() == model.tokens.weight.data_ptr()
+    assert model.encoder.embed.tokens.weight.data_ptr() == model.tokens.weight.data_ptr()
+    assert [name for name, p in model.named_parameters() if p.shape == (V, 32)] == ['tokens.weight']
+
+# -----------------------------------------------------------------------------
+# Tasks: any trunk and one Linear
+
+TRUNKS = ('bert', 'gpt2', 'palm', 'llama', 'nano', 'lstm')
+every_task = pytest.mark.parametrize('task', TASKS)
+every_trunk = pytest.mark.parametrize('preset', TRUNKS)
+L = 3  # labels of the tiny tasks
+
+
+def asking(task, preset, **changes):
+    """A tiny model with a head. A question about an answer's place needs no labels."""
+    return build(tiny(preset, task=task, n_labels=0 if task == 'qa' else L, **changes))
+
+
+def answers(task, keep):
+    """Random targets for real tokens keep (B, T): classify (B,), tag (B, T), qa (B, 2)."""
+    B, length = keep.shape
+    if task == 'classify':
+        return torch.randint(L, (B,))
+    if task == 'tag':
+        return torch.randint(L, (B, length)).masked_fill(~keep, IGNORE)
+    return (torch.rand(B, 2, length) * keep[:, None]).argmax(dim=2)
+
+
+@every_task
+@every_trunk
+def test_a_task_gives_logits_of_its_shape_and_the_loss_worked_by_hand(task, preset):
+    """(B, L), (B, T, L), (B, 2, T): -log softmax at the targets, over the number asked or the one given (b1)."""
+    model, ids = awake(asking(task, preset)), some(3, 7)
+    targets = answers(task, torch.ones(3, 7, dtype=torch.bool))
+    targets[0] = IGNORE  # a whole row is not asked
+    logits, loss = model(ids, targets=targets)
+    assert logits.shape == {'classify': (3, L), 'tag': (3, 7, L), 'qa': (3, 2, 7)}[task] and model(ids)[1] is None
+    close(logits, model(ids)[0], 0.0)
+    nats = -logits.log_softmax(dim=-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    total, asked = nats[1:].sum(), targets[1:].numel()
+    close(loss, total / asked, 1e-5)
+    close(model(ids, targets=targets, counts={'targets': 40})[1], total / 40, 1e-5)
+    moved = logits.movedim(-1, 1) if task != 'classify' else logits  # where F.cross_entropy wants the classes
+    close(loss, F.cross_entropy(moved, targets), 1e-5)
+    close(model(ids, targets=torch.full_like(targets, IGNORE))[1], torch.tensor(0.0), 0.0)
+
+
+@every_trunk
+@pytest.mark.parametrize('side', ['right', 'left'])
+@given(st.lists(st.integers(1, 8), min_size=2, max_size=4), st.integers(0, 3))
+def test_a_text_is_classified_by_its_last_real_token_and_by_cls_in_bert(side, preset, lengths, more):
+    """A decoder's first token saw nothing, its last one all; on either side padding changes nothing (b3, b10)."""
+    model, total = awake(asking('classify', preset)), max(lengths) + more
+    n = torch.tensor(lengths)[:, None]
+    keep = torch.arange(total) < n if side == 'right' else torch.arange(total) >= total - n
+    ids = some(len(lengths), total)
+    logits = model(ids, keep=keep)[0]
+    close(model(torch.where(keep, ids, some(*ids.shape)), keep=keep)[0], logits, 1e-5)
+    for i, length in enumerate(lengths):
+        row = ids[i:i + 1, keep[i]]
+        h = model.hidden(row)
+        read = model.trunk.pooler(h[:, 0]) if preset == 'bert' else h[:, length - 1]
+        close(logits[i:i + 1], read @ model.head.weight.T + model.head.bias, 1e-4)
+        close(logits[i:i + 1], model(row)[0], 1e-4)
+
+
+@every_trunk
+@given(st.integers(1, 9), st.integers(0, 6), st.sampled_from(['left', 'right']), st.integers(0, 99))
+def test_tags_and_spans_are_read_at_every_token_and_padding_changes_nothing(preset, length, pads, side, seed):
+    """One Linear on each hidden state; qa has its two rows side by side as (B, 2, T), first where answers begin (b3)."""
+    torch.manual_seed(seed)
+    ids, real, padding = some(2, length), torch.ones(2, length, dtype=torch.bool), torch.zeros(2, pads, dtype=torch.bool)
+    keep, padded, other = beside(side, real, padding), beside(side, ids, some(2, pads)), beside(side, ids, some(2, pads))
+    for task in ('tag', 'qa'):
+        model = awake(asking(task, preset))
+        by_hand = model.hidden(ids) @ model.head.weight.T + model.head.bias             # (B, T, L or 2)
+        logits, changed, alone = model(padded, keep=keep)[0], model(other, keep=keep)[0], model(ids)[0]
+        if task == 'qa':
+            logits, changed, alone = (t.transpose(1, 2) for t in (logits, changed, alone))
+        close(alone, by_hand, 1e-4)
+        close(logits[keep].view_as(alone), alone, 1e-4)
+        same(logits[keep], changed[keep])
+
+
+@every_trunk
+@given(st.lists(st.integers(1, 8), min_size=2, max_size=3), st.sampled_from(['left', 'right', 'holes']), st.booleans())
+def test_an_answer_never_begins_or_ends_in_the_padding(preset, lengths, side, half):
+    """Probability exactly 0 there and 1 over the real tokens, in bfloat16 too, however large the logits."""
+    model = awake(asking('qa', preset))
+    with torch.no_grad():
+        model.head.weight.mul_(100)
+    n = torch.tensor(lengths)[:, None]
+    keep = {'left': torch.arange(10) >= 10 - n, 'right': torch.arange(10) < n, 'holes': torch.rand(len(n), 10) < 0.5}[side]
+    keep[:, 5] |= ~keep.any(dim=1)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        logits, loss = model(some(len(n), 10), keep=keep, targets=answers('qa', keep))
+    p = logits.float().softmax(dim=-1)                                                 # (B, 2, T)
+    assert p.masked_select(~keep[:, None]).count_nonzero() == 0, p
+    close(p.sum(dim=-1), torch.ones(len(n), 2))
+    assert logits.isfinite().all() and loss.isfinite(), loss
+
+
+@every_task
+@every_trunk
+def test_a_row_of_padding_poisons_no_task(task, preset):
+    """All padding in one row, right and left in others: loss and gradients finite, the loss that of the other rows (b3)."""
+    model = awake(asking(task, preset)).train()
+    keep = torch.stack([torch.zeros(8, dtype=torch.bool), torch.arange(8) < 5, torch.arange(8) >= 5])
+    ids, targets = some(3, 8), answers(task, keep)
+    targets[0] = IGNORE
+    logits, loss = model(ids, keep=keep, targets=targets)
+    loss.backward()
+    assert logits.isfinite().all() and loss.isfinite()
+    close(loss, model(ids[1:], keep=keep[1:], targets=targets[1:])[1], 1e-5)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.head.weight.grad.any() and model.trunk.tokens.weight.grad.any(), 'the trunk learns nothing'
+
+
+@every_task
+@every_trunk
+def test_every_trunk_learns_every_task(task, preset):
+    """A batch of four padded texts by heart, in a few dozen steps from random weights, through the optimizer's groups."""
+    model = asking(task, preset, n_layer=1, n_embd=16, n_head=2, n_kv_head=0, mlp_dim=32)
+    ids, keep = torch.randperm(V)[:32].view(4, 8), torch.arange(8) < torch.tensor([[8], [6], [8], [3]])
+    targets = answers(task, keep)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, 0.0), lr=0.02)
+    for _ in range(60):
+        loss = model(ids, segments=halves(4, 8), keep=keep, targets=targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    logits, loss = model(ids, segments=halves(4, 8), keep=keep, targets=targets)
+    right = (logits.argmax(dim=-1) == targets)[targets != IGNORE]
+    assert right.all() and loss < 0.1, f'{right.sum()} of {right.numel()} right, loss {loss:.3f}'
+
+
+@every_trunk
+def test_a_task_tells_its_trunk_of_segments_where_there_are_any(preset):
+    """BERT answers differently where the second text begins; a decoder knows no segments and does not mind them."""
+    ids, segments = some(2, 9), halves(2, 9)
+    for task in TASKS:
+        model = awake(asking(task, preset))
+        difference = (model(ids, segments)[0] - model(ids)[0]).abs().max().item()
+        assert (difference > 1e-3) == (preset == 'bert'), f'{task}: segments change logits by {difference:.1e}'
+        same(model(ids, torch.zeros_like(ids))[0], model(ids)[0])
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'lstm'])
+def test_segments_are_refused_where_no_model_reads_them(preset):
+    """--segments 2 with a decoder: an error at once, or they matter; no crash at the first batch, nothing in silence."""
+    try:
+        model = awake(asking('classify', preset, segments=2))
+    except ValueError as e:
+        assert 'segments=2' in str(e), e
+        return
+    ids = some(2, 9)
+    assert (model(ids, segments=halves(2, 9))[0] - model(ids)[0]).abs().max() > 1e-3
+
+
+@every_task
+@every_trunk
+def test_a_trunk_is_the_model_without_its_task(task, preset):
+    """Pre-trained weights fit name by name; what is new is one Linear, which starts small."""
+    model, plain = asking(task, preset), awake(build(tiny(preset)))
+    assert type(model) is TaskModel and type(model.trunk) is type(plain) and model.trunk.config == plain.config
+    assert model.config.task == task and plain.config.task == '' and plain.config.n_labels == 0
+    expected = {name: p.shape for name, p in plain.state_dict().items()}
+    assert {name: p.shape for name, p in model.trunk.state_dict().items()} == expected
+    assert set(model.state_dict()) == {f'trunk.{name}' for name in expected} | {'head.weight', 'head.bias'}
+    assert model.head.weight.shape == (2 if task == 'qa' else L, 32)
+    model.trunk.load_state_dict(plain.state_dict())
+    ids, keep = some(2, 9), torch.arange(9) < torch.tensor([[9], [4]])
+    same(model.eval().hidden(ids, keep), plain.hidden(ids, keep))
+
+
+@every_trunk
+def test_a_new_head_knows_nothing_yet(preset):
+    """Standard deviation 0.02, no bias, and a trunk that is initialised like any other of its row."""
+    torch.manual_seed(0)
+    model = build(tiny(preset, task='tag', n_labels=400))
+    std = model.head.weight.std().item()
+    assert 0.019 < std < 0.021 and model.head.bias.count_nonzero() == 0, std
+    torch.manual_seed(0)
+    for name, p in build(tiny(preset)).state_dict().items():
+        same(model.trunk.state_dict()[name], p)
+
+
+def test_what_the_head_reads_is_dropped_in_training_only():
+    """Over the dropout of the trunk: with the trunk at rest, half of what the head reads is 0, and none at evaluation."""
+    for task in TASKS:
+        model, seen, ids = awake(asking(task, 'bert', dropout=0.5)), {}, some(16, 9)
+        model.head.register_forward_pre_hook(lambda module, args, seen=seen: seen.update(x=args[0]))
+        same(model(ids)[0], model(ids)[0])
+        model.drop.train()
+        model(ids)
+        dropped = (seen['x'] == 0).float().mean()
+        assert 0.4 < dropped < 0.6, f'{task}: {dropped:.0%} of what the head reads is dropped'
+
+
+@every_task
+@every_trunk
+def test_a_task_comes_back_from_its_file_as_it_was(task, preset, tmp_path):
+    """Task, labels in any script, trunk and head; a shorter block_size forgets far positions here too (b10)."""
+    model, path, ids = awake(asking(task, preset)), tmp_path / '标签 🙂 e\u0301.pt', some(2, 7)
+    save(path, model, task=task, labels=['猫', '🙂', 'e\u0301'])
+    again, checkpoint = load(path)
+    assert type(again) is TaskModel and again.config == model.config and checkpoint['labels'] == ['猫', '🙂', 'e\u0301']
+    assert set(again.state_dict()) == set(model.state_dict())
+    for name, p in model.state_dict().items():
+        same(p, again.state_dict()[name])
+    same(model(ids)[0], again.eval()(ids)[0])
+    shorter, _ = load(path, block_size=7)
+    assert shorter.config.block_size == shorter.trunk.config.block_size == 7
+    close(shorter.eval()(ids)[0], model(ids)[0], 1e-5)
+    if preset != 'lstm':
+        with pytest.raises(ValueError, match='block_size=7'):
+            shorter(some(1, 8))
+
+
+@every_task
+@every_trunk
+def test_optimizer_groups_of_a_task_put_its_head_beside_the_tables(task, preset):
+    """Each weight once (b5). A head has one row a label, so Muon must not turn it; pooler and MLM transform are matrices."""
+    model = asking(task, preset)
+    groups = {group['name']: group['params'] for group in optimizer_groups(model, 0.1)}
+    group_of = {id(p): name for name, params in groups.items() for p in params}
+    assert sum(map(len, groups.values())) == len(group_of) == len(list(model.parameters()))
+    trunk = {id(p): group['name'] for group in optimizer_groups(model.trunk, 0.1) for p in group['params']}
+    assert {key: group_of[key] for key in trunk} == trunk, 'a weight of the trunk has changed its group'
+    assert (group_of[id(model.head.weight)], group_of[id(model.head.bias)]) == ('embeddings', 'vectors')
+    if preset == 'bert':
+        layers = model.trunk.is_next, model.trunk.pooler[0], model.trunk.transform[0]
+        assert [group_of[id(layer.weight)] for layer in layers] == ['embeddings', 'matrices', 'matrices']
+
+# -----------------------------------------------------------------------------
 # Optimizer groups, and the examples in the docstrings
 
 
@@ -1035,8 +1519,11 @@ def test_optimizer_groups_share_out_all_weights_and_vectors_never_decay(preset):
         assert group['params'], f'{name} is empty'
         assert group['weight_decay'] == (0.0 if name == 'vectors' else 0.3), name
         assert all((p.dim() < 2) == (name == 'vectors') for p in group['params']), name
-    tables = [model.tokens.weight, *([] if model.config.tied else [model.output.weight]),
-              *([model.decoder.embed.positions.weight] if model.config.positions == 'learned' else [])]
+    tables = [model.tokens.weight, *([] if model.config.tied else [model.output.weight])]
+    if preset in ('gpt2', 'bert'):
+        tables += [(model.encoder if preset == 'bert' else model.decoder).embed.positions.weight]
+    if preset == 'bert':
+        tables += [model.encoder.embed.segments.weight, model.is_next.weight]
     assert {id(p) for p in groups['embeddings']['params']} == {id(p) for p in tables}
     assert ('vectors' in groups) == (preset != 'nano'), 'nano has no vectors at all'
     model.tokens.weight.requires_grad_(False)

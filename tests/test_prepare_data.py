@@ -7,7 +7,8 @@ sentences are where a reader sees them; what the user can mend is one clear line
     blocks          documents, sentences and splits against a reference that walks over the text
     the folder      meta.json, id sizes, replacement, memory
     errors          through prepare() and through the command line
-    data sets       downloads, tang, pydoc
+    fine-tuning     where tokens stand in a text, examples of each task, rows as people have them, splits, malformed rows
+    data sets       downloads, tang, pydoc, pytopics, pytokens
     flags           spelling, bounds, the progress line
 """
 
@@ -17,6 +18,8 @@ import doctest
 import functools
 import hashlib
 import http.server
+import inspect
+import itertools
 import json
 import os
 import random
@@ -28,12 +31,16 @@ import tracemalloc
 import numpy as np
 import pytest
 import regex
+import torch
 from conftest import ROOT, command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import model
 import prepare_data
-from prepare_data import Settings, encode, flag, prepare, read_flags, tokenizer_from_dict, tokenizer_to_dict
+from prepare_data import TASKS, Settings, encode, flag, prepare, read_flags, tokenizer_from_dict, tokenizer_to_dict
+
+classify_examples, tag_examples, qa_examples = (TASKS[task].examples for task in ('classify', 'tag', 'qa'))
 
 SAMPLE = 'It was the best of times, it was the worst. 床前明月光，疑是地上霜。 Les élèves rêvent 😀😀, cafe\u0301! ' * 3
 HUGE = 1 << 20
@@ -786,6 +793,11 @@ ERRORS = {
     'an unknown data set': ({}, ['--dataset', 'pidoc'], '--dataset pidoc: choose one of'),
     'a mirror without the file': ({}, ['--dataset', 'shakespeare', '--mirror', 'nowhere'], '--mirror URL or FOLDER'),
     'an unknown flag': ({}, ['--imput', 'a.txt'], 'unknown flag --imput: did you mean --input?'),
+    'an unknown task': ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--task', 'translate'],
+                        '--task translate: choose one of'),
+    'a data set for another task': ({}, ['--dataset', 'pydoc', '--task', 'tag'], '--task tag: pydoc is for lm'),
+    'examples too short': ({'a.tsv': 'x\ta\n' * 9}, ['--input', 'a.tsv', '--task', 'classify', '--block_size', '7'],
+                           '--block_size 7: must be at least 8'),
 }
 
 
@@ -868,6 +880,597 @@ def test_run_keeps_the_traceback_of_a_bug(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['prepare.py'])
     with pytest.raises(KeyError):
         prepare_data.run(lambda argv: {}['x'])
+
+# -----------------------------------------------------------------------------
+# Fine-tuning: where tokens stand in a text, and the examples of a row
+
+MIXED = st.text(st.sampled_from("ab .'1é世界明月😀\u0301\u200d\u3000\n") | st.characters(codec='utf-8'), max_size=60)
+WORD = st.text(st.sampled_from("ab.'1é世界明月😀\u0301") | st.characters(codec='utf-8'), min_size=1, max_size=9).filter(
+    lambda word: not any(c.isspace() for c in word))
+
+
+def make(name, text, bpe):
+    """A tokenizer that can write `text`."""
+    return {'char': lambda: prepare_data.char_tokenizer(set(text)), 'byte': prepare_data.byte_tokenizer, 'bpe': lambda: bpe}[
+        name]()
+
+
+@settings(max_examples=60)
+@given(MIXED)
+@example('世界😀 cafe\u0301\r\n <|endoftext|>👩\u200d👩\u200d👧')
+def test_offsets_slice_the_original_text_for_any_unicode(request, bpe, text):
+    """A token's slice is every character it has a part of; slices leave no gap, and go back only over a shared character."""
+    gpt2 = request.getfixturevalue('gpt2')
+    owner = [i for i, c in enumerate(text) for _ in c.encode()]        # of every byte, the character
+    for tokenizer in (*(make(name, text + 'x', bpe) for name in ('char', 'byte', 'bpe')), gpt2):
+        ids, spans = prepare_data.encode_spans(tokenizer, text)
+        assert ids.tolist() == encode(tokenizer, text).tolist() and spans.shape == (len(ids), 2), tokenizer.name
+        at, joined = 0, ''
+        for i, (start, end) in zip(ids.tolist(), spans.tolist()):
+            part = tokenizer.decode_single_token_bytes(i)
+            about = f'{tokenizer.name}: {part} of {text!r} at ({start}, {end})'
+            assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), about
+            assert part in text[start:end].encode(), about
+            assert start <= len(joined) <= start + 1, f'{about}, after {joined!r}'
+            joined += text[len(joined):end]
+            at += len(part)
+        assert joined == text, f'{tokenizer.name}: {joined!r} instead of {text!r}'
+
+
+def test_a_character_of_several_tokens_belongs_to_each():
+    """The bytes of 世 all stand where it stands; an empty text has no tokens, and still two columns."""
+    byte = prepare_data.byte_tokenizer()
+    assert prepare_data.encode_spans(byte, 'a世b')[1].tolist() == [[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]]
+    assert prepare_data.encode_spans(byte, '')[1].shape == (0, 2)
+
+
+def test_texts_are_framed_as_bert_reads_them():
+    """[CLS] a [SEP], [CLS] a [SEP] b [SEP]; each [SEP] belongs to the text before it."""
+    byte = prepare_data.byte_tokenizer()
+    cls, sep = byte._special_tokens['[CLS]'], byte._special_tokens['[SEP]']
+    assert prepare_data.frame(byte, [1, 2]) == ([cls, 1, 2, sep], [0, 0, 0, 0])
+    assert prepare_data.frame(byte, [1, 2], [3]) == ([cls, 1, 2, sep, 3, sep], [0, 0, 0, 0, 1, 1])
+    assert prepare_data.frame(byte, [], [3]) == ([cls, sep, 3, sep], [0, 0, 1, 1])
+    assert prepare_data.frame(byte, []) == ([cls, sep], [0, 0])
+
+
+@settings(max_examples=80)
+@given(st.lists(MIXED, min_size=1, max_size=2), st.integers(8, 60))
+@example(['a' * 50, '世界'], 20)
+@example(['世界', '😀' * 50], 20)
+@example(['[SEP]' * 9, '[CLS]' * 9], 8)                      # special tokens written in a text are text
+def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
+    """Never more than block_size tokens, and no fewer than fit; the last is [SEP], each text is kept from its beginning."""
+    # b8: cutting after joining lost the final [SEP]
+    row = dict(zip(('text', 'text_b'), texts)) | {'label': '好', 'where': 'reviews.tsv, line 3'}
+    for tokenizer in (prepare_data.byte_tokenizer(), bpe):
+        [made] = classify_examples(tokenizer, row, ['坏', '好'], block_size)
+        ids, whole = made['ids'], [encode(tokenizer, text).tolist() for text in texts]
+        seps = [i for i, token in enumerate(ids) if token == tokenizer._special_tokens['[SEP]']]
+        assert len(ids) == min(block_size, sum(map(len, whole)) + 1 + len(texts)), f'{len(ids)} tokens of {block_size}'
+        assert len(seps) == len(texts) and seps[-1] == len(ids) - 1, f'[SEP] at {seps} of {len(ids)}'
+        assert ids[0] == tokenizer._special_tokens['[CLS]']
+        kept = [ids[a + 1:b] for a, b in zip([0, *seps], seps)]
+        longest = max(map(len, kept))
+        for part, text in zip(kept, whole):
+            assert part == text[:len(part)]
+            assert len(part) == len(text) or len(part) >= longest - 1, f'{len(part)} of {len(text)}, beside {longest}'
+        assert made['segments'] == [0] * (seps[0] + 1) + [1] * (len(ids) - seps[0] - 1)
+        assert made['targets'] == 1 and made['about'].items() >= {k: v for k, v in row.items() if k != 'where'}.items()
+
+
+def test_rows_to_be_answered_have_no_targets():
+    """What a user asks has no label, no tags and no answers: the examples are the same, without targets."""
+    rows = {'classify': ({'text': '床前明月光'}, {'label': 'b'}), 'tag': ({'tokens': ['明', '月']}, {'tags': ['O', 'O']}),
+            'qa': ({'question': '谁？', 'context': '床前明月光 ' * 9}, {'id': 'q', 'answers': [(2, '明月')]})}
+    for task, (asked, gold) in rows.items():
+        plain = TASKS[task].examples(prepare_data.byte_tokenizer(), asked, ['O', 'b'], 40)
+        right = TASKS[task].examples(prepare_data.byte_tokenizer(), asked | gold, ['O', 'b'], 40)
+        assert all('targets' not in made for made in plain) and all('targets' in made for made in right), task
+        assert [made['ids'] for made in plain] == [made['ids'] for made in right], task
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12), st.integers(8, 40))
+@example([('😀' * 9, 'B-地'), ('a', 'I-地'), ('世界' * 9, 'O')], 8)
+@example([('ab', 'O'), ('cd', 'B-地'), ('e', 'I-地')], 8)
+def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_size):
+    """Parts of a long text hold all tokens once, in order; the other pieces of a token, [CLS] and [SEP] are not asked."""
+    tokens, tags = map(list, zip(*row))
+    labels = ['O', 'B-地', 'I-地']
+    for name in ('char', 'byte', 'bpe'):
+        tokenizer = make(name, ' '.join(tokens) + ' ', bpe)
+        made = tag_examples(tokenizer, {'tokens': tokens, 'tags': tags}, labels, block_size)
+        assert [token for part in made for token in part['about']['tokens']] == tokens, name
+        assert [tag for part in made for tag in part['about']['tags']] == tags, name
+        for part in made:
+            ids, about, targets = part['ids'], part['about'], part['targets']
+            n, here = len(ids), about['tokens']
+            assert n <= block_size and len(targets) == n
+            assert (ids[0], ids[-1]) == (tokenizer._special_tokens['[CLS]'], tokenizer._special_tokens['[SEP]'])
+            asked = {i: target for i, target in enumerate(targets) if target != prepare_data.IGNORE}
+            expected = dict(zip(about['where'], map(labels.index, about['tags'])))
+            assert asked == expected and len(expected) == len(here), f'{name}: asked {asked}, not {expected}'
+            pieces = tokenizer.decode_tokens_bytes(ids[1:-1])
+            data, text = b''.join(pieces), ' '.join(here).encode()
+            one_too_long = len(here) == 1 and n == block_size and text.startswith(data.lstrip(b' '))
+            assert data.strip(b' ') == text or one_too_long, f'{name}: {data} instead of {text}'
+            lead, ends = len(data) - len(data.lstrip(b' ')), [0, *itertools.accumulate(map(len, pieces))]
+            for i, where in enumerate(about['where']):
+                begins = lead + len(' '.join([*here[:i], '']).encode())  # the token's first byte
+                assert ends[where - 1] <= begins < ends[where], f'{name}: {here[i]!r} of {here} asked at {pieces[where - 1]}'
+
+
+def test_a_tagged_text_is_cut_between_tokens_where_it_no_longer_fits():
+    """A worked example of 6 tokens beside [CLS] and [SEP]: `Jo` and `世` fill the first part, `ab` makes the second."""
+    byte = prepare_data.byte_tokenizer()
+    cls, sep = byte._special_tokens['[CLS]'], byte._special_tokens['[SEP]']
+    one, two = tag_examples(byte, {'tokens': ['Jo', '世', 'ab'], 'tags': ['B-人', 'O', 'I-人']}, ['O', 'B-人', 'I-人'], 9)
+    dot = prepare_data.IGNORE
+    assert one['ids'] == [cls, *'Jo 世 '.encode(), sep] and one['targets'] == [dot, 1, dot, dot, 0, dot, dot, dot, dot]
+    assert two['ids'] == [cls, *b'ab', sep] and two['targets'] == [dot, 2, dot, dot], two
+    assert one['about'].items() >= {'tokens': ['Jo', '世'], 'tags': ['B-人', 'O'], 'where': [1, 4]}.items(), one['about']
+
+
+def pointed_at(made):
+    """Where in the whole context the targets of a qa example begin and end; None where they point at [CLS]."""
+    about, (low, high) = made['about'], made['targets']
+    if (low, high) == (0, 0):
+        return None
+    (begin, _), (_, end) = about['offsets'][low - about['first']], about['offsets'][high - about['first']]
+    return about['start'] + begin, about['start'] + end
+
+
+@settings(max_examples=120)
+@given(st.sampled_from(['char', 'byte', 'bpe']), MIXED.filter(str.strip), st.integers(0, 59), st.integers(1, 12),
+       st.integers(8, 40))
+@example('bpe', '床前明月光，疑是地上霜。' * 9, 2, 2, 24)              # inside of a token
+@example('bpe', 'It was the best of times, it was the worst. ' * 9, 3, 1, 16)
+@example('bpe', 'It was the best of times', 7, 4, 40)              # with white space before it
+@example('byte', '床前明月光，疑是地上霜。' * 9, 20, 3, 24)
+@example('char', '床前明月光，疑是地上霜。' * 9, 50, 12, 24)
+def test_windows_cover_every_answer_and_every_character(bpe, name, context, start, size, block_size):
+    """Every answer that fits stands whole in a window, whose targets give it back; together the windows hold the context."""
+    start %= len(context)
+    answer = context[start:start + size]
+    if not answer.strip():
+        return
+    question = '谁 is it?'
+    tokenizer = make(name, context + question, bpe)
+    special, asked = tokenizer._special_tokens, encode(tokenizer, question).tolist()[:block_size // 2]
+    room = block_size - 3 - len(asked)
+    try:
+        windows = qa_examples(tokenizer, {'id': 'q1', 'question': question, 'context': context,
+                                          'answers': [(start, answer)]}, [], block_size)
+    except ValueError as e:
+        assert 'raise --block_size' in str(e) and len(answer.encode()) > room, f'{e}: it has at most {len(answer.encode())}'
+        return
+    found, covered = 0, set()
+    for made in windows:
+        ids, about = made['ids'], made['about']
+        first, n, low = about['first'], len(about['offsets']), about['start']
+        assert ids[:first] == [special['[CLS]'], *asked, special['[SEP]']] and ids[first + n:] == [special['[SEP]']]
+        assert len(ids) <= block_size and made['segments'] == [0] * first + [1] * (n + 1)
+        assert about['context'] == context[low:low + len(about['context'])] and about['answers'] == [answer]
+        covered |= {*range(low, low + len(about['context']))}
+        for i, (a, b) in zip(ids[first:], about['offsets']):
+            part = tokenizer.decode_single_token_bytes(i)
+            assert 0 <= a < b and part in about['context'][a:b].encode(), f'{name}: {part} at {a, b} of {about["context"]!r}'
+        if place := pointed_at(made):
+            found += 1
+            recovered, space = context[slice(*place)], len(answer) - len(answer.lstrip())
+            assert recovered.strip() == answer.strip(), f'{name}: {recovered!r} instead of {answer!r}'
+            assert place[1] - len(recovered.lstrip()) == start + space, f'{name}: the {answer!r} at {place}, not {start}'
+    assert found, f'{name}: no window of {room} tokens holds {answer!r} at {start} of {context!r}'
+    assert covered == {*range(len(context))}, (
+        f'{name}: characters {sorted({*range(len(context))} - covered)} of {len(context)} are in no window of {room} tokens')
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 80), st.integers(8, 30), st.integers(0, 79), st.integers(1, 12))
+def test_windows_overlap_by_half_and_only_those_that_hold_the_answer_point_at_it(n, block_size, start, size):
+    """With a token a character: steps of half a window up to the end; what a window holds in part it does not hold."""
+    context = ''.join(chr(0x4E00 + i) for i in range(n))
+    char = prepare_data.char_tokenizer(context + '问')
+    room = block_size - 4
+    row = {'id': 'q', 'question': '问', 'context': context, 'answers': []}
+    windows = qa_examples(char, row, [], block_size)
+    starts = [made['about']['start'] for made in windows]
+    assert starts == [0] if n <= room else (starts[0], starts[-1]) == (0, n - room), (starts, n, room)
+    assert all(0 < b - a <= max(1, room // 2) for a, b in zip(starts, starts[1:])), f'{starts} with room for {room}'
+    assert len(starts) <= 1 + max(0, -((room - n) // max(1, room // 2))), f'more windows than needed: {starts}'
+    assert all(made['targets'] == [0, 0] and made['ids'][0] == char._special_tokens['[CLS]'] for made in windows)
+    start, size = min(start, n - 1), min(size, n - start)
+    if n and 0 < size <= room:
+        row['answers'] = [(start, context[start:start + size])]
+        windows = qa_examples(char, row, [], block_size)
+        own = {start} if not any(at <= start and start + size <= at + room for at in starts) else set()
+        assert [made['about']['start'] for made in windows] == sorted({*starts} | own), 'one of its own, where none holds it'
+        for made in windows:
+            at = made['about']['start']
+            inside = at <= start and start + size <= at + room
+            assert pointed_at(made) == ((start, start + size) if inside else None), f'window {at} of {room}: {start}, {size}'
+
+
+def test_an_answer_inside_of_a_token_is_cut_out_of_it():
+    """moon in a word that is one token: the word is cut around the answer, so that targets can point at just that."""
+    bpe = prepare_data.bpe_tokenizer(['amoonlit\n' * 9], 375)
+    assert len(encode(bpe, 'amoonlit')) == 1
+    context = 'amoonlit'
+    [made] = qa_examples(bpe, {'id': 'q', 'question': '?', 'context': context, 'answers': [(1, 'moon')]}, [], 32)
+    assert pointed_at(made) == (1, 5) and made['about']['context'] == context, made
+    assert b''.join(bpe.decode_tokens_bytes(made['ids'][3:-1])).decode() == context
+    [made] = qa_examples(bpe, {'id': 'q', 'question': '?', 'context': context, 'answers': [(0, context)]}, [], 32)
+    assert len(made['ids']) == 5 and pointed_at(made) == (0, 8), 'a token that is the answer stays whole'
+    chinese = prepare_data.bpe_tokenizer(['床前明月光\n' * 9], 375)
+    assert len(encode(chinese, '床前明月光')) == 1
+    spans = prepare_data.encode_spans(chinese, '床前明月光')[1]
+    assert {tuple(span) for span in spans.tolist()} == {(i, i + 1) for i in range(5)}, 'a CJK character is a word'
+
+
+def test_of_several_answers_the_first_is_learned_and_all_are_kept():
+    """Where people disagree, any of them scores; which one is learned must not depend on chance."""
+    row = {'id': 'q', 'question': '几?', 'context': '两个，还是two?', 'answers': [(5, 'two'), (0, '两'), (0, '两个')]}
+    [made] = qa_examples(prepare_data.byte_tokenizer(), row, [], 64)
+    assert pointed_at(made) == (5, 8) and made['about']['answers'] == ['two', '两', '两个']
+
+
+def test_a_question_is_cut_to_half_and_an_empty_context_is_a_window():
+    """However long the question, half of block_size is left to read in; where nothing is to read, no answer is right."""
+    byte = prepare_data.byte_tokenizer()
+    row = {'id': 'q', 'question': '谁' * 99, 'context': 'x' * 30, 'answers': [(29, 'x')]}
+    windows = qa_examples(byte, row, [], 20)
+    assert {made['about']['first'] for made in windows} == {12} and any(map(pointed_at, windows))
+    [made] = qa_examples(byte, {'id': 'q', 'question': '谁', 'context': '', 'answers': []}, [], 20)
+    assert made['targets'] == [0, 0] and made['about']['offsets'] == [] and made['about']['context'] == '', made
+
+
+@pytest.mark.parametrize('tokenizer, block_size', [('bpe', 128), ('char', 400)])
+def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_path, shared, tokenizer, block_size):
+    """Out of the files alone: 1,190 questions, each answered in at least one window, exactly and in its place."""
+    path = shared / 'data/xquad.en.json'
+    _, meta = prepare(Settings(input=[str(path)], task='qa', tokenizer=tokenizer, vocab_size=1000, block_size=block_size,
+                               out_dir=str(tmp_path / 'out')))
+    gold = {q['id']: (p['context'], q['answers'][0]['answer_start'], q['answers'][0]['text'])
+            for article in json.loads(path.read_bytes())['data'] for p in article['paragraphs'] for q in p['qas']}
+    found, contexts = collections.Counter(), {}
+    for split in ('train', 'val'):
+        lines = (tmp_path / f'out/{split}.jsonl').read_bytes().splitlines()
+        assert len(lines) == meta['counts'][split]['examples'] > meta['counts'][split]['rows'], meta['counts']
+        for made in map(json.loads, lines):
+            context, start, answer = gold[made['about']['id']]
+            contexts.setdefault(split, set()).add(context)
+            if place := pointed_at(made):
+                found[made['about']['id']] += 1
+                low = made['about']['start']
+                text = made['about']['context'][place[0] - low:place[1] - low]
+                assert text.strip() == answer.strip() == context[slice(*place)].strip(), f'{text!r} instead of {answer!r}'
+                assert abs(place[0] - start) <= 1, f'{answer!r} at {place}, not at {start}'
+    assert len(gold) == len(found) == 1190, f'{len(found)} of {len(gold)} answers found'
+    assert not contexts['train'] & contexts['val'], 'a context in both splits'
+
+# -----------------------------------------------------------------------------
+# Fine-tuning: rows as people have them
+
+
+def rows_of(task, path):
+    """What the reader of a task finds, without the places."""
+    return [{key: value for key, value in row.items() if key != 'where'} for row in TASKS[task].read(path)]
+
+
+FIELD = st.text(st.characters(codec='utf-8', exclude_characters='\t\n\r'), min_size=1, max_size=20).filter(str.strip)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(FIELD, min_size=2, max_size=3), max_size=6), st.sampled_from(['\n', '\r\n', '\n\n', '\n \n']),
+       st.booleans(), st.booleans())
+@example([['好', '床前\x85明月光\u2028 "quotes" \x1c']], '\r\n', True, False)  # neither \x85 nor \u2028 ends a line
+def test_labelled_lines_come_back_whatever_is_in_them(tmp_path, fields, end, marked, last):
+    """label<TAB>text[<TAB>second text]; line ends of both kinds, blank lines, a byte order mark, no line end at the end."""
+    text = end.join(['x' + '\t'.join(row) for row in fields] + [''] * (last and bool(fields)))
+    path = write(tmp_path / 'a.tsv', '\ufeff' * marked + text)
+    expected = [dict(zip(('label', 'text', 'text_b'), ['x' + row[0], *row[1:]])) for row in fields]
+    assert rows_of('classify', path) == expected
+    assert rows_of('classify', write(tmp_path / 'a.jsonl', '\ufeff' * marked + end.join(
+        json.dumps(row | {'id': 5}, ensure_ascii=last) for row in expected))) == expected, 'the same rows as JSONL'
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-人', 'I-人', 'B-a-b'])), min_size=1, max_size=5),
+                max_size=4), st.sampled_from(['\n', '\r\n']), st.booleans(),
+       st.sampled_from(['\t', ' ', ' NN x ', '\tNN\tx\t', ' \t ']))
+def test_tagged_lines_come_back_whatever_is_in_them(tmp_path, texts, end, marked, between):
+    """First column the token, last its tag, parted by tabs or spaces; blank lines, or one with a lone tab, between texts."""
+    text = (2 * end).join(end.join(f'x{word}{between}{tag}' for word, tag in row) + end for row in texts)
+    path = write(tmp_path / 'a.conll', '\ufeff' * marked + text.replace(2 * end, f'{end}\t{end}'))
+    tokens = [{'tokens': ['x' + word + ' ' * (between == ' \t ') for word, _ in row], 'tags': [tag for _, tag in row]}
+              for row in texts]
+    assert rows_of('tag', path) == tokens
+
+
+def test_the_tagged_files_of_2003_are_read():
+    """Four columns, -DOCSTART- lines, several blank lines: as CoNLL 2003 has it."""
+    path = '-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n\n-DOCSTART- -X- O O\n北京 NNP B-NP B-LOC'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, 'read_lines', lambda _: enumerate(path.split('\n'), 1))
+        assert list(prepare_data.read_tagged('a.conll')) == [
+            {'where': 'a.conll, line 3', 'tokens': ['EU', 'rejects'], 'tags': ['B-ORG', 'O']},
+            {'where': 'a.conll, line 8', 'tokens': ['北京'], 'tags': ['B-LOC']}]
+
+
+def squad(*paragraphs, indent=1, ascii=False):
+    """(context, [(id, question, [(answer_start, text), ...]), ...]) -> SQuAD's JSON."""
+    return json.dumps({'version': '1.1', 'data': [{'title': '诗', 'paragraphs': [{
+        'context': context, 'qas': [{'id': i, 'question': question, 'answers': [
+            {'answer_start': start, 'text': text} for start, text in answers]} for i, question, answers in asked]}]}
+        for context, asked in paragraphs]}, indent=indent, ensure_ascii=ascii)
+
+
+@pytest.mark.parametrize('ascii', [False, True])
+@pytest.mark.parametrize('indent', [None, 1])
+def test_questions_are_read_from_squad_1_and_2(tmp_path, indent, ascii):
+    """Offsets count characters, also behind an emoji; questions without an answer are rows like any other."""
+    text = squad(('😀床前明月光', [('q1', '什么？', [(3, '明月'), (1, '床')]), ('q2', 'Who?', [])]),
+                 ('x', [('q3', '谁', [(0, 'x')])]), indent=indent, ascii=ascii)
+    two = json.loads(text)
+    two['data'][0]['paragraphs'][0]['qas'][1] |= {'is_impossible': True,
+                                                  'plausible_answers': [{'text': '床', 'answer_start': 1}]}
+    for saved in (text, '\ufeff' + text.replace('\n', '\r\n'), json.dumps(two, ensure_ascii=ascii, indent=indent)):
+        path = write(tmp_path / 'a.json', saved)
+        assert rows_of('qa', path) == [
+            {'id': 'q1', 'question': '什么？', 'context': '😀床前明月光', 'answers': [(3, '明月'), (1, '床')]},
+            {'id': 'q2', 'question': 'Who?', 'context': '😀床前明月光', 'answers': []},
+            {'id': 'q3', 'question': '谁', 'context': 'x', 'answers': [(0, 'x')]}]
+        for row, name in zip(prepare_data.read_questions(path), ('q1', 'q2', 'q3')):
+            line = 1 + saved[:saved.index(f'"{name}"')].count('\n')
+            assert row['where'] == f'{path}, line {line} (question {name})', row['where']
+
+
+@pytest.mark.parametrize('name', [2, '明月', '二'])
+def test_the_line_of_a_question_is_that_of_its_id(tmp_path, name):
+    """Also where the id is a number, stands elsewhere as an answer, or is written in escapes."""
+    text = squad(('床前明月光2', [('q1', '什么？', [(2, '明月')]), (name, '2?', [(0, '月')])]), ascii=name == '二')
+    with pytest.raises(ValueError, match='does not stand at its answer_start 0') as error:
+        [*prepare_data.read_questions(write(tmp_path / 'a.json', text))]
+    line = [n for n, line in enumerate(text.split('\n'), 1) if '"id"' in line][1]
+    assert f'a.json, line {line} ' in str(error.value), f'line {line} has the id: {error.value}'
+
+
+def test_lines_are_counted_from_1_over_blank_ones(tmp_path):
+    """`where` is what an editor shows."""
+    path = write(tmp_path / 'a.tsv', '\ufeff\r\n好\t一\r\n\r\n \r\n坏\t二')
+    assert [row['where'] for row in TASKS['classify'].read(path)] == [f'{path}, line 2', f'{path}, line 5']
+    path = write(tmp_path / 'a.conll', '\n\na\tO\nb\tO\n\n\nc\tO\n')
+    assert [row['where'] for row in TASKS['tag'].read(path)] == [f'{path}, line 3', f'{path}, line 7']
+
+# -----------------------------------------------------------------------------
+# Fine-tuning: the folder
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.sampled_from([0.05, 0.1, 0.25, 0.3, 0.5, 0.9]),
+       st.booleans())
+def test_rows_are_split_after_a_shuffle_that_keeps_contexts_together(contexts, val_fraction, questions):
+    """Nothing is lost or doubled, the shuffle is the same every time, and no context is in both splits."""
+    rows = [{'n': i} | ({'context': f'c{context}'} if questions else {}) for i, context in enumerate(contexts)]
+    train, val = prepare_data.split_rows(rows, val_fraction)
+    assert sorted(row['n'] for row in train + val) == [*range(len(rows))]
+    assert (train, val) == prepare_data.split_rows(rows, val_fraction), 'another split the second time'
+    wanted = len(rows) * (1 - val_fraction)
+    largest = max(collections.Counter(contexts).values()) if questions else 1
+    assert wanted - largest < len(train) <= wanted, f'{len(train)} rows of {len(rows)} to train, wanted {wanted}'
+    if questions:
+        assert not {row['context'] for row in train} & {row['context'] for row in val}
+
+
+def test_rows_are_shuffled_before_they_are_split():
+    """Files are often sorted by label: both splits must have all parts of the file."""
+    train, val = prepare_data.split_rows([{'n': i} for i in range(1000)], 0.1)
+    numbers = [row['n'] for row in train]
+    assert len(val) == 100 and numbers != sorted(numbers)
+    assert 20 < sum(row['n'] < 500 for row in val) < 80, [row['n'] for row in val]
+
+
+FILES = {  # of each task: a file of ten rows, its labels in order
+    'classify': ('a.tsv', ''.join(f'{label}\t句子 {i}\tpair 😀 {i}\n' for i, label in enumerate('好坏中好坏中好坏中好')),
+                 ['中', '坏', '好']),
+    'tag': ('a.conll', '\n'.join(f'第{i}\tB-序\n次\tI-人\nx\tO\n' for i in range(9)) + '\nz\tB-a\n',
+            ['O', 'B-a', 'I-a', 'B-人', 'I-人', 'B-序', 'I-序']),
+    'qa': ('a.json', squad(*(
+        (f'第{i}句：床前明月光。', [(f'q{i}', '哪句？', [(1, str(i))] if i else [])]) for i in range(10))), ['no answer']),
+}
+
+
+@pytest.mark.parametrize('task', FILES)
+def test_a_prepared_folder_holds_examples_that_a_model_reads(tmp_path, task):
+    """A line of plain JSON each; its keys, but for about, are arguments of forward(), and the loss of each is a number."""
+    name, text, labels = FILES[task]
+    path = write(tmp_path / name, text)
+    _, meta = prepare(Settings(input=[path], task=task, tokenizer='byte', val_fraction=0.3, block_size=48,
+                               out_dir=str(tmp_path / 'out')))
+    assert sorted(contents(tmp_path / 'out')) == ['meta.json', 'tokenizer.json', 'train.jsonl', 'val.jsonl']
+    assert meta == json.loads((tmp_path / 'out/meta.json').read_text('utf-8'))
+    assert {key: meta[key] for key in ('task', 'tokenizer', 'vocab_size', 'labels', 'block_size', 'source', 'sha256')} == {
+        'task': task, 'tokenizer': 'byte', 'vocab_size': 361, 'labels': labels, 'block_size': 48, 'source': [path],
+        'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    net = model.build(dataclasses.replace(model.PRESETS['bert'], n_layer=1, n_head=2, n_embd=8, vocab_size=361,
+                                          block_size=48, task=task, n_labels=len(labels)))
+    arguments = {*inspect.signature(net.forward).parameters}
+    for split, rows in (('train', 7), ('val', 3)):
+        lines = (tmp_path / f'out/{split}.jsonl').read_text('utf-8').split('\n')
+        examples = [json.loads(line) for line in lines if line]
+        assert lines[-1] == '' and len(examples) == len(lines) - 1, 'a line each, and a line end at the end'
+        assert '床' in lines[0] or '句子' in lines[0] or '次' in lines[0], f'no escapes: {lines[0]}'
+        c = meta['counts'][split]
+        assert (c['rows'], c['examples'], c['tokens']) == (rows, len(examples), sum(len(e['ids']) for e in examples)), c
+        assert sorted({e['about']['row'] for e in examples}) == [*range(rows)]
+        for made in examples:
+            assert {'ids', 'targets', 'about'} <= {*made} <= arguments | {'about'}, sorted(made)
+            batch = {key: torch.tensor([value]) for key, value in made.items() if key != 'about'}
+            _, loss = net(**batch)
+            assert torch.isfinite(loss), f'{made}: loss {loss}'
+
+
+def test_labels_are_those_of_all_rows_in_an_order_of_their_own(tmp_path):
+    """Sorted, whichever comes first in the file; tags have both forms of each kind, also of kinds that only `val` has."""
+    for lines, task, expected in (('b\tx\na\tx\nc\tx\n', 'classify', ['a', 'b', 'c']),
+                                  ('x\tI-z\n\ny\tB-人\n\nz\tO\n', 'tag', ['O', 'B-z', 'I-z', 'B-人', 'I-人'])):
+        for order in (lines, '\n'.join(lines.split('\n')[::-1])):
+            _, meta = prepare(Settings(input=[write(tmp_path / 'a', order)], task=task, tokenizer='byte', val_fraction=0.3,
+                                       out_dir=str(tmp_path / 'out')))
+            assert meta['labels'] == expected, meta['labels']
+
+
+def test_a_file_for_validation_leaves_all_rows_to_train_in_their_order(tmp_path):
+    """--val FILE overrides --val_fraction; char knows the characters of both, bpe learns from the training rows alone."""
+    train = write(tmp_path / 'a.tsv', ''.join(f'好\tab ab 句{i}\n' for i in range(9)) + '坏\tab ab\n')
+    val = write(tmp_path / 'v.tsv', '好\tzz zz 月\n' * 9)
+    for tokenizer in ('char', 'bpe'):
+        _, meta = prepare(Settings(input=[train], val=[val], task='classify', tokenizer=tokenizer, vocab_size=380,
+                                   out_dir=str(tmp_path / tokenizer)))
+        assert [meta['counts'][split]['rows'] for split in ('train', 'val')] == [10, 9]
+        table = prepare_data.load_tokenizer(tmp_path / tokenizer)
+        for split, first in (('train', 'ab ab 句0'), ('val', 'zz zz 月')):
+            made = json.loads((tmp_path / tokenizer / f'{split}.jsonl').read_bytes().split(b'\n')[0])
+            assert table.decode(made['ids']) == f'[CLS]{first}[SEP]' and made['about']['text'] == first
+    assert b'ab' in table._mergeable_ranks and b'zz' not in table._mergeable_ranks, [*table._mergeable_ranks][256:]
+
+
+def test_preparing_again_gives_the_same_bytes(tmp_path):
+    """For each task, also from a folder of files, and in the place of a folder to pre-train on."""
+    write(tmp_path / 'out/train.bin', 'old')
+    write(tmp_path / 'out/meta.json', '{}')
+    for task, (name, text, _) in FILES.items():
+        write(tmp_path / task / name, text)
+        for _ in range(2):
+            prepare(Settings(input=[str(tmp_path / task)], task=task, vocab_size=380, val_fraction=0.3,
+                             out_dir=str(tmp_path / 'out')))
+            before = contents(tmp_path / 'out')
+            assert sorted(before) == ['meta.json', 'tokenizer.json', 'train.jsonl', 'val.jsonl']
+        prepare(Settings(input=[str(tmp_path / task / name)], task=task, vocab_size=380, val_fraction=0.3,
+                         out_dir=str(tmp_path / 'out')))
+        assert {k: v for k, v in contents(tmp_path / 'out').items() if k != 'meta.json'} == {
+            k: v for k, v in before.items() if k != 'meta.json'}, task
+
+
+def test_a_good_run_of_a_task_says_what_it_made(tmp_path):
+    """Rows, examples and labels, what was cut, the next command; silence on standard error."""
+    write(tmp_path / '评.tsv', '好\t床前明月光，疑是地上霜。\n坏\tx\n' * 10)
+    result = command('prepare_data.py', '--input', '评.tsv', '--task', 'classify', '--tokenizer=char', '--block-size=8',
+                     '--val-fraction', 0.2, cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    train, val, labels, cut, last = result.stdout.splitlines()
+    assert result.stderr == '' and labels == 'labels: 坏, 好', result
+    assert train.endswith('16 rows, 16 examples') and val.endswith('4 rows, 4 examples'), (train, val)
+    assert cut.startswith('10 examples ') and '--block_size 8' in cut, cut
+    assert last.startswith(os.path.join('data', '评') + ': char tokenizer') and last.endswith('--dataset 评'), last
+
+
+# Rows that cannot be used: (task, {file: text}, flags, where it is, what the line must say besides)
+GOOD = {'v.tsv': '好\t一\n坏\t二\n', 'v.conll': '北京\tB-地\nis\tO\n', 'v.jsonl': '{"label": "好", "text": "一"}\n\n'}
+ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
+QUESTION = '{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{' + ANSWER + '}]},\n{"context": "x", "qas": [' \
+    '{"id": "q2", "question": "x?", "answers": []}]}]}]}'
+MALFORMED = {
+    'a missing tab': ('classify', {'a.tsv': '好\t一\n\n没有\n'}, [], 'a.tsv, line 3: ', 'has 1 column'),
+    'spaces for a tab': ('classify', {'a.tsv': '好    一\n'}, [], 'a.tsv, line 1: ', 'has 1 column'),
+    'four columns': ('classify', {'a.tsv': '好\t一\r\n好\t一\t二\t三\r\n'}, [], 'a.tsv, line 2: ', 'has 4 columns'),
+    'no text': ('classify', {'a.tsv': '好\t一\n好\t\u3000\n'}, [], 'a.tsv, line 2: ', 'empty'),
+    'no label': ('classify', {'a.tsv': '\t一\n'}, [], 'a.tsv, line 1: ', 'empty'),
+    'no second text': ('classify', {'a.tsv': '好\t一\t\n'}, [], 'a.tsv, line 1: ', 'empty'),
+    'a missing tab in the second file': ('classify', {'f/1.tsv': GOOD['v.tsv'], 'f/2.tsv': '没有'}, [], '2.tsv, line 1: ',
+                                         'has 1 column'),
+    'a missing tab in validation': ('classify', {'a.tsv': GOOD['v.tsv'], 'v.tsv': '好\t一\n没有\n'}, ['--val', 'v.tsv'],
+                                    'v.tsv, line 2: ', 'has 1 column'),
+    'an unknown label': ('classify', {'a.tsv': GOOD['v.tsv'], 'v.tsv': '好\t一\n\n妙\t二\n'}, ['--val', 'v.tsv'],
+                         'v.tsv, line 3: ', "'妙' is unknown: the training data has 坏, 好"),
+    'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'a.tsv', 'the byte at offset 8'),
+    'not JSON': ('classify', {'a.jsonl': GOOD['v.jsonl'] + '好\t一\n'}, [], 'a.jsonl, line 3: ', 'JSON'),
+    'JSON without a label': ('classify', {'a.jsonl': GOOD['v.jsonl'] + '{"text": "二"}'}, [], 'a.jsonl, line 3: ', 'label'),
+    'JSON without a text': ('classify', {'a.jsonl': GOOD['v.jsonl'] + '{"label": "好"}'}, [], 'a.jsonl, line 3: ', '"text"'),
+    'a label that is a number': ('classify', {'a.jsonl': '{"label": 1, "text": "二"}'}, [], 'a.jsonl, line 1: ', '"label"'),
+    'a text that is a list': ('classify', {'a.jsonl': '{"label": "好", "text": ["二"]}'}, [], 'a.jsonl, line 1: ', '"text"'),
+    'a row that is a list': ('classify', {'a.jsonl': '["好", "二"]'}, [], 'a.jsonl, line 1: ', ''),
+    'a second text that is null': ('classify', {'a.jsonl': '{"label": "好", "text": "二", "text_b": null}'}, [],
+                                   'a.jsonl, line 1: ', '"text_b" must be a string'),
+    'half a character': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'a.jsonl, line 1: ', ''),
+    'half a character in the second text': ('classify', {
+        'a.jsonl': GOOD['v.jsonl'] + '{"label": "好", "text": "一", "text_b": "\\ud83d"}'}, [], 'a.jsonl, line 3: ', ''),
+    'nothing': ('classify', {'a.tsv': '\n\n'}, [], 'a.tsv', 'no rows for a train split'),
+    'one row': ('classify', {'a.tsv': '好\t一\n'}, [], 'a.tsv', 'no rows for a train split'),
+    'nothing in validation': ('classify', {'a.tsv': GOOD['v.tsv'], 'v.tsv': ''}, ['--val', 'v.tsv'], 'v.tsv',
+                              'no rows for a val split'),
+    'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2: ', 'column 2'),
+    'no tag in the first line': ('tag', {'a.conll': '说\n'}, [], 'a.conll, line 1: ', 'column 2'),
+    'a column too many': ('tag', {'a.conll': 'EU\tB-组织\n\n说\tVB\tO\n'}, [], 'a.conll, line 3: ', 'column 2'),
+    'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2: ', 'column 3'),
+    'no token': ('tag', {'a.conll': 'EU\tO\n\tO\n'}, [], 'a.conll, line 2: ', 'must be a token'),
+    'an empty tag': ('tag', {'a.conll': 'EU\tO\n说\t\n'}, [], 'a.conll, line 2: ', 'its tag'),
+    'a tag without a kind': ('tag', {'a.conll': 'EU\tO\n说\tB-\n'}, [], 'a.conll, line 2: ', 'B-kind'),
+    'a tag of another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2: ', 'B-kind'),
+    'a kind alone': ('tag', {'a.conll': 'EU\t组织\n'}, [], 'a.conll, line 1: ', 'B-kind'),
+    'an unknown kind': ('tag', {'a.conll': GOOD['v.conll'], 'v.conll': 'x\tO\n\nEU\tB-组织\n'}, ['--val', 'v.conll'],
+                        'v.conll, line 3: ', "'B-组织' is unknown: the training data has O, B-地, I-地"),
+    'JSON for tags': ('tag', {'a.conll': GOOD['v.jsonl']}, [], 'a.conll, line 1: ', ''),
+    'questions that are not JSON': ('qa', {'a.json': QUESTION[:-1]}, [], 'a.json', 'JSON'),
+    'questions without data': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json', '"data"'),
+    'questions in a list': ('qa', {'a.json': '[1]'}, [], 'a.json', '"data"'),
+    'questions without bottom': ('qa', {'a.json': '[' * 100_000}, [], 'a.json', ''),
+    'data that is a number': ('qa', {'a.json': '{"data": 5}'}, [], 'a.json', 'SQuAD'),
+    'no questions': ('qa', {'a.json': '{"data": []}'}, [], 'a.json', 'no rows'),
+    'an answer that stands elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'a.json, line 3 ',
+                                        "'月' does not stand at its answer_start 0, where the context has '明'"),
+    'a wrong answer of a known question': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3 ', 'question q1'),
+    'an answer behind the end': ('qa', {'a.json': QUESTION.replace(': 1,', ': 9,')}, [], 'a.json, line 3 ', "has ''"),
+    'an answer before the beginning': ('qa', {'a.json': QUESTION.replace(': 1,', ': -1,')}, [], 'a.json, line 3 ', ' -1'),
+    'an empty answer': ('qa', {'a.json': QUESTION.replace('"月"', '""')}, [], 'a.json, line 3 ', "the answer ''"),
+    'a place that is text': ('qa', {'a.json': QUESTION.replace(': 1,', ': "1",')}, [], 'a.json, line 3 ', ''),
+    'an answer that is a number': ('qa', {'a.json': QUESTION.replace('"月"', '5')}, [], 'a.json, line 3 ', ''),
+    'answers that are null': ('qa', {'a.json': QUESTION.replace('[{"a', 'null, "x": [{"a')}, [], 'a.json, line 3 ', ''),
+    'an answer without a place': ('qa', {'a.json': QUESTION.replace('answer_start', 'begin')}, [], 'a.json, line 3 ', ''),
+    'a question without an id': ('qa', {'a.json': QUESTION.replace('"id"', '"name"')}, [], 'a.json', "'id'"),
+    'no context': ('qa', {'a.json': QUESTION.replace('"context"', '"text"')}, [], 'a.json', "'context'"),
+    'a question that is a number': ('qa', {'a.json': QUESTION.replace('"谁"', '5')}, [], 'a.json, line 3 ', ''),
+    'a context that is a list': ('qa', {'a.json': QUESTION.replace('"明月"', '["明", "月"]')}, [], 'a.json, line 3 ', ''),
+    'half a character in a context': ('qa', {'a.json': QUESTION.replace('明月', '明月\\ud83d')}, [], 'a.json, line 3 ', ''),
+    'half a character in a question': ('qa', {'a.json': QUESTION.replace('谁', '\\ud83d')}, [], 'a.json, line 3 ', ''),
+    'an answer longer than a window': ('qa', {'a.json': QUESTION.replace('明', '明' * 9).replace(': 1,', ': 0,').replace(
+        '"月"', f'"{"明" * 9}月"'), 'v.json': QUESTION}, ['--val', 'v.json', '--block_size', '12', '--tokenizer', 'char'],
+        'a.json, line 3 ', 'has 10 tokens, more than a window of --block_size 12'),
+}
+
+
+@pytest.mark.parametrize('name', MALFORMED)
+def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, capsys, name):
+    """From the command line: one line, status 2; the old data folder stays as it was, and nothing half-written is left."""
+    task, files, flags, where, says = MALFORMED[name]
+    for path, text in files.items():
+        write(tmp_path / path, text)
+    write(tmp_path / 'out/meta.json', 'the old one')
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path), sorted(os.listdir())
+    source = next(iter(files)).split('/')[0]
+    monkeypatch.setattr(sys, 'argv', ['prepare_data.py', '--input', source, '--task', task, '--vocab_size=370',
+                                      '--out_dir', 'out', *flags])
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run(prepare_data.main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, '') and err.count('\n') == 1 and err.startswith('prepare_data.py: error: '), err
+    assert where in err and says in err, err
+    assert (contents(tmp_path), sorted(os.listdir())) == before
+
+
+@pytest.mark.parametrize('name', ['a missing tab', 'an unknown kind', 'an answer that stands elsewhere'])
+def test_a_malformed_row_leaves_no_folder_where_there_was_none(tmp_path, name):
+    """The same as a user meets it: in a process of its own, and out_dir is new."""
+    task, files, flags, where, says = MALFORMED[name]
+    for path, text in files.items():
+        write(tmp_path / path, text)
+    before = contents(tmp_path), sorted(os.listdir(tmp_path))
+    result = command('prepare_data.py', '--input', next(iter(files)), '--task', task, *flags, cwd=tmp_path, status=2)
+    assert result.stdout == '' and result.stderr.count('\n') == 1, result
+    assert where in result.stderr and says in result.stderr, result.stderr
+    left = set(os.listdir(tmp_path)) - {'data'}                       # data/ itself may have been made
+    assert contents(tmp_path) == before[0] and sorted(left) == before[1]
+    assert not (tmp_path / 'data').exists() or not os.listdir(tmp_path / 'data')
 
 # -----------------------------------------------------------------------------
 # Data sets
@@ -983,19 +1586,26 @@ def bare(): 1
 
 def test_docstrings_are_those_of_the_module_its_classes_and_functions():
     """Names, arguments and texts in the order of the source; without documentation, or not Python: nothing."""
-    assert prepare_data.docstrings(os.path.join('pack', 'mod.py'), MODULE.encode()) == (
-        'pack.mod\n\nWörter.\n\ntwo\n    lines\n\nclass Outer\n\nA class.\n\nclass Outer.Inner\n\nInside.\n\n'
-        'Outer.Inner.wait(self, *, seconds: float=1.5)\n\nWaits.\n\nf(x, /, y=(1, 2), *args, **kwargs)\n\nSays f.\n\n'
-        'g()\n\nSays g.\n')
-    assert prepare_data.docstrings(os.path.join('pack', '__init__.py'), b'"""Hi."""') == 'pack\n\nHi.\n'
+    assert prepare_data.docstrings(os.path.join('pack', 'mod.py'), MODULE.encode()) == [
+        'pack.mod', ('pack.mod', 'Wörter.\n\ntwo\n    lines'), ('class Outer', 'A class.'), ('class Outer.Inner', 'Inside.'),
+        ('Outer.Inner.wait(self, *, seconds: float=1.5)', 'Waits.'), ('f(x, /, y=(1, 2), *args, **kwargs)', 'Says f.'),
+        ('g()', 'Says g.')]
+    assert prepare_data.docstrings(os.path.join('pack', '__init__.py'), b'"""Hi."""') == ['pack', ('pack', 'Hi.')]
+    assert prepare_data.docstrings('m.py', b'def f():\n "Says f."') == ['m', ('m', None), ('f()', 'Says f.')]
     for nothing in (b'', b'x = 1', b'def f(:', b'"""half', b'x = "\x00"', b'\xff\xfe'):
-        assert prepare_data.docstrings('m.py', nothing) == '', nothing
+        assert prepare_data.docstrings('m.py', nothing) == [], nothing
 
 
-def test_a_module_is_named_also_where_it_says_nothing_of_itself():
-    """Its functions may: then the document still begins with the name of the module."""
-    text = prepare_data.docstrings('m.py', b'def f():\n "Says f."')
-    assert text.startswith('m\n') and text.endswith('\nf()\n\nSays f.\n'), text
+def test_a_document_of_pydoc_is_a_module_with_all_that_it_says(tmp_path, monkeypatch):
+    """Its name, its text, then each title with its text; it is named also where it says nothing of itself."""
+    write(tmp_path / 'os.py', MODULE)
+    write(tmp_path / 'm.py', 'def f():\n "Says f."')
+    monkeypatch.setattr(os, '__file__', str(tmp_path / 'os.py'))
+    documents = prepare_data.pydoc().split('<|endoftext|>\n')
+    for document in ('os\n\nWörter.\n\ntwo\n    lines\n\nclass Outer\n\nA class.\n\nclass Outer.Inner\n\nInside.\n\n'
+                     'Outer.Inner.wait(self, *, seconds: float=1.5)\n\nWaits.\n\nf(x, /, y=(1, 2), *args, **kwargs)\n\n'
+                     'Says f.\n\ng()\n\nSays g.\n', 'm\n\nf()\n\nSays f.\n'):
+        assert document in documents, [d for d in documents if d.startswith(document[:2])]
 
 
 def test_pydoc_is_many_documents_and_imports_nothing():
@@ -1028,6 +1638,151 @@ def test_pydoc_does_not_depend_on_the_order_of_files(tmp_path, monkeypatch):
     assert prepare_data.pydoc() == one
     found = sorted(regex.findall(r'I am (\S+)\.\n', one))
     assert found == ['a.py', 'b/__init__.py', 'b/c.py', 'b/d.py', 'os.py'], found
+
+
+def library_of(tmp_path, monkeypatch, files):
+    """A library of a few files stands in for Python's own; each would end the process if it were imported."""
+    for name, text in files.items():
+        write(tmp_path / 'library' / name, text)
+    monkeypatch.setattr(os, '__file__', str(tmp_path / 'library/os.py'))
+
+
+@pytest.mark.parametrize('name', ['pytopics', 'pytokens'])
+def test_offline_data_sets_do_not_depend_on_the_order_of_files(tmp_path, monkeypatch, name):
+    """The same text, however the file system lists folders, and by way of prepare() the same bytes; nothing goes online."""
+    library_of(tmp_path, monkeypatch, {
+        f'{package}{i}/m{j}.py': f'"""{package} {i} 说 {j}: 床前明月光 and enough words."""\nx = {j}\n'
+        for package in 'ab' for i in range(8) for j in range(3)})
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda *args, **kwargs: pytest.fail('went online'))
+    one = getattr(prepare_data, name)()
+    walk = os.walk
+    prepare(Settings(dataset=name, tokenizer='byte', out_dir=str(tmp_path / 'one')))
+    monkeypatch.setattr(os, 'walk', lambda top: ((folder, folders, names[::-1]) for folder, folders, names in walk(top)))
+    assert getattr(prepare_data, name)() == one and one.count('床前明月光') >= 36, one
+    prepare(Settings(dataset=name, tokenizer='byte', out_dir=str(tmp_path / 'two')))
+    assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
+    assert sorted(contents(tmp_path / 'one')) == ['meta.json', 'source.txt', 'tokenizer.json', 'train.jsonl', 'val.jsonl']
+    assert (tmp_path / 'one/source.txt').read_text('utf-8') == one
+
+
+def test_offline_data_sets_are_the_same_in_every_process(tmp_path, monkeypatch):
+    """Python orders a set of texts anew each time it starts; the data must not follow."""
+    library_of(tmp_path, monkeypatch, {
+        'a.py': ''.join(f'def f{i}():\n    """床前明月光 says number {i}."""\n' for i in range(30))})
+    code = ('import os, prepare_data; os.__file__ = "library/os.py"; '
+            'print(prepare_data.pytopics() + prepare_data.pytokens() + prepare_data.pydoc())')
+    outs = [subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, check=True, timeout=300, env={
+        **os.environ, 'PYTHONHASHSEED': seed, 'PYTHONPATH': str(ROOT), 'PYTHONUTF8': '1'}).stdout.decode() for seed in '12']
+    assert outs[0] == outs[1] and outs[0].count('says number 7') == 2, outs[0][:300]
+
+
+def test_pytopics_are_the_twelve_packages_that_say_most(tmp_path, monkeypatch):
+    """A row for each different docstring of 20 characters or more, white space as single spaces; parsed, not imported."""
+    files = {f'p{i:02}.py': 'raise SystemExit("imported!")\n' + ''.join(
+        f'def f{j}():\n    """Function {j} of number {i}:\n\n\tworld 世界 {j}"""\n' for j in range(i)) for i in range(1, 15)}
+    files['p14.py'] += ('def again():\n    """Function 0 of number 14:\n world 世界 0"""\n'
+                        'def short():\n    """Too short."""\n')
+    library_of(tmp_path, monkeypatch, files)
+    rows = [line.split('\t') for line in prepare_data.pytopics().removesuffix('\n').split('\n')]
+    assert collections.Counter(package for package, _ in rows) == {f'p{i:02}': i for i in range(3, 15)}
+    assert ['p14', 'Function 0 of number 14: world 世界 0'] in rows and rows != sorted(rows), rows[:3]
+
+
+def test_pytokens_are_the_words_of_source_with_their_kinds(tmp_path, monkeypatch):
+    """A logical line is a text; strings and comments of several words are one entity; what is not Python is left out."""
+    library_of(tmp_path, monkeypatch, {
+        'a.py': 'raise SystemExit("床前 明月 光")\n# 注释 of two\nif x1 >= 2.5: pass\n', 'b.py': 'def f(:\n',
+        'c.py': b'# -*- coding: latin-1 -*-\ny = "\xe9"\n', 'd.py': b'\xff\xfe z\n'})
+    rows = {tuple(zip(row['tokens'], row['tags'])) for row in prepare_data.read_tagged(
+        write(tmp_path / 'a.conll', prepare_data.pytokens()))}
+    expected = {
+        (('raise', 'B-keyword'), ('SystemExit', 'B-name'), ('(', 'O'), ('"床前', 'B-string'), ('明月', 'I-string'),
+         ('光"', 'I-string'), (')', 'O')),
+        (('#', 'B-comment'), ('注释', 'I-comment'), ('of', 'I-comment'), ('two', 'I-comment')),
+        (('if', 'B-keyword'), ('x1', 'B-name'), ('>=', 'O'), ('2.5', 'B-number'), (':', 'O'), ('pass', 'B-keyword')),
+        (('y', 'B-name'), ('=', 'O'), ('"é"', 'B-string'))}
+    assert expected <= rows, f'not there: {expected - rows}'
+    assert not any('z' in dict(row) for row in rows)
+
+
+def test_the_offline_data_sets_of_this_python_are_large_and_clean():
+    """Rows that their reader accepts, twelve packages of a like order, all kinds of tokens; nothing is imported."""
+    before = set(sys.modules)
+    texts = {'classify': prepare_data.pytopics(), 'tag': prepare_data.pytokens()}
+    new = {name for name in set(sys.modules) - before if not name.startswith('encodings.')}  # some source is not in UTF-8
+    assert not new, f'imported: {sorted(new)}'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_data, 'read_lines', lambda task: enumerate(texts[task].split('\n'), 1))
+        labelled, tagged = ([*TASKS[task].read(task)] for task in ('classify', 'tag'))
+    sizes = collections.Counter(row['label'] for row in labelled)
+    assert len(sizes) == 12 and len(labelled) > 2000 and min(sizes.values()) > 50, sizes
+    assert 10_000 < len(tagged) <= 12_000 and max(len(row['tokens']) for row in tagged) == 32, len(tagged)
+    kinds = {tag for row in tagged for tag in row['tags']}
+    assert kinds == {'O', 'B-keyword', 'B-name', 'B-number', 'B-string', 'I-string', 'B-comment', 'I-comment'}, kinds
+
+
+@pytest.mark.parametrize('served', [False, True], ids=['a folder', 'a server'])
+def test_rotten_tomatoes_is_decoded_shuffled_and_cut(tmp_path, monkeypatch, mirror, served):
+    """Both files are cp1252, where byte 0x85 is a character and no line end; 80 % to train, the next 10 % to validate."""
+    lines = {'positive': [f'good {i} caf\xe9 ' for i in range(50)] + ['so \x85 good \x85'],
+             'negative': [f'bad {i}' for i in range(49)]}
+    sums = {}
+    for label, part in lines.items():
+        data = ('\n'.join(part) + '\n').encode('latin-1')             # \x85 and \xe9 as single bytes
+        path = write(tmp_path / f'mirror/films/rt.{label[:3]}', data)
+        sums[label] = (os.path.relpath(path, tmp_path / 'mirror'), hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(prepare_data, 'ROTTEN_TOMATOES', sums)
+    flags = Settings(dataset='rotten_tomatoes', mirror=mirror[served], tokenizer='byte', out_dir=str(tmp_path / 'out'))
+    _, meta = prepare(flags)
+    assert (meta['task'], meta['source'], meta['labels']) == ('classify', 'rotten_tomatoes', ['negative', 'positive'])
+    assert [meta['counts'][split]['rows'] for split in ('train', 'val')] == [80, 10]
+    rows = [row for name in ('source.txt', 'source.val.txt') for row in rows_of('classify', str(tmp_path / 'out' / name))]
+    wanted = {('positive', f'good {i} café') for i in range(50)} | {('negative', f'bad {i}') for i in range(49)} | {
+        ('positive', 'so … good …')}
+    found = [(row['label'], row['text']) for row in rows]
+    assert len(set(found)) == 90 and set(found) <= wanted, set(found) - wanted
+    assert {'positive', 'negative'} == {label for label, _ in found[80:]} and found != sorted(found), 'not shuffled'
+    everything = [(label, line.replace('\x85', '…').strip()) for label, part in lines.items() for line in part]
+    random.Random(0).shuffle(everything)
+    assert found == everything[:90], 'the published split is a shuffle with random.Random(0)'
+    monkeypatch.setattr(prepare_data, 'ROTTEN_TOMATOES', sums | {'negative': (sums['negative'][0], '0' * 64)})
+    before = contents(tmp_path / 'out')
+    with pytest.raises(ValueError, match='is not the expected file'):
+        prepare(flags)
+    assert contents(tmp_path / 'out') == before
+
+
+def test_the_real_tweets_have_the_expected_sha256(tmp_path, shared):
+    """wnut17 through --mirror: the published split, 3,394 texts to train and 1,009 to validate, six kinds of names."""
+    for (path, _), split in zip(prepare_data.WNUT17, ('train', 'val')):
+        write(tmp_path / path, (shared / f'data/wnut17.{split}.conll').read_bytes())
+    _, meta = prepare(Settings(dataset='wnut17', mirror=str(tmp_path), tokenizer='byte', block_size=64,
+                               out_dir=str(tmp_path / 'out')))
+    assert [meta['counts'][split]['rows'] for split in ('train', 'val')] == [3394, 1009], meta['counts']
+    kinds = ['corporation', 'creative-work', 'group', 'location', 'person', 'product']
+    assert meta['task'] == 'tag'
+    assert meta['labels'] == ['O', *(prefix + kind for kind in kinds for prefix in ('B-', 'I-'))], meta['labels']
+    assert sorted(contents(tmp_path / 'out')) == [
+        'meta.json', 'source.txt', 'source.val.txt', 'tokenizer.json', 'train.jsonl', 'val.jsonl']
+
+
+def test_the_real_reviews_are_the_published_split(tmp_path, shared):
+    """What people compare with: 8,529 rows to train, 1,066 to validate, of both labels about half."""
+    _, meta = prepare(Settings(input=[str(shared / 'data/rotten-tomatoes.train.tsv')], tokenizer='byte', task='classify',
+                               val=[str(shared / 'data/rotten-tomatoes.val.tsv')], out_dir=str(tmp_path / 'out')))
+    assert [meta['counts'][split]['rows'] for split in ('train', 'val')] == [8529, 1066], meta['counts']
+    assert meta['labels'] == ['negative', 'positive']
+
+
+def test_every_data_set_is_for_a_task_and_listed(tmp_path, monkeypatch):
+    """What each is for is one of --task, those that need no network among them; the flag offers all."""
+    assert {name: task for name, (task, _) in prepare_data.DATASETS.items()}.items() >= {
+        'pydoc': 'lm', 'shakespeare': 'lm', 'tang': 'lm', 'pytopics': 'classify', 'rotten_tomatoes': 'classify',
+        'pytokens': 'tag', 'wnut17': 'tag'}.items()
+    assert all(task in ('lm', *TASKS) for task, _ in prepare_data.DATASETS.values())
+    with pytest.raises(ValueError, match='choose one of') as error:
+        prepare(Settings(dataset='none'))
+    assert all(name in str(error.value) for name in prepare_data.DATASETS), error.value
 
 # -----------------------------------------------------------------------------
 # Flags

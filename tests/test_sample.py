@@ -1,10 +1,13 @@
 """
-sample.py: which token is chosen, how a text goes on, when bytes become characters, what a score is, and the command.
+sample.py: which token is chosen, how a text goes on, when bytes become characters, what the models answer that do not
+write, what a score is, and the command.
 
 Models here are tiny and random, with weights wide enough that no two logits come close to each other. Where a model would
-only blur the question, one that knows its answers by heart (`ByHeart`) takes its place.
+only blur the question, one that knows its answers by heart (`ByHeart`) takes its place. Scores are compared with seqeval,
+scikit-learn, and the published definition of SQuAD's, written out here.
 """
 
+import collections
 import dataclasses
 import io
 import json
@@ -12,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import string
 import subprocess
 import sys
 import warnings
@@ -22,12 +26,16 @@ import torch
 from conftest import ROOT, command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
+from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
 
 import prepare_data
 import sample
-from model import PRESETS, build, save
-from prepare_data import bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizer_to_dict
+from model import IGNORE, PRESETS, build, save
+from prepare_data import bpe_tokenizer, byte_tokenizer, char_tokenizer, encode, encode_rows, tokenizer_to_dict
 from sample import Settings, TextStream, choose, forbidden_tokens, generate, score_file, text_loss, text_scores, write
 
 NAMES = ['gpt2', 'palm', 'llama', 'nano', 'lstm']
@@ -521,6 +529,514 @@ def test_a_scored_file_is_read_as_in_training(tmp_path, tokenizer):
         score_file(model, tokenizer, str(path))
 
 # -----------------------------------------------------------------------------
+# Answers of the models that do not write: batches
+
+TASK_LABELS = {'': [], 'classify': ['bad', '好', 'x y'], 'tag': ['O', 'B-per-son', 'I-per-son', 'B-地', 'I-地'], 'qa': []}
+
+
+def some_examples(task, lengths, seed=0):
+    """Random ids below 30 as examples of a task, with targets; `about` says which is which."""
+    draw, made = np.random.default_rng(seed), []
+    for i, n in enumerate(lengths):
+        targets = {'classify': int(draw.integers(3)), 'qa': draw.integers(n, size=2).tolist(),
+                   'tag': [int(t) if t < 5 else IGNORE for t in draw.integers(8, size=n)]}
+        made.append({'ids': draw.integers(30, size=n).tolist(), 'segments': sorted(draw.integers(2, size=n).tolist()),
+                     'about': {'i': i}} | ({'targets': targets[task]} if task else {}))
+    return made
+
+
+def alone(model, example, **more):
+    """What a model says to one example, asked without neighbours: (logits as numpy, loss)."""
+    batch = {key: torch.tensor(value)[None] for key, value in example.items() if key in ('ids', 'segments', 'targets')}
+    with torch.no_grad():
+        logits, loss = model(**batch, **more)
+    return logits[0].numpy(), loss
+
+
+@given(st.sampled_from(['', 'classify', 'tag', 'qa']), st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@example('tag', [3, 3, 3])
+def test_a_batch_is_padded_on_the_right_and_says_what_is_real(task, lengths):
+    """Ids with the padding token, targets with "not asked"; `about` stays behind; nothing moves. b3"""
+    examples = some_examples(task, lengths)
+    batch, T = sample.collate(examples, 77), max(lengths)
+    assert set(batch) - {'keep'} == set(examples[0]) - {'about'}, set(batch)
+    keep = batch.get('keep', torch.ones(len(lengths), T, dtype=torch.bool))
+    assert keep.dtype == torch.bool and keep.tolist() == [[t < n for t in range(T)] for n in lengths], keep
+    assert 'keep' in batch or len(set(lengths)) == 1
+    for key, fill in (('ids', 77), ('segments', 0), ('targets', IGNORE)):
+        for found, made in zip(batch.get(key, []), examples):
+            row = made[key]
+            expected = row if task in ('classify', 'qa') and key == 'targets' else row + [fill] * (T - len(row))
+            assert found.dtype == torch.int64 and found.tolist() == expected, f'{key}: {found} for {row}'
+
+
+@given(st.sampled_from(['', 'classify', 'tag', 'qa']), st.sampled_from(['bert', 'gpt2', 'llama', 'lstm']),
+       st.lists(st.integers(1, 12), min_size=1, max_size=9), st.integers(1, 9), st.randoms(use_true_random=False))
+@example('qa', 'bert', [12, 1, 5], 2, None)
+@settings(max_examples=40)
+def test_padding_and_neighbours_change_no_answer(task, preset, lengths, rows, shuffle):
+    """However many are asked at once and in whatever order: each gets what it gets alone, and losses add up. b2 b3"""
+    model = tiny(preset if task else 'bert', 30, 12, task=task, n_labels=len(TASK_LABELS[task]), dropout=0.5)
+    examples, asked, nats = some_examples(task, lengths), 0, 0.0
+    if shuffle:
+        shuffle.shuffle(examples)
+    model.train()
+    taken, found_nats, found_asked = sample.ask(model, examples, 29, lambda e, logits: (e, logits), rows)
+    assert model.training and all(module.training for module in model.modules()), 'the mode was not restored'
+    model.eval()
+    for made, (same, logits) in zip(examples, taken, strict=True):
+        expected, loss = alone(model, made, counts={'targets': 1})
+        asked += int((np.array(made.get('targets', IGNORE)) != IGNORE).sum())
+        nats += loss.item() if loss is not None else 0.0
+        n = len(made['ids'])
+        logits = logits[:, :n] if task == 'qa' else logits if task == 'classify' else logits[:n]
+        assert same is made and logits.dtype == np.float32, f'{same} in the place of {made}'
+        assert np.allclose(logits, expected, rtol=1e-3, atol=1e-3), f'off by {np.abs(logits - expected).max()}'
+    assert found_asked == asked and math.isclose(found_nats, nats, rel_tol=1e-3, abs_tol=1e-3), f'{found_nats}, not {nats}'
+
+
+def test_half_precision_is_read_as_float32():
+    """numpy has no bfloat16; the answers come all the same, close to the exact ones."""
+    model, examples = tiny('bert', 30, 12, task='classify', n_labels=3), some_examples('classify', [3, 9])
+    exact = sample.ask(model, examples, 29)[0]
+    half = sample.ask(model.to(torch.bfloat16), examples, 29)[0]
+    assert half[0].dtype == np.float32 and np.allclose(half, exact, atol=0.3), f'{half} for {exact}'
+
+# -----------------------------------------------------------------------------
+# Answers: labels, tags, spans
+
+
+@given(st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=5, unique=True))
+@example([1e38, -1e38, 0.0])
+def test_the_label_is_the_likeliest_and_says_how_likely(logits):
+    """Probabilities of all labels, in their order, by hand in float64; no logit is too large."""
+    labels = [f'第{i}' for i in range(len(logits))]
+    found = sample.read_label([{}], [np.array(logits, np.float32)], labels)
+    p = (torch.tensor(logits, dtype=torch.float32).double()).softmax(dim=0).tolist()
+    assert p[labels.index(found['label'])] == pytest.approx(max(p), abs=1e-6), f'{found} for {p}'
+    assert found['probability'] == pytest.approx(max(p), abs=1e-5), f'{found} for {p}'
+    assert list(found['probabilities']) == labels
+    assert list(found['probabilities'].values()) == pytest.approx(p, abs=1e-5), f'{found} for {p}'
+
+
+KINDS = ['x', 'y', '人', 'per-son', 'per', '-', 'B-x', 'O', '_']
+TAGS = st.sampled_from(['O', 'O', *(prefix + kind for kind in KINDS for prefix in ('B-', 'I-'))])
+
+
+@pytest.mark.parametrize('tags, expected', [
+    ('', []), ('O', []), ('B-x', [('x', 0, 1)]), ('B-x I-x', [('x', 0, 2)]), ('B-x B-x', [('x', 0, 1), ('x', 1, 2)]),
+    ('O I-x I-x O', [('x', 1, 3)]), ('B-x I-y', [('x', 0, 1), ('y', 1, 2)]), ('I-x B-x I-x', [('x', 0, 1), ('x', 1, 3)]),
+    ('B-x O I-x', [('x', 0, 1), ('x', 2, 3)]), ('B-per-son I-per', [('per-son', 0, 1), ('per', 1, 2)]),
+    ('I-人 I-人 B-地', [('人', 0, 2), ('地', 2, 3)]),
+], ids=str)
+def test_entities_by_hand(tags, expected):
+    """An I-kind that continues nothing of its kind begins an entity."""
+    assert sample.entities(tags.split()) == expected, sample.entities(tags.split())
+
+
+@given(st.lists(TAGS, max_size=12))
+@settings(max_examples=300)
+def test_entities_are_those_of_seqeval(tags):
+    """Also where tags are ill-formed, kinds have dashes, or are Chinese. seqeval's ends are included."""
+    found = sample.entities(tags)
+    assert found == [(kind, first, last + 1) for kind, first, last in get_entities(tags)], f'{found} of {tags}'
+
+
+@given(st.lists(st.lists(st.tuples(TAGS, TAGS), max_size=6), min_size=1, max_size=5), st.integers(1, 4))
+@example([[('O', 'O')]], 1)                       # nothing there, nothing found
+@example([[('B-x', 'O')], [('I-x', 'I-x')]], 1)   # an entity ends where its text ends
+@settings(max_examples=200)
+@pytest.mark.filterwarnings('ignore::sklearn.exceptions.UndefinedMetricWarning')
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_entity_scores_are_those_of_seqeval(rows, size):
+    """Its default mode, over all texts together; a long text comes in parts, and an entity may lie across the cut."""
+    rights, guesses = ([[pair[k] for pair in row] for row in rows] for k in (0, 1))
+    golds = [[{'about': {'tags': tags[i:i + size]}} for i in range(0, len(tags), size)] for tags in rights]
+    found = sample.entity_scores([{'tags': tags} for tags in guesses], golds)
+    expected = {'precision': precision_score(rights, guesses), 'recall': recall_score(rights, guesses),
+                'f1': entity_f1(rights, guesses)}
+    assert found == pytest.approx(expected, abs=1e-12), f'{found}, not {expected}'
+    assert list(found) == list(expected)
+
+
+@given(st.lists(st.tuples(*[st.sampled_from(['好', 'bad', 'O', 'x y', ''])] * 2), min_size=1, max_size=12))
+@example([('好', 'bad'), ('好', '好')])            # one label never right, one that nobody has
+@settings(max_examples=200)
+def test_label_scores_are_those_of_scikit_learn(pairs):
+    """Macro F1 averages over the labels that are there or are guessed; a label never met brings 0."""
+    right, guessed = zip(*pairs)
+    found = sample.label_scores([{'label': g} for g in guessed], [[{'about': {'label': r}}] for r in right])
+    expected = {'accuracy': accuracy_score(right, guessed),
+                'macro_f1': f1_score(right, guessed, average='macro', zero_division=0)}
+    assert found == pytest.approx(expected, abs=1e-12), f'{found}, not {expected} for {pairs}'
+    assert list(found) == list(expected)
+
+
+def squad_words(text):
+    """normalize_answer and get_tokens of SQuAD's evaluate-v2.0.py; then each Chinese or Japanese character is a word."""
+    text = ''.join(c for c in text.lower() if c not in set(string.punctuation))
+    text = ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+    return re.findall('[\u3041-\u3096\u30a1-\u30fa\u3400-\u9fff]|[^\\s\u3041-\u3096\u30a1-\u30fa\u3400-\u9fff]+', text)
+
+
+def squad_score(answer, rights):
+    """compute_exact and compute_f1 of evaluate-v2.0.py against the best of the right answers; none is ''."""
+    rights = [squad_words(right) for right in rights if squad_words(right)] or [[]]
+    words, overlaps = squad_words(answer), []
+    for right in rights:
+        same = sum((collections.Counter(words) & collections.Counter(right)).values())
+        if not words or not right:
+            overlaps.append(float(words == right))
+        elif same == 0:
+            overlaps.append(0.0)
+        else:
+            precision, recall = same / len(words), same / len(right)
+            overlaps.append(2 * precision * recall / (precision + recall))
+    return float(words in rights), max(overlaps)
+
+
+PIECES = ['the', 'a', 'an', 'The', 'cat', 'Cats', 'cat!', 'U.S.', "'s", '-', '北京', '大学', '。', 'こん', 'カナ', '😀',
+          'e\u0301', '한국', 'cat的', '3', ' ', ' ', '\n', '\u3000', '']
+PHRASES = st.lists(st.sampled_from(PIECES), max_size=7).map(''.join)
+
+
+@given(st.lists(st.tuples(PHRASES, st.lists(PHRASES.filter(squad_words), max_size=3)), min_size=1, max_size=4))
+@example([('the cat', ['Cat.']), ('', []), ('x', []), ('', ['x'])])
+@settings(max_examples=300)
+def test_answer_scores_are_those_of_squad(rows):
+    """No case, punctuation or articles, the best of several right answers, the mean over questions."""
+    golds = [[{'about': {'answers': rights}}] for _, rights in rows]
+    found = sample.answer_scores([{'answer': text} for text, _ in rows], golds)
+    exact, overlap = np.mean([squad_score(text, rights) for text, rights in rows], axis=0)
+    assert found == pytest.approx({'exact_match': exact, 'f1': overlap}, abs=1e-12), f'{found}, not {exact}, {overlap}'
+    assert list(found) == ['exact_match', 'f1']
+
+
+@pytest.mark.parametrize('text, rights, exact, overlap', [
+    ('The Eiffel Tower!', ['eiffel  tower'], 1, 1), ('a tower', ['Eiffel tower'], 0, 2 / 3), ('dog', ['cat'], 0, 0),
+    ('北京大学', ['北京'], 0, 2 / 3), ('京北', ['北京'], 0, 1), ('in 北京', ['北京', 'London'], 0, 0.8),
+    ('cat cat', ['cat'], 0, 2 / 3),
+    ('', [], 1, 1), ('cat', [], 0, 0), ('', ['cat'], 0, 0), ('another', ['other'], 0, 0), ('theory', ['ory'], 0, 0),
+    ('b c', ['x', 'b', 'b c d'], 0, 0.8),
+], ids=str)
+def test_answer_scores_by_hand(text, rights, exact, overlap):
+    """Each Chinese character is a word; articles go only where they are words."""
+    found = sample.answer_scores([{'answer': text}], [[{'about': {'answers': rights}}]])
+    assert found == pytest.approx({'exact_match': exact, 'f1': overlap}), f'{found} for {text!r} and {rights}'
+    assert squad_score(text, rights) == pytest.approx((exact, overlap)), 'the definition written out above is wrong'
+
+
+def test_a_right_answer_without_words_does_not_count_beside_others():
+    """SQuAD's script drops right answers of which nothing is left ("The"), unless all are such."""
+    for text, rights in (('', ['The', 'cat']), ('a', ['!', '北京']), ('', ['the', 'a']), ('...', ['!'])):
+        found = sample.answer_scores([{'answer': text}], [[{'about': {'answers': rights}}]])
+        exact, overlap = squad_score(text, rights)
+        assert found == pytest.approx({'exact_match': exact, 'f1': overlap}), f'{found} for {text!r} and {rights}'
+
+
+def kind_of_tokenizer(kind, text):
+    return {'byte': byte_tokenizer(), 'bpe': BPE, 'char': char_tokenizer(set(text) | {'?'})}[kind]
+
+
+@given(st.one_of(st.text(alphabet='ab 中😀é.\n', max_size=90), st.text(alphabet=STORY, min_size=40, max_size=90)),
+       st.sampled_from(['byte', 'bpe', 'char']), st.sampled_from([12, 24, 80]), st.booleans(),
+       st.sampled_from([-3.0, 0.0, 3.0, 6.0]), st.integers(0, 99))
+@example('x' * 75, 'byte', 80, False, 0.0, 3)
+@example('', 'byte', 24, False, 0.0, 0)
+@settings(max_examples=150)
+def test_a_span_is_the_best_of_all_spans(context, kind, block_size, unanswerable, boost, seed):
+    """
+    Every window, beginning and end tried one by one: it never ends before it begins, has at most 30 tokens, and is cut
+    from the original text. [CLS] wins only where the training data had questions without an answer.
+    """
+    draw, labels = np.random.default_rng(seed), ['no answer'] if unanswerable else []
+    examples = encode_rows(kind_of_tokenizer(kind, context), 'qa', [{'question': '?', 'context': context}], labels,
+                           block_size)
+    T, logits, spans, nothing = max(len(e['ids']) for e in examples) + 2, [], [(-1.0, '')], []
+    for made in examples:
+        n, about = len(made['ids']), made['about']
+        row = draw.normal(size=(2, T)).astype(np.float32) * 4
+        row[:, 0] += boost
+        row[:, n:] = torch.finfo(torch.float32).min                        # padding, as TaskModel marks it
+        p, first = torch.from_numpy(row).softmax(dim=1).double().numpy(), about['first']
+        nothing.append(p[0, 0] * p[1, 0])
+        last = n - 2                                                       # before it stands the [SEP] of the context
+        for begin in range(first, last + 1):
+            for end in range(begin, min(begin + 30, last + 1)):
+                low, high = about['offsets'][begin - first][0], about['offsets'][end - first][1]
+                spans.append((p[0, begin] * p[1, end], context[about['start'] + low:about['start'] + high].strip()))
+        logits.append(row)
+    p, text = max(spans)
+    found = sample.read_span(examples, logits, labels)
+    if not text and context:  # white space is the best: see the next test
+        return
+    if not context or (unanswerable and min(nothing) > p):
+        p, text = min(nothing), ''
+    assert found['answer'] == text, f'{found}, not {text!r} with {p}; [CLS] has {nothing}'
+    assert found['probability'] == pytest.approx(p, rel=1e-3), f'{found}, not {p}'
+    if text:
+        assert context[found['start']:found['start'] + len(text)] == text, f'{found} does not stand there in {context!r}'
+
+
+def test_white_space_is_no_answer():
+    """Nor is it the way to say that there is none: that is for models that learned to. The best span of words is taken."""
+    [made] = encode_rows(byte_tokenizer(), 'qa', [{'question': '?', 'context': '8   9'}], [], 24)
+    logits, first = np.zeros((2, len(made['ids'])), np.float32), made['about']['first']
+    logits[0, first + 2] = logits[1, first + 3] = 9                        # two spaces
+    logits[1, first + 4] = 5
+    found = sample.read_span([made], [logits], [])
+    assert found['answer'] == '9' and found['start'] == 4, f'{found}'
+
+
+def test_a_span_has_at_most_30_tokens():
+    """The best beginning and the best end lie 30 tokens apart, both included: taken. One more: not."""
+    for tokens, length in ((30, 30), (31, 1)):
+        [made] = encode_rows(byte_tokenizer(), 'qa', [{'question': '?', 'context': 'x' * 60}], [], 80)
+        logits = np.zeros((2, len(made['ids'])), np.float32)
+        logits[0, made['about']['first'] + 4] = logits[1, made['about']['first'] + 4 + tokens - 1] = 20
+        logits[1, made['about']['first'] + 4] = 10
+        found = sample.read_span([made], [logits], [])
+        assert found['start'] == 4 and len(found['answer']) == length, f'{found} for {tokens} tokens'
+
+
+ANY_TEXT = st.text(alphabet='ab 中😀é👍🏽e\u0301.', min_size=1, max_size=30).filter(str.strip)
+
+
+@given(st.sampled_from(['classify', 'tag', 'qa']), st.sampled_from(['bert', 'llama']),
+       st.lists(ANY_TEXT, min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_a_row_gets_the_answer_that_it_gets_alone(task, preset, texts, shuffle):
+    """From texts to answers, in whatever company, also where a long text is several examples. b3"""
+    tokenizer, labels = byte_tokenizer(), TASK_LABELS[task]
+    model = tiny(preset, 384, 24, task=task, n_labels=len(labels), dropout=0.5)
+    rows = [{'classify': {'text': text, 'text_b': '中'}, 'tag': {'tokens': text.split()},
+             'qa': {'question': '?', 'context': text}}[task] for text in texts]
+    pad_id = tokenizer._special_tokens['[PAD]']
+    several = lambda rows: sample.answer(model, encode_rows(tokenizer, task, rows, labels, 24), task, labels, pad_id)
+    order = list(range(len(rows)))
+    shuffle.shuffle(order)
+    answers, parts, loss = several([rows[i] for i in order])
+    assert loss is None and [part[0]['about']['row'] for part in parts] == list(range(len(rows)))
+    for i, found in zip(order, answers, strict=True):
+        [expected], _, _ = several([rows[i]])
+        for key in expected:
+            close = pytest.approx(expected[key], abs=1e-3) if key.startswith('prob') else expected[key]
+            assert found[key] == close, f'{key} of {rows[i]}: {found} in company, {expected} alone'
+        if task == 'tag':
+            assert found['tokens'] == rows[i]['tokens'] and len(found['tags']) == len(found['tokens']), found
+            assert set(found['tags']) <= set(labels)
+
+
+def test_a_tag_is_that_of_the_first_piece_and_entities_cross_the_cut():
+    """Two examples of one text; the other pieces of a token say something else, and nobody listens."""
+    labels = TASK_LABELS['tag']
+    parts = encode_rows(byte_tokenizer(), 'tag', [{'tokens': ['人民', 'b', 'cd', '😀', 'e']}], labels, 13)
+    assert len(parts) == 2, f'{len(parts)} examples'
+    tags, logits = iter(['O', 'B-per-son', 'I-per-son', 'I-per-son', 'I-地']), []
+    for part in parts:
+        row = np.zeros((len(part['ids']) + 3, len(labels)), np.float32)
+        row[:, 3] = 5                                                      # B-地 for every piece that is not asked
+        for t in part['about']['where']:
+            row[t] = 0
+            row[t, labels.index(next(tags))] = 1
+        logits.append(row)
+    found = sample.read_tags(parts, logits, labels)
+    assert found['tokens'] == ['人民', 'b', 'cd', '😀', 'e']
+    assert found['tags'] == ['O', 'B-per-son', 'I-per-son', 'I-per-son', 'I-地'], found
+    assert found['entities'] == [{'kind': 'per-son', 'text': 'b cd 😀', 'first': 1, 'last': 3},
+                                 {'kind': '地', 'text': 'e', 'first': 4, 'last': 4}], found
+
+# -----------------------------------------------------------------------------
+# Answers: hidden tokens
+
+WORDS = 'the cat sat on the mat and the dog sat on the cat . '
+WORD_BPE = bpe_tokenizer([WORDS * 4], 256 + 105 + 40)
+
+
+@given(st.lists(st.sampled_from(['the', 'cat', 'sat', 'mat', 'dog']), min_size=1, max_size=6), st.data())
+@settings(max_examples=50)
+def test_a_mask_takes_the_place_of_the_token_that_was_there(words, data):
+    """
+    Where tokens carry the space before them, the space before [MASK] is hidden with the word: the ids are those of the
+    whole text with that token replaced. Where a space is a token of its own, it stays.
+    """
+    hidden = data.draw(st.sets(st.integers(0, len(words) - 1), min_size=1))
+    text = ' '.join('[MASK]' if i in hidden else word for i, word in enumerate(words))
+    special = WORD_BPE._special_tokens
+    each = [encode(WORD_BPE, ' ' * (i > 0) + word).tolist() for i, word in enumerate(words)]
+    ids = [t for i, tokens in enumerate(each) for t in ([special['[MASK]']] if i in hidden else tokens)]
+    assert all(len(tokens) == 1 for tokens in each[1:]), 'these words should be one token each'
+    assert [t for tokens in each for t in tokens] == encode(WORD_BPE, ' '.join(words)).tolist()
+    found = sample.masked_text(WORD_BPE, text, 99)
+    assert found['ids'] == [special['[CLS]'], *ids, special['[SEP]']], f'{found["ids"]} for {text!r}'
+    assert found['segments'] == [0] * len(found['ids'])
+    two = sample.masked_text(WORD_BPE, 'the  [MASK]  cat', 99)['ids']      # of two spaces, one is a token of its own
+    assert two[1:-1] == [*encode(WORD_BPE, 'the '), special['[MASK]'], *encode(WORD_BPE, '  cat')], two
+    letters = char_tokenizer(set(WORDS))
+    special = letters._special_tokens
+    ids = [t for i, part in enumerate(text.split('[MASK]'))
+           for t in [special['[MASK]']] * (i > 0) + [sorted(set(WORDS)).index(c) for c in part]]
+    found = sample.masked_text(letters, text, 99)
+    assert found['ids'] == [special['[CLS]'], *ids, special['[SEP]']], f'{found["ids"]} for {text!r}'
+
+
+def test_masks_stand_in_two_texts_too():
+    """`a ||| b`: the second text is of segment 1; spaces around the bars are nobody's."""
+    tokenizer = byte_tokenizer()
+    cls, sep, mask = (tokenizer._special_tokens[name] for name in ('[CLS]', '[SEP]', '[MASK]'))
+    found = sample.masked_text(tokenizer, 'a [MASK]  |||  [MASK][MASK]中', 99)
+    assert found['ids'] == [cls, 97, 32, mask, sep, mask, mask, *'中'.encode(), sep], found['ids']
+    assert found['segments'] == [0] * 5 + [1] * 6
+    for text in ('a', '[mask]', '', 'a ||| b'):
+        with pytest.raises(ValueError, match=re.escape('[MASK]')):
+            sample.masked_text(tokenizer, text, 99)
+    sample.masked_text(tokenizer, 'abc[MASK]', 6)
+    with pytest.raises(ValueError, match=r'7 tokens.*block_size=6'):
+        sample.masked_text(tokenizer, 'abcd[MASK]', 6)
+
+
+@given(st.sampled_from(['byte', 'bpe', 'char']), st.integers(1, 12), st.integers(0, 5), st.integers(0, 99))
+def test_guesses_are_text_and_never_special_tokens(kind, k, extra, seed):
+    """The k likeliest of the tokens that are text, best first; their probabilities share what the others lose."""
+    tokenizer = kind_of_tokenizer(kind, STORY)
+    made = sample.masked_text(tokenizer, 'a [MASK] 初[MASK]', 99)
+    logits = np.random.default_rng(seed).normal(size=(len(made['ids']), tokenizer.n_vocab + extra)).astype(np.float32) * 3
+    n = len(tokenizer._mergeable_ranks)
+    logits[:, n:] += 20                                                    # special tokens and rows of no token tempt
+    found = sample.read_masks(tokenizer, made, logits, k)
+    where = [t for t, i in enumerate(made['ids']) if i == tokenizer._special_tokens['[MASK]']]
+    assert len(found) == len(where) == 2
+    for guesses, t in zip(found, where):
+        p = torch.from_numpy(logits[t, :n]).double().softmax(dim=0)
+        best, ids = p.topk(k)
+        assert [x for _, x in guesses] == pytest.approx(best.tolist(), rel=1e-4), f'{guesses} for {best}'
+        texts = [tokenizer.decode([i]) for i in ids.tolist()]
+        assert [text.strip() for text, _ in guesses] == [text.strip() for text in texts], f'{guesses} for {texts}'
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char'])
+def test_whoever_asks_for_all_guesses_still_gets_no_special_token(kind):
+    """--top_k 1000 of a vocabulary of a few hundred: as many guesses as there are tokens that are text."""
+    tokenizer = kind_of_tokenizer(kind, STORY)
+    made, n = sample.masked_text(tokenizer, '[MASK]', 99), len(tokenizer._mergeable_ranks)
+    for extra in (0, 3):
+        [found] = sample.read_masks(tokenizer, made, np.zeros((3, tokenizer.n_vocab + extra), np.float32), 1000)
+        assert len(found) == n and all(p > 0 for _, p in found), f'{len(found)} guesses, {n} tokens: {found[-3:]}'
+        assert not {text for text, _ in found} & set(tokenizer._special_tokens), found[-3:]
+
+
+def test_masks_are_read_from_texts_of_unequal_length():
+    """In a batch the shorter has padding; its guesses are those that it gets alone. b3"""
+    tokenizer = kind_of_tokenizer('char', STORY)
+    model, pad_id = tiny('bert', tokenizer.n_vocab + 3, 24), tokenizer._special_tokens['[PAD]']
+    examples = [sample.masked_text(tokenizer, text, 24) for text in ('人[MASK]初', 'Once [MASK]pon [MASK] time', '[MASK]')]
+    read = lambda e, logits: sample.read_masks(tokenizer, e, logits, 4)
+    together, expected = sample.ask(model, examples, pad_id, read)[0], [read(e, alone(model, e)[0]) for e in examples]
+    for found, right in zip(together, expected, strict=True):
+        assert [[text for text, _ in mask] for mask in found] == [[text for text, _ in mask] for mask in right]
+        assert np.allclose([[p for _, p in mask] for mask in found], [[p for _, p in mask] for mask in right], atol=1e-4)
+
+
+def hide_one_at_a_time(model, tokenizer, ids):
+    """Is each token guessed, and its -log P, by a loop: every one hidden by itself in its own window, nothing padded."""
+    cls, sep, mask = (tokenizer._special_tokens[name] for name in ('[CLS]', '[SEP]', '[MASK]'))
+    right, nats, room = [], [], model.config.block_size - 2
+    for start in range(0, len(ids), room):
+        window = [int(i) for i in ids[start:start + room]]
+        for at, token in enumerate(window):
+            row = torch.tensor([[cls, *window[:at], mask, *window[at + 1:], sep]])
+            log_p = model(row, segments=torch.zeros_like(row))[0][0, at + 1].log_softmax(dim=0)
+            right.append(bool(log_p.argmax() == token))
+            nats.append(-log_p[token].item())
+    return right, nats
+
+
+@given(st.integers(1, 25), st.integers(3, 9), st.integers(0, 99), st.booleans())
+@example(12, 8, 0, False)                        # two windows, both just full
+@example(13, 8, 0, True)                         # and one more, of a single token
+@settings(max_examples=15)
+def test_hidden_scores_are_what_a_slow_loop_finds(n, block_size, seed, train):
+    """Hide one token, see all others of its window: the share guessed, and exp of the mean of -log P. b2"""
+    tokenizer = char_tokenizer('abcdef')
+    model = tiny('bert', tokenizer.n_vocab, block_size, seed, dropout=0.5)
+    model.output.bias.data[:6] += 6                                        # else no letter is ever right
+    ids = np.random.default_rng(seed).integers(0, 6, n).astype(np.uint16)
+    right, nats = hide_one_at_a_time(model, tokenizer, ids)
+    model.train(train)
+    found = sample.hidden_scores(model, tokenizer, ids)
+    assert model.training == train and list(found) == ['masked_accuracy', 'pseudo_perplexity']
+    assert found['masked_accuracy'] == pytest.approx(np.mean(right)), f'{found}, but right are {right}'
+    assert found['pseudo_perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=2e-3), f'{found} for {nats}'
+
+
+def test_of_a_long_text_some_tokens_are_hidden_from_its_beginning_to_its_end():
+    """Five of 40, with a model that is right about the second half alone: some of each half are asked."""
+    tokenizer = char_tokenizer('ab')
+    model = tiny('bert', tokenizer.n_vocab, 8)
+    for p in (model.output.weight, model.output.bias):
+        torch.nn.init.zeros_(p)
+    model.output.bias.data[1] = 5                                          # it always says b
+    found = sample.hidden_scores(model, tokenizer, np.array([0] * 20 + [1] * 20), positions=5)
+    assert found['masked_accuracy'] in (0.4, 0.6), f'{found}: not five tokens, evenly spread'
+    assert sample.hidden_scores(model, tokenizer, np.array([1] * 40), positions=5)['masked_accuracy'] == 1
+
+# -----------------------------------------------------------------------------
+# From a line to a row, from an answer to a line
+
+
+@given(st.one_of(st.text(), st.text(alphabet='ab 中か\u3099😀👍🏽e\u0301.,@#-\'"')))
+@example('Angela Merkel spoke, e\u0301 @user #1 中国人 3.14 x中y (U.S.) "ok"…')
+def test_cutting_a_line_into_tokens_loses_nothing(line):
+    """A line for the tagger: white space separates tokens, every other character is in one, in order."""
+    tokens = sample.read_line('tag', line)['tokens']
+    assert all(tokens) and not any(re.search(r'[ \n\t]', token) for token in tokens), tokens
+    assert ''.join(''.join(tokens).split()) == ''.join(line.split()), f'{tokens} of {line!r}'
+
+
+@pytest.mark.parametrize('line, tokens', [
+    ('Angela Merkel spoke.', ['Angela', 'Merkel', 'spoke', '.']), ('北京 is big', ['北', '京', 'is', 'big']),
+    ('(e\u0301!)', ['(', 'e\u0301', '!', ')']), ('@user', ['@user']), ('   ', []), ('a ||| b', ['a', '|', '|', '|', 'b']),
+], ids=str)
+def test_tokens_of_a_line_by_hand(line, tokens):
+    """Punctuation at the edge of a word and each Chinese character are tokens; a combining mark stays with its letter."""
+    assert sample.read_line('tag', line)['tokens'] == tokens, sample.read_line('tag', line)
+
+
+def test_pairs_are_read_by_hand():
+    """One text or two; a question needs its context; three are an error."""
+    assert sample.read_line('classify', ' a  b ') == {'text': 'a  b'}
+    assert sample.read_line('classify', 'a|||中 ') == {'text': 'a', 'text_b': '中'}
+    assert sample.read_line('qa', 'who? ||| The dog.') == {'question': 'who?', 'context': 'The dog.'}
+    for task, line in (('classify', 'a ||| b ||| c'), ('qa', 'a'), ('qa', 'a ||| b ||| c')):
+        with pytest.raises(ValueError, match=re.escape('|||')):
+            sample.read_line(task, line)
+
+
+@pytest.mark.parametrize('found', [lambda text: {'label': text, 'probability': 0.5},
+                                   lambda text: {'guesses': [[(text, 0.5), ('b', 0.1)], [(text, 0.25)]]},
+                                   lambda text: {'answer': text, 'probability': 0.5}], ids=['label', 'guesses', 'answer'])
+@pytest.mark.parametrize('text', ['a', '中文', '\n', 'a\nb', '\r\n', '\r', ''], ids=repr)
+def test_an_answer_is_one_line_whatever_it_says(found, text):
+    """A character model guesses line ends, a span may hold one, a label of a JSONL file may too."""
+    line = sample.show(found(text))
+    assert '\n' not in line and '\r' not in line, f'{line!r} is not one line'
+    assert text.strip() not in ('a', '中文') or text in line, f'{line!r} does not say {text!r}'
+
+
+def test_answers_look_like_this():
+    """By hand: what a reader of standard output sees."""
+    assert sample.show({'label': '好', 'probability': 0.51239, 'probabilities': {}}) == '好 0.5124'
+    assert sample.show({'guesses': [[('import', 0.5), ('if', 0.25)], [('中', 0.125)]]}) == \
+        'import 0.500, if 0.250 | 中 0.125'
+    assert sample.show({'answer': 'The\n dog', 'probability': 0.5, 'start': 3}) == 'The dog'
+    tagged = {'tokens': ['Ann', 'spoke'], 'tags': ['B-人', 'O'],
+              'entities': [{'kind': '人', 'text': 'Ann', 'first': 0, 'last': 0}]}
+    assert sample.show(tagged) == 'Ann/B-人 spoke/O\t人: Ann'
+    assert sample.show({'tokens': ['a'], 'tags': ['O'], 'entities': []}) == 'a/O'
+    assert sample.format_scores({'exact_match': 0.5, 'f1': 2 / 3}) == 'exact match 0.5000, f1 0.6667'
+    assert sample.format_scores({'masked_accuracy': 0.25, 'pseudo_perplexity': 12.345}) == \
+        'masked accuracy 0.2500, pseudo perplexity 12.35'
+
+# -----------------------------------------------------------------------------
 # The command. Most questions are asked within this process, since starting Python and torch takes seconds.
 
 
@@ -790,3 +1306,309 @@ def test_importing_the_sampler_brings_nothing_that_only_others_need(tmp_path):
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import sample; print(*sorted(set(sys.modules) & set({heavy!r})))'
     result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, encoding='utf-8')
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, '', ''), result
+
+# -----------------------------------------------------------------------------
+# The command, where the model does not write: a line in, a line out
+
+ANSWERERS = {  # name: preset, task, labels
+    'mlm': ('bert', '', []), 'classify': ('bert', 'classify', TASK_LABELS['classify']),
+    'classify-llama': ('llama', 'classify', TASK_LABELS['classify']), 'tag': ('bert', 'tag', TASK_LABELS['tag']),
+    'tag-gpt2': ('gpt2', 'tag', TASK_LABELS['tag']), 'qa': ('bert', 'qa', []), 'qa-none': ('bert', 'qa', ['no answer']),
+}
+NO_LINE_ENDS = CHARACTERS - {'\n'}
+
+
+def answerer(name):
+    """(model, tokenizer, labels): bytes for all tasks; characters, and three rows of no token, for the hidden ones."""
+    preset, task, labels = ANSWERERS[name]
+    tokenizer = byte_tokenizer() if task else char_tokenizer(NO_LINE_ENDS)
+    model = tiny(preset, tokenizer.n_vocab + 3, 40, seed=2, task=task, n_labels=len(labels), dropout=0.5)
+    return model, tokenizer, labels
+
+
+@pytest.fixture(scope='session')
+def answerers(tmp_path_factory):
+    """A folder with a checkpoint for every name of ANSWERERS, as train.py leaves them."""
+    folder = tmp_path_factory.mktemp('answerers')
+    for name in ANSWERERS:
+        model, tokenizer, labels = answerer(name)
+        save(folder / f'{name}.pt', model, tokenizer=tokenizer_to_dict(tokenizer), task=ANSWERERS[name][1], labels=labels)
+    return folder
+
+
+LINES = {
+    '': ['人[MASK]初', 'a [MASK]bc [MASK]', '[MASK]', 'ab ||| é[MASK]😀', '性本善[MASK]性相近习相远 abc abc'],
+    'classify': ['a good film', '不好', 'x ||| 😀 e\u0301', 'a', 'much longer than the forty tokens that it sees at once'],
+    'tag': ['Angela Merkel spoke.', '安 民', '😀', 'one two three four five six seven eight nine ten eleven', 'a'],
+    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', 'x ||| ' + 'many words 和 汉字, ' * 5 + '.',
+           '? ||| a', '? ||| 8 9'],
+}
+
+
+@pytest.mark.parametrize('name', ANSWERERS)
+def test_a_line_in_is_a_line_out_in_order(ask, answerers, tmp_path, name):
+    """
+    Blank lines too, from a file, standard input or the flag; company changes nothing; --json agrees. 151 lines are more
+    than a batch holds.
+    """
+    lines = LINES[ANSWERERS[name][1]]
+    each = [ask('--init_from', answerers / f'{name}.pt', '--start', line) for line in lines]
+    assert all(status == 0 and out.count('\n') == 1 for status, out, _ in each), each
+    assert len({out for _, out, _ in each}) > 1, 'a model that always says the same would pass'
+    many = ['', *lines * 30, '', '  ', lines[0], '']
+    expected = ''.join(dict(zip(lines, (out for _, out, _ in each))).get(line, '\n') for line in many)
+    (tmp_path / 'lines.txt').write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*many, '']).encode())
+    text = '\n'.join([*many, ''])
+    for start, stdin in ((f'FILE:{tmp_path / "lines.txt"}', b''), ('-', text.encode()), (text, b'')):
+        status, out, err = ask('--init_from', answerers / f'{name}.pt', '--start', start, stdin=stdin)
+        assert status == 0 and out == expected, f'{start[:9]}: {out[:300]!r}, not {expected[:300]!r}; {err}'
+        assert err.startswith('151 ') and err.count('\n') == 1, err
+    status, out, _ = ask('--init_from', answerers / f'{name}.pt', '--start', '\n'.join(many[:12]), '--json')
+    rows = [json.loads(line) if line else None for line in out.removesuffix('\n').split('\n')]
+    assert status == 0 and [row and row['text'] for row in rows] == [line or None for line in many[:12]], out
+    assert not any(ord(c) > 127 for line in many[:12] for c in line) or not out.isascii(), 'Chinese should stay readable'
+    shown = ''.join((sample.show({k: v for k, v in row.items() if k != 'text'}) if row else '') + '\n' for row in rows)
+    assert shown == ''.join(expected.splitlines(keepends=True)[:12]), f'{shown!r} as JSON, without: {expected[:300]!r}'
+
+
+@pytest.mark.parametrize('name', ['classify', 'tag', 'qa'])
+def test_a_line_ends_where_an_editor_says_so(ask, answerers, name):
+    """Form feeds, U+0085 and U+2028 are characters of a line, as in prepare_data.py: `wc -l` counts the same in and out."""
+    line = 'who ||| a {} b' if name == 'qa' else 'a {} b'
+    for sign in ('\x0c', '\x0b', '\x1c', '\x85', '\u2028'):
+        text = line.format(sign) + '\n' + line
+        status, out, err = ask('--init_from', answerers / f'{name}.pt', '--start', text, '--json')
+        assert status == 0 and out.count('\n') == 2, f'{sign!r}: {out!r} {err}'
+
+
+@pytest.mark.parametrize('name', ['classify', 'classify-llama'])
+def test_a_classifier_prints_label_and_probability(ask, answerers, name):
+    """What the model says to `[CLS] a [SEP] b [SEP]`, built by hand; all labels as JSON."""
+    model, tokenizer, labels = answerer(name)
+    cls, sep = (tokenizer._special_tokens[text] for text in ('[CLS]', '[SEP]'))
+    for line, texts in (('好 film', ['好 film']), ('a ||| 😀', ['a', '😀']), ('é' * 40, ['é' * 19])):
+        ids, segments = [cls], [0]
+        for i, text in enumerate(texts):
+            ids += [*text.encode(), sep]
+            segments += [i] * (len(text.encode()) + 1)
+        p = torch.from_numpy(alone(model, {'ids': ids[:40], 'segments': segments[:40]})[0]).softmax(dim=0).tolist()
+        label = labels[p.index(max(p))]
+        _, out, _ = ask('--init_from', answerers / f'{name}.pt', '--start', line)
+        found, _, probability = out.rstrip('\n').rpartition(' ')
+        assert found == label and float(probability) == pytest.approx(max(p), abs=2e-4), f'{out!r}: {labels} have {p}'
+        row = json.loads(ask('--init_from', answerers / f'{name}.pt', '--start', line, '--json')[1])
+        assert row['label'] == label and row['probability'] == pytest.approx(max(p), abs=1e-4), f'{row} for {p}'
+
+
+def test_a_tagger_prints_tokens_tags_and_entities(ask, answerers):
+    """What the model says at the first byte of each token, by hand; an entity is cut out of the tokens."""
+    model, tokenizer, labels = answerer('tag')
+    cls, sep = (tokenizer._special_tokens[text] for text in ('[CLS]', '[SEP]'))
+    ids = [cls, *'安 Merkel 😀 . a'.encode(), sep]
+    said = alone(model, {'ids': ids})[0].argmax(axis=1)
+    tags = [labels[said[at]] for at in (1, 5, 12, 17, 19)]                 # 安 and its space are 4 bytes, 😀 and its are 5
+    row = json.loads(ask('--init_from', answerers / 'tag.pt', '--start', '安 Merkel  😀. a', '--json')[1])
+    assert row['tokens'] == ['安', 'Merkel', '😀', '.', 'a'] and row['tags'] == tags, f'{row}, not {tags}'
+    expected = [(kind, first, last) for kind, first, last in get_entities(tags)]
+    assert [(e['kind'], e['first'], e['last']) for e in row['entities']] == expected, f'{row}, not {expected}'
+    assert [e['text'] for e in row['entities']] == [' '.join(row['tokens'][i:j + 1]) for _, i, j in expected]
+
+
+@pytest.mark.parametrize('name', ['qa', 'qa-none'])
+def test_a_question_answerer_prints_what_stands_in_the_context(ask, answerers, name):
+    """Chinese and emoji are never cut in half; only where it learned to may it answer nothing."""
+    silent = 0
+    contexts = ['The dog won.', '北京的小狗😀赢了', 'e\u0301 👍🏽 ' * 4, '汉字 and more, ' * 9, 'x', '1,2,3']
+    for i, context in enumerate(contexts):
+        line = f'谁 {i}? ||| {context}'
+        row = json.loads(ask('--init_from', answerers / f'{name}.pt', '--start', line, '--json')[1])
+        _, out, _ = ask('--init_from', answerers / f'{name}.pt', '--start', line)
+        assert out == ' '.join(row['answer'].split()) + '\n', f'{out!r} for {row}'
+        silent += not row['answer']
+        assert row['answer'] == context.strip()[row.get('start', 0):][:len(row['answer'])], f'{row} of {context!r}'
+        assert '\ufffd' not in out and 0 < row['probability'] <= 1
+    assert bool(silent) == (name == 'qa-none'), f'{silent} times no answer'
+
+
+def test_the_guesses_for_masks_are_the_likeliest_characters(ask, answerers):
+    """What the model says at each [MASK] among characters alone, by hand: five guesses, or --top_k of them."""
+    model, tokenizer, _ = answerer('mlm')
+    alphabet, special = sorted(NO_LINE_ENDS), tokenizer._special_tokens
+    ids = [special['[CLS]'], alphabet.index('人'), special['[MASK]'], alphabet.index(' '), special['[MASK]'],
+           special['[SEP]']]
+    logits = torch.from_numpy(alone(model, {'ids': ids, 'segments': [0] * 6})[0])
+    for flags, k in (([], 5), (['--top_k', 2], 2)):
+        lines = []
+        for t in (2, 4):
+            p = logits[t, :len(alphabet)].softmax(dim=0)
+            lines.append(', '.join(f'{alphabet[i]} {p[i]:.3f}' for i in p.topk(k).indices.tolist()))
+        status, out, err = ask('--init_from', answerers / 'mlm.pt', '--start', '人[MASK] [MASK]', *flags)
+        assert status == 0 and out == ' | '.join(lines) + '\n', f'{out!r}, not {lines}; {err}'
+
+
+@pytest.mark.parametrize('name, start, words', [
+    ('mlm', 'abc', ["'abc'", '[MASK]']),
+    ('mlm', 'a[MASK]\n\nabc\na[MASK]', ['line 3', '[MASK]']),
+    ('mlm', 'a ||| [MASK] ||| b', ['|||']),
+    ('mlm', 'a[MASK]' + 'b' * 40, ['44 tokens', 'block_size=40']),
+    ('mlm', 'a[MASK]\n字[MASK]', ['line 2', "'字'"]),
+    ('classify', 'a ||| b ||| c', ['|||']),
+    ('classify', 'a\nb ||| c ||| d', ['line 2', '|||']),
+    ('qa', 'Who won?', ["'Who won?'", 'question ||| context']),
+    ('qa', 'a ||| b ||| c', ['question ||| context']),
+    ('qa', 'a ||| b\n\n\nwho', ['line 4', '|||']),
+    *((name, start, ['--start', 'empty']) for name in ANSWERERS for start in ('', ' \n\n\t')),
+], ids=str)
+def test_a_line_that_cannot_be_answered_is_one_line_with_its_number(ask, answerers, name, start, words):
+    """Before the first answer is printed: nothing but the complaint, and what would be right."""
+    assert is_one_line(ask('--init_from', answerers / f'{name}.pt', '--start', start), *words)
+    assert is_one_line(ask('--init_from', answerers / f'{name}.pt', '--start', '-', stdin=start.encode()), *words)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('name', ANSWERERS)
+def test_every_task_answers_in_half_precision(ask, answerers, name, dtype):
+    """numpy and the padding's lowest number both exist there."""
+    lines = LINES[ANSWERERS[name][1]][:1] * 2 + ['[MASK]' if name == 'mlm' else 'a ||| b']
+    status, out, err = ask('--init_from', answerers / f'{name}.pt', '--dtype', dtype, '--start', '\n'.join(lines))
+    assert status == 0 and out.count('\n') == 3 and 'nan' not in out, f'{out}{err}'
+
+
+# what --score reads, for each task: name of the file, its text
+QUESTIONS = {'version': 'v2.0', 'data': [{'paragraphs': [
+    {'context': '北京的小狗 😀 won the race.', 'qas': [
+        {'id': 'q1', 'question': '谁?', 'answers': [{'text': '小狗', 'answer_start': 3}, {'text': '狗', 'answer_start': 4}]},
+        {'id': 'q2', 'question': 'What?', 'answers': [{'text': 'the race', 'answer_start': 12}]},
+        {'id': 'q3', 'question': 'Why?', 'answers': [], 'is_impossible': True}]},
+    {'context': 'one two three four five six seven eight nine ten, 十一 十二', 'qas': [
+        {'id': 'q4', 'question': 'After ten?', 'answers': [{'text': '十一', 'answer_start': 50}]}]}]}]}
+TAGGED = '安\tB-per-son\nMerkel\tI-per-son\n.\tO\n\n' + 'in\tO\nBerlin\tB-地\n' * 8 + '\n'
+
+
+def test_scores_of_a_classifier_are_those_of_scikit_learn(ask, answerers, tmp_path):
+    """A file as prepare_data.py reads it: tabs or JSONL, the same scores."""
+    labels = TASK_LABELS['classify']
+    texts = ['a good film', '不好', '😀', 'x y z', 'b', 'cc', 'ddd', '中文 text']
+    right = [labels[i % 2] for i in range(len(texts))]                     # the third is never right, but may be guessed
+    (tmp_path / 'a.tsv').write_text(''.join(f'{r}\t{t}\n' for r, t in zip(right, texts)), encoding='utf-8')
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'label': r, 'text': t}) + '\n' for r, t in zip(right, texts)))
+    flags = ['--init_from', answerers / 'classify-llama.pt']
+    guessed = [json.loads(row)['label'] for row in ask(*flags, '--start', '\n'.join(texts), '--json')[1].splitlines()]
+    expected = {'accuracy': accuracy_score(right, guessed),
+                'macro_f1': f1_score(right, guessed, average='macro', zero_division=0)}
+    assert len(set(guessed)) > 1, guessed
+    for name in ('a.tsv', 'a.jsonl'):
+        found = json.loads(ask(*flags, '--score', tmp_path / name, '--json')[1])
+        assert list(found) == list(expected) and found == pytest.approx(expected), f'{found}, not {expected}'
+    status, out, err = ask(*flags, '--score', tmp_path / 'a.tsv')
+    assert (status, out, err) == (0, 'accuracy {accuracy:.4f}, macro f1 {macro_f1:.4f}\n'.format(**expected), '')
+
+
+def test_scores_of_a_tagger_are_those_of_seqeval(ask, answerers, tmp_path):
+    """The second text is longer than the model sees at once."""
+    (tmp_path / 'tags.conll').write_text(TAGGED, encoding='utf-8')
+    model, tokenizer, labels = answerer('tag')
+    texts = [[line.split('\t') for line in text.splitlines()] for text in TAGGED.strip().split('\n\n')]
+    rights, guesses = [[tag for _, tag in text] for text in texts], []
+    for text in texts:
+        rows = encode_rows(tokenizer, 'tag', [{'tokens': [token for token, _ in text]}], labels, 40)
+        said = [(row, alone(model, row)[0].argmax(axis=1)) for row in rows]
+        guesses.append([labels[tags[t]] for row, tags in said for t in row['about']['where']])
+    assert len(rows) > 1
+    expected = {'precision': precision_score(rights, guesses), 'recall': recall_score(rights, guesses),
+                'f1': entity_f1(rights, guesses)}
+    flags = ['--init_from', answerers / 'tag.pt', '--score', tmp_path / 'tags.conll']
+    found = json.loads(ask(*flags, '--json')[1])
+    assert list(found) == list(expected) and found == pytest.approx(expected), f'{found}, not {expected} for {guesses}'
+    assert ask(*flags)[:2] == (0, 'precision {precision:.4f}, recall {recall:.4f}, f1 {f1:.4f}\n'.format(**expected))
+
+
+@pytest.mark.parametrize('name', ['qa', 'qa-none'])
+def test_scores_of_a_question_answerer_are_those_of_squad(ask, answerers, tmp_path, name):
+    """Of the answers that it prints, also for a context of several windows and a question without an answer."""
+    (tmp_path / 'squad.json').write_text(json.dumps(QUESTIONS, ensure_ascii=False, indent=1), encoding='utf-8')
+    flags, scores = ['--init_from', answerers / f'{name}.pt'], []
+    for paragraph in QUESTIONS['data'][0]['paragraphs']:
+        for question in paragraph['qas']:
+            line = f"{question['question']} ||| {paragraph['context']}"
+            text = json.loads(ask(*flags, '--start', line, '--json')[1])['answer']
+            scores.append(squad_score(text, [a['text'] for a in question['answers']]))
+    exact, overlap = np.mean(scores, axis=0)
+    found = json.loads(ask(*flags, '--score', tmp_path / 'squad.json', '--json')[1])
+    assert list(found) == ['exact_match', 'f1'] and found == pytest.approx({'exact_match': exact, 'f1': overlap}), \
+        f'{found}, not {exact}, {overlap}: {scores}'
+    assert ask(*flags, '--score', tmp_path / 'squad.json')[1] == f'exact match {exact:.4f}, f1 {overlap:.4f}\n'
+
+
+class Pointer(torch.nn.Module):
+    """A question answerer by heart: an answer begins at a token of `begin`, ends at one of `end`, whatever is asked."""
+
+    def __init__(self, vocab_size, begin, end):
+        super().__init__()
+        self.said = torch.nn.Parameter(torch.zeros(vocab_size, 2))
+        self.said.data[begin, 0] = self.said.data[end, 1] = 9.0
+        self.config = dataclasses.replace(PRESETS['bert'], task='qa', block_size=32, vocab_size=vocab_size)
+
+    def forward(self, ids, segments=None, keep=None, targets=None, counts=None):
+        return self.said[ids].transpose(1, 2), None if targets is None else self.said.sum()
+
+
+def test_a_score_is_that_of_the_answers_to_questions_whose_answers_are_unknown(tmp_path):
+    """The right answer lies inside of a token, so nobody who does not know it can cut it out: no help with that either."""
+    context, right = 'the dog and the cat sat on', 'at'
+    assert b' cat' in WORD_BPE._mergeable_ranks, 'the answer should lie inside of a token'
+    cut = encode(WORD_BPE, right).tolist()
+    model = Pointer(WORD_BPE.n_vocab, cut[0], cut[-1])
+    question = {'id': 'q', 'question': '?', 'answers': [{'text': right, 'answer_start': context.index(right)}]}
+    (tmp_path / 'squad.json').write_text(json.dumps({'data': [{'paragraphs': [{'context': context, 'qas': [question]}]}]}))
+    rows = encode_rows(WORD_BPE, 'qa', [{'question': '?', 'context': context}], [], 32)
+    [found], _, _ = sample.answer(model, rows, 'qa', [], WORD_BPE._special_tokens['[PAD]'])
+    scores, expected = score_file(model, WORD_BPE, str(tmp_path / 'squad.json')), squad_score(found['answer'], [right])
+    assert (scores['exact_match'], scores['f1']) == pytest.approx(expected), f'{scores}, but it answers {found}'
+
+
+def test_scores_of_bert_are_accuracy_and_pseudo_perplexity(ask, answerers, tmp_path):
+    """Of the text without the ends of its documents, against the slow loop."""
+    model, tokenizer, _ = answerer('mlm')
+    texts = ['人之初', *[' abc', '性本善'] * 9, 'é😀']
+    (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    right, nats = hide_one_at_a_time(model, tokenizer, encode(tokenizer, ''.join(texts)))
+    flags = ['--init_from', answerers / 'mlm.pt', '--score', tmp_path / 'texts.jsonl']
+    found = json.loads(ask(*flags, '--json')[1])
+    assert list(found) == ['masked_accuracy', 'pseudo_perplexity']
+    expected = {'masked_accuracy': np.mean(right), 'pseudo_perplexity': math.exp(np.mean(nats))}
+    assert found == pytest.approx(expected, rel=1e-2), f'{found}, not {expected}'
+    status, out, err = ask(*flags)
+    assert status == 0 and err == '' and re.fullmatch(r'masked accuracy 0\.\d{4}, pseudo perplexity \d+\.\d\d\n', out), out
+
+
+@pytest.mark.parametrize('name, file, text, words', [
+    ('classify', 'a.tsv', '好\ta\nbad\n', ['line 2', 'label<TAB>text']),
+    ('classify', 'a.tsv', '好\ta\n\nneutral\tb\n', ['line 3', "'neutral'", '好']),
+    ('classify', 'a.jsonl', '{"label": "bad", "text": "b"}\n{"label": 3, "text": "b"}\n', ['line 2', '"label"']),
+    ('classify', 'a.jsonl', '{"label": "none", "text": "b"}\n', ['line 1', "'none'"]),
+    ('classify', 'a.tsv', '\n\n', ['no rows']),
+    ('tag', 'a.conll', 'a O\nb\n', ['line 2', 'tag']),
+    ('tag', 'a.conll', 'a O\n\nb B-none\n', ['line 3', "'B-none'"]),
+    ('tag', 'a.conll', '', ['no rows']),
+    ('qa', 'a.json', '{"data": [', ['JSON']),
+    ('qa', 'a.json', json.dumps(QUESTIONS, ensure_ascii=False, indent=1).replace('"answer_start": 12', '"answer_start": 13'),
+     ['line', 'q2', 'answer_start 13']),
+    ('qa', 'a.json', '{"data": []}', ['no rows']),
+    ('mlm', 'a.txt', '', ['no text']),
+    ('mlm', 'a.txt', 'ab字', ["'字'"]),
+], ids=str)
+def test_a_file_that_cannot_be_scored_is_one_line_with_its_name(ask, answerers, tmp_path, name, file, text, words):
+    """Malformed rows and labels that the model never learned name file and line."""
+    (tmp_path / file).write_text(text, encoding='utf-8')
+    named = [] if words[0] == "'字'" else [file]
+    assert is_one_line(ask('--init_from', answerers / f'{name}.pt', '--score', tmp_path / file), *named, *words)
+
+
+def test_answers_come_from_a_process_of_its_own(answerers, tmp_path):
+    """As above, but with nothing between the user and the script: two lines by a pipe, whatever the console speaks."""
+    environment = os.environ | {'PYTHONIOENCODING': 'ascii'}
+    result = command('sample.py', '--init_from', answerers / 'tag.pt', '--start', '-', '--device', 'cpu', cwd=tmp_path,
+                     env=environment, input='安 Merkel\n\n😀\n')
+    lines = result.stdout.split('\n')
+    assert len(lines) == 4 and lines[0].startswith('安/') and lines[1] == '' and lines[2].startswith('😀/'), result.stdout

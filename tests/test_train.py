@@ -1,7 +1,8 @@
 """
 train.py keeps its promises: a step means the same in any number of micro-batches and processes, a resumed run is the
-unbroken one bit for bit, evaluation changes nothing, every window is read once an epoch, and what a user can get wrong is
-one line. Run under torchrun, this file itself is one of two processes (see many_runs).
+unbroken one bit for bit, evaluation changes nothing, every window and every example is read once an epoch, BERT is asked
+what its paper says, a trunk goes from one task to the next as it is, and what a user can get wrong is one line. Run under
+torchrun, this file itself is one of two processes (see many_runs).
 """
 
 import collections
@@ -39,7 +40,8 @@ import train
 
 TEXT = ''.join(f'{i}. The quick brown 狐狸 jumps over {i * i} lazy 犬, e\u0301t 🦊 naps.\n' for i in range(70))
 TINY = dict(n_layer=1, n_embd=16, n_head=2, mlp_dim=32, block_size=8, device='cpu', dtype='float32', batch_size=4,
-            eval_iters=2, eval_interval=1000, log_interval=1000, sample_tokens=0, max_iters=8, warmup_iters=2, seed=5)
+            eval_iters=2, eval_interval=1000, log_interval=1000, sample_tokens=0, max_iters=8, warmup_iters=2, dropout=0.0,
+            optimizer='adamw', learning_rate=2e-3, seed=5)  # whatever the recipes say
 PRESETS = ['gpt2', 'palm', 'llama', 'nano', 'lstm']
 ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}  # tiny products: threads would only wait for each other
 
@@ -65,9 +67,50 @@ def prepared(folder, text=TEXT, val='', tokenizer='char'):
     return str(folder)
 
 
+def pages(*documents):
+    """Documents of sentences, a line each."""
+    return '<|endoftext|>\n'.join(''.join(f'{sentence}\n' for sentence in document) for document in documents)
+
+
+BOOKS = [[f'{name} 犬 {n * n}', *(f'{name} {i} 🦊' for i in range(n))]
+         for n, name in enumerate(['Ann', 'e\u0301', '春夏', 'Zoë'], 2)]
+
+
+def labelled(folder, task, n=24, block_size=32):
+    """A data folder of n made-up rows of a task, the same to train and to validate, of 12 to 30 bytes each."""
+    rows = [(i, ['Ann', 'Lee 春'][i % 2], 'x' * (i % 7)) for i in range(n)]
+    if task == 'classify':
+        text = '\n'.join([f'{["bad", "好"][i % 2]}\t{i} {name} {x}' + i % 3 % 2 * '\tfilm' for i, name, x in rows])
+    elif task == 'tag':
+        text = '\n\n'.join([f'{i}{x} O\nAnn B-name\n{["naps O", "Lee I-name"][i % 2]}\n犬 O' for i, _, x in rows])
+    else:
+        text = json.dumps({'data': [{'paragraphs': [{'context': f'{i}{x} {name} 犬', 'qas': [
+            {'id': i, 'question': 'who', 'answers': [{'text': name, 'answer_start': len(f'{i}{x} ')}]}]}]}
+                                    for i, name, x in rows]})
+    folder.with_suffix('.rows').write_text(text, encoding='utf-8', newline='\n')
+    prepare_data.prepare(prepare_data.Settings(
+        task=task, input=[f'{folder}.rows'], val=[f'{folder}.rows'], tokenizer='byte', block_size=block_size,
+        out_dir=str(folder)))
+    return str(folder)
+
+
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp('data') / 'd')
+def folders(tmp_path_factory):
+    """d: characters of one document; text: bytes of several; classify, tag, qa: labelled, in the same bytes."""
+    root = tmp_path_factory.mktemp('data')
+    prepared(root / 'd')
+    prepared(root / 'text', pages(*BOOKS), pages(*BOOKS[:2]), tokenizer='byte')
+    for task in models.TASKS:
+        labelled(root / task, task)
+    return root
+
+
+@pytest.fixture(scope='module')
+def data(folders):
+    return str(folders / 'd')
+
+
+WIDE = dict(block_size=32)  # what the labelled examples, and two texts, fit into
 
 
 def fit(folder, out, stop_at=None, **flags):
@@ -96,9 +139,9 @@ def log_rows(out):
         return list(csv.reader(f))
 
 
-def ragged(data, rows, rng, block_size):
+def ragged(data, rows, block_size):
     """An objective whose examples differ in length and in how many targets they ask; every fifth asks none."""
-    examples = train.causal_lm(data, rows, rng, block_size)
+    examples = train.causal_lm(data, rows, block_size)
     for row, e in zip(rows, examples):
         n = 1 + row * 3 % block_size
         e['ids'], e['targets'] = e['ids'][:n], e['targets'][:n].copy()
@@ -150,7 +193,7 @@ def test_k_micro_batches_are_one_big_batch_and_one_mean_over_its_targets(data, m
     plain, _, text, _ = prepared_model(k, n)
     nats, asked = 0.0, 0
     for row in range(step * k * n, (step + 1) * k * n):  # one example at a time
-        e, = train.OBJECTIVES[objective](text, [row], None, 8)
+        e, = train.OBJECTIVES[objective](text, [row], 8)
         targets = torch.tensor(e['targets'])
         nats = nats + F.cross_entropy(plain(torch.tensor(e['ids'])[None])[0][0], targets, reduction='sum')
         asked += int((targets != models.IGNORE).sum())
@@ -160,6 +203,95 @@ def test_k_micro_batches_are_one_big_batch_and_one_mean_over_its_targets(data, m
     for (name, p), q, r in zip(cut[0].named_parameters(), big[0].parameters(), plain.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=2e-6, msg=lambda m: f'{name}, cut and whole: {m}')
         torch.testing.assert_close(p.grad, r.grad, rtol=1e-4, atol=2e-6, msg=lambda m: f'{name}, by hand: {m}')
+
+
+@settings(max_examples=12)
+@given(k=st.integers(1, 3), n=st.integers(1, 4), step=st.integers(0, 30),
+       what=st.sampled_from([('text', 'bert'), ('d', 'bert'), ('classify', 'bert'), ('classify', 'gpt2'), ('tag', 'llama'),
+                             ('tag', 'bert'), ('qa', 'lstm'), ('qa', 'bert')]))
+@example(k=3, n=2, step=1, what=('text', 'bert'))
+@example(k=2, n=3, step=0, what=('tag', 'bert'))
+def test_whatever_is_asked_the_loss_is_a_mean_over_all_that_is_asked(folders, k, n, step, what):
+    """Hidden tokens, whether B follows, labels, tags, spans: each part is averaged over the whole step, padding or not."""
+    # b1, with rows of unequal numbers of targets; b3
+    dataset, preset = what
+    flags = {**TINY, **WIDE, 'dataset': str(folders / dataset), 'preset': preset, 'gradient_accumulation_steps': k,
+             'batch_size': n}
+    model, s, tokenizer, text, _, _, machine = train.start(flags)
+    alone = copy.deepcopy(model)
+    loss = train.gradient(step, model, model, text, s, machine, tokenizer._special_tokens['[PAD]'])
+    rows, parts = range(step * k * n, (step + 1) * k * n), collections.defaultdict(list)
+    for e in train.OBJECTIVES[s.objective](text, rows, 32):  # one example at a time: no padding
+        batch = sample.collate([e], 0)
+        for name in [key for key in batch if key.endswith('targets')]:
+            one = {key: t for key, t in batch.items() if key == name or not key.endswith('targets')}
+            nats = alone(**one, counts={name: 1})[1]
+            parts[name].append((nats, (batch[name] != models.IGNORE).sum()))
+    expected = sum(sum(nats for nats, _ in found) / sum(asked for _, asked in found) for found in parts.values())
+    expected.backward()
+    assert set(parts) == {'targets'} | ({'next_targets'} if dataset == 'text' else set())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for (name, p), q in zip(model.named_parameters(), alone.parameters()):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda m: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('preset, dataset', [('bert', 'text'), ('bert', 'classify'), ('gpt2', 'tag'), ('llama', 'd')])
+def test_adversarial_training_adds_the_gradient_where_the_embedding_hurts_most(folders, tmp_path, preset, dataset):
+    """g(w) + g(w + eps g / |g|), over all micro-batches; the embedding is back bit for bit, the loss is that of w."""
+    flags = {**TINY, **WIDE, 'dataset': str(folders / dataset), 'preset': preset, 'gradient_accumulation_steps': 2,
+             'adversarial': 0.7}
+    model, s, tokenizer, text, _, _, machine = train.start(flags)
+    before = copy.deepcopy(model.state_dict())
+    calm, pad = dataclasses.replace(s, adversarial=0.0), tokenizer._special_tokens['[PAD]']
+
+    def gradients(model, s):
+        model.zero_grad()
+        loss = train.gradient(0, model, model, text, s, machine, pad)
+        return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    by_hand = copy.deepcopy(model)
+    loss, here = gradients(by_hand, calm)
+    weight = next(p for name, p in by_hand.named_parameters() if name.endswith('tokens.weight'))
+    g = weight.grad.clone()
+    weight.data += 0.7 * g / (g ** 2).sum().sqrt()
+    worse, there = gradients(by_hand, calm)
+    found_loss, found = gradients(model, s)
+    assert different(model, before) == [], 'the embedding did not come back'
+    assert worse > loss and found_loss == loss, f'{found_loss}: {loss} became {worse}'
+    assert found.keys() == here.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], here[name] + there[name], rtol=1e-4, atol=1e-7, msg=lambda m: f'{name}: {m}')
+
+
+def test_the_embedding_stays_where_its_gradient_is_zero():
+    """No direction hurts: 0 / 0 would be no number."""
+    model = models.build(dataclasses.replace(models.PRESETS['gpt2'], vocab_size=5, n_layer=1, n_embd=4, n_head=1))
+    model.tokens.weight.grad, before = torch.zeros_like(model.tokens.weight), model.tokens.weight.detach().clone()
+    with train.moved_embedding(model, 0.5):
+        assert torch.equal(model.tokens.weight, before)
+
+
+@pytest.mark.parametrize('dataset, preset, what, still', [
+    ('classify', 'bert', 'trunk', r'trunk\.'), ('tag', 'gpt2', 'trunk', r'trunk\.'), ('qa', 'lstm', 'trunk', r'trunk\.'),
+    ('classify', 'bert', 'embeddings', r'trunk\.(tokens|encoder\.embed|output\.weight)'),
+    ('tag', 'llama', 'embeddings', r'trunk\.(tokens|decoder\.embed)'), ('classify', 'lstm', 'embeddings', r'trunk\.tokens'),
+    ('text', 'bert', 'embeddings', r'(tokens|encoder\.embed|output\.weight)'),
+    ('text', 'gpt2', '0', r'(tokens|decoder\.embed|output\.weight)'),
+    ('text', 'gpt2', '1', r'(tokens|decoder\.embed|decoder\.blocks\.0|output\.weight)'),
+    ('qa', 'bert', '1', r'trunk\.(tokens|encoder\.embed|encoder\.blocks\.0|output\.weight)'),
+    ('qa', 'bert', '2', r'trunk\.(tokens|encoder\.embed|encoder\.blocks|output\.weight)')])
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_what_is_frozen_stays_bit_for_bit_and_all_else_learns(folders, tmp_path, dataset, preset, what, still, optimizer):
+    """Neither a gradient nor weight decay reaches it; everything that the loss depends on besides has moved."""
+    flags = dict(WIDE, preset=preset, n_layer=2, weight_decay=0.5, optimizer=optimizer, max_iters=2)
+    model, _ = fit(str(folders / dataset), tmp_path / 'frozen', freeze=what, **flags)
+    start, _ = fit(str(folders / dataset), tmp_path / 'start', **{**flags, 'max_iters': 0})
+    free, _ = fit(str(folders / dataset), tmp_path / 'free', **flags)
+    expected = {name for name in different(free, start) if not re.match(still, name)}
+    assert expected and set(different(model, start)) == expected
+    assert any(re.match(still, name) for name in different(free, start)), 'it would not have moved anyway'
 
 
 @given(k=st.integers(1, 12), n=st.integers(1, 12), world=st.integers(1, 5), step=st.integers(0, 1000))
@@ -177,18 +309,25 @@ def test_the_processes_share_the_examples_of_a_step_evenly_or_say_why_not(k, n, 
     assert len({tuple(m for _, m in part) for part in shares}) == 1, f'unequal work: {shares}'
 
 
-def many_runs(folder, out):
+def many_runs(folders, out):
     """
-    What one process and two must agree on. Called here for one, and by each of two under torchrun. The objective is the
-    ragged one, so that ranks have unequally many targets.
+    What one process and two must agree on. Called here for one, and by each of two under torchrun. Text is learned by the
+    ragged objective, so that ranks have unequally many targets.
     """
+    folder = f'{folders}/d'
     rank, last = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1)))
     found = {}
+    bert = dict(WIDE, preset='bert', batch_size=6)
     for name, flags in {
         'micro-batches dealt out': dict(batch_size=3, gradient_accumulation_steps=4),
         'one micro-batch each, clipped': dict(batch_size=3, gradient_accumulation_steps=2, grad_clip=0.05),
         'micro-batches sliced, clipped': dict(batch_size=4, gradient_accumulation_steps=3, grad_clip=0.05),
         'one micro-batch sliced, Muon': dict(batch_size=6, gradient_accumulation_steps=1, optimizer='muon'),
+        'masked, with pairs': dict(bert, dataset=f'{folders}/text', gradient_accumulation_steps=2),
+        'masked, without': dict(bert, objective='masked_lm'),
+        'texts, the embedding moved': dict(bert, dataset=f'{folders}/classify', gradient_accumulation_steps=3,
+                                           adversarial=0.5),
+        'tags, a trunk frozen': dict(WIDE, dataset=f'{folders}/tag', gradient_accumulation_steps=2, freeze='trunk'),
     }.items():
         with recorded_norms() as norms:
             model, state = fit(folder, f'{out}/{name}', max_iters=4, eval_iters=3, eval_interval=2, **flags)
@@ -198,11 +337,14 @@ def many_runs(folder, out):
     tokens, losses = val.tokens, {}
     for n in (len(tokens), 100, 9, 5):  # uneven; and too few for the second process to have any  (b17: a deadlock)
         val.tokens = tokens[:n]
-        losses[f'whole split of {n}'] = torch.tensor(list(train.evaluate(model, val, machine).values()))
+        losses[f'whole split of {n}'] = torch.tensor(list(train.evaluate(model, val, s, machine).values()))
     val.tokens, mine = tokens, []
     model.register_forward_hook(lambda *args: mine.append(1))
     for s.eval_iters in (1, 2, 3):
-        losses[f'estimate by {s.eval_iters}'] = torch.tensor(train.estimate_loss(model, model, val, s, machine, 0))
+        losses[f'estimate by {s.eval_iters}'] = torch.tensor(train.estimate(model, model, val, s, machine, 0)['loss'])
+    model, s, _, _, val, _, machine = train.start({**TINY, **bert, 'dataset': f'{folders}/text'})
+    for n in (1, 7, 20):  # one row; and uneven parts
+        losses[f'{n} masked rows'] = torch.tensor(list(train.masked_scores(model, val, n, s, machine).values()))
     found['evaluation'] = losses
 
     flags = dict(dropout=0.2, gradient_accumulation_steps=2, preset='llama', n_layer=2)
@@ -225,12 +367,12 @@ def torchrun(*words, cwd):
     return result
 
 
-def test_two_processes_train_and_evaluate_and_resume_like_one(data, tmp_path, monkeypatch):
+def test_two_processes_train_and_evaluate_and_resume_like_one(folders, tmp_path, monkeypatch):
     """Same weights, gradient lengths and losses up to rounding; and two that are stopped go on bit for bit."""
     # b1: under no_sync only backward, clipping before the sum, the mean of the ranks' means; b17: uneven validation
     monkeypatch.setitem(train.OBJECTIVES, 'causal_lm', ragged)
-    torchrun(__file__, data, tmp_path / 'two', cwd=tmp_path)
-    one, alone = many_runs(data, tmp_path / 'one')
+    torchrun(__file__, folders, tmp_path / 'two', cwd=tmp_path)
+    one, alone = many_runs(folders, tmp_path / 'one')
     two, shared = read(tmp_path / 'two' / 'found.pt')
     for name in one:
         for part, expected in one[name].items():
@@ -260,15 +402,22 @@ def test_torchrun_train_py_is_train_py(data, tmp_path, capsys):
 # Stop and go on
 
 
-@pytest.mark.parametrize('preset, optimizer, dtype, stop_at', [
-    ('gpt2', 'adamw', 'float32', 1), ('gpt2', 'muon', 'float32', 5), ('palm', 'adamw', 'bfloat16', 3),
-    ('llama', 'muon', 'float32', 4), ('nano', 'muon', 'float32', 2), ('lstm', 'adamw', 'float32', 7),
-    ('lstm', 'muon', 'float32', 3), ('gpt2', 'adamw', 'float16', 3), ('nano', 'muon', 'float16', 5)])
-def test_a_resumed_run_is_the_unbroken_run(data, tmp_path, preset, optimizer, dtype, stop_at):
+@pytest.mark.parametrize('dataset, preset, optimizer, dtype, stop_at, more', [
+    ('d', 'gpt2', 'adamw', 'float32', 1, {}), ('d', 'gpt2', 'muon', 'float32', 5, {}),
+    ('d', 'palm', 'adamw', 'bfloat16', 3, {}), ('d', 'llama', 'muon', 'float32', 4, {}),
+    ('d', 'nano', 'muon', 'float32', 2, {}), ('d', 'lstm', 'adamw', 'float32', 7, {}),
+    ('d', 'lstm', 'muon', 'float32', 3, {}), ('d', 'gpt2', 'adamw', 'float16', 3, {}),
+    ('d', 'nano', 'muon', 'float16', 5, {}), ('d', 'bert', 'adamw', 'float32', 3, {}),
+    ('text', 'bert', 'muon', 'float32', 5, {}), ('text', 'bert', 'adamw', 'float16', 3, {'adversarial': 0.1}),
+    ('classify', 'bert', 'adamw', 'float32', 4, {'freeze': '1'}), ('classify', 'gpt2', 'muon', 'float32', 2, {}),
+    ('tag', 'lstm', 'adamw', 'float32', 5, {'freeze': 'trunk'}), ('qa', 'bert', 'muon', 'float32', 3, {'adversarial': 0.1}),
+    ('qa', 'llama', 'adamw', 'bfloat16', 3, {})])
+def test_a_resumed_run_is_the_unbroken_run(folders, tmp_path, dataset, preset, optimizer, dtype, stop_at, more):
     """Weights, optimizers, scaler and log are the same bit for bit, with dropout, in the middle of an epoch."""
     # b17: random numbers, data position or scaler not restored
     flags = dict(preset=preset, optimizer=optimizer, dtype=dtype, dropout=0.2, n_layer=2, eval_interval=3,
-                 gradient_accumulation_steps=2)
+                 gradient_accumulation_steps=2, block_size=8 if dataset == 'd' else 32, **more)
+    data = str(folders / dataset)
     fit(data, tmp_path / 'unbroken', **flags)
     _, state = fit(data, tmp_path / 'broken', stop_at=stop_at, **flags)
     assert state['step'] == read(tmp_path / 'broken' / 'ckpt.pt')['step'] == stop_at
@@ -436,7 +585,7 @@ def test_a_resumed_run_writes_where_it_was_read(data, tmp_path, monkeypatch):
 
 def text_data(data, n, seed=0, split='train'):
     """A split of n tokens, 0, 1, 2, ...: a token tells where it stands."""
-    found = train.Data(data, split, seed)
+    found = train.Text(data, split, seed)
     found.tokens = np.arange(n).astype(np.uint16)
     found.vocab_size = max(n, 1)
     return found
@@ -535,15 +684,16 @@ def with_bad_id(folder, split, at):
     return folder
 
 
-@pytest.mark.parametrize('split, at', [('train', 0), ('train', 8), ('val', 3)])
-def test_an_id_outside_the_vocabulary_is_named(tmp_path, split, at):
+@pytest.mark.parametrize('preset, split, at', [('gpt2', 'train', 0), ('gpt2', 'train', 8), ('gpt2', 'val', 3),
+                                               ('bert', 'train', 0), ('bert', 'train', 7), ('bert', 'val', 3)])
+def test_an_id_outside_the_vocabulary_is_named(tmp_path, preset, split, at):
     """Also where only a target has it: never a wrong row, never an index error without a name."""
     # b6
     folder = prepared(tmp_path / 'd', text='abcdefgh', val='hgfedcba')  # 8 + <|endoftext|>: one window
     bad = prepare_data.read_json(f'{folder}/meta.json')['vocab_size']
     with_bad_id(folder, split, at)
-    with pytest.raises(ValueError, match=f'{split}.bin holds the id {bad}'):
-        fit(folder, tmp_path / 'out')
+    with pytest.raises(ValueError, match=f'{re.escape(folder)}.* holds the id {bad} in {split}'):
+        fit(folder, tmp_path / 'out', preset=preset)
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
@@ -553,7 +703,7 @@ def test_eval_only_names_an_id_outside_the_vocabulary_too(tmp_path):
     folder = prepared(tmp_path / 'd', text='abcdefgh' * 9, val='hgfedcba' * 9)
     fit(folder, tmp_path / 'out', max_iters=0)
     with_bad_id(folder, 'val', 70)
-    with pytest.raises(ValueError, match=r'val\.bin holds the id'):
+    with pytest.raises(ValueError, match=r'holds the id \d+ in val'):
         train.main([f'--out_dir={tmp_path}/out', '--eval_only'])
 
 
@@ -564,7 +714,7 @@ def test_memory_does_not_grow_with_the_batches(data, tmp_path):
     if not status.exists():
         return  # only Linux tells
     np.memmap(tmp_path / 'large.bin', 'uint16', mode='w+', shape=2 ** 25).flush()  # 64 MB, sparse
-    text = train.Data(data, 'train')
+    text = train.Text(data, 'train')
     text.tokens = np.memmap(tmp_path / 'large.bin', 'uint16', mode='r')
 
     def megabytes():
@@ -578,36 +728,315 @@ def test_memory_does_not_grow_with_the_batches(data, tmp_path):
     assert megabytes() - before < 8, f'{before:.0f} MB became {megabytes():.0f} MB'
 
 
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5), pad=st.integers(0, 300), label=st.integers(-100, 9))
-def test_collate_pads_on_the_right_and_says_what_is_real(lengths, pad, label):
-    """ids are filled with pad_id, targets with IGNORE, the rest with 0; keep appears only where it is needed."""
-    examples = [{'ids': np.arange(n) + 1000, 'decoder_ids': np.arange(n, dtype=np.uint16) + 7, 'targets': [9] * n,
-                 'segments': np.ones(n, np.int32), 'label': label, 'about': 'the source 原文'} for n in lengths]
-    batch = train.collate(examples, pad)
-    T, same = max(lengths), len(set(lengths)) == 1
-    assert set(batch) == {'ids', 'decoder_ids', 'targets', 'segments', 'label'} | (set() if same else {'keep'})
-    assert batch['label'].tolist() == [label] * len(lengths)
-    for name, values, fill in (('ids', range(1000, 1006), pad), ('decoder_ids', range(7, 13), pad),
-                               ('targets', [9] * 6, models.IGNORE), ('segments', [1] * 6, 0)):
-        assert batch[name].dtype == torch.int64, name
-        assert batch[name].tolist() == [list(values[:n]) + [fill] * (T - n) for n in lengths], name
-    if not same:
-        assert batch['keep'].dtype == torch.bool
-        assert batch['keep'].tolist() == [[True] * n + [False] * (T - n) for n in lengths]
-
-
 @pytest.mark.parametrize('cycle', ['abc', '春夏秋冬', 'a\u0301e\u0300🌸🦊'])
 def test_a_cycle_is_learned_and_continued(tmp_path, cycle):
     """A text in which each character tells the next is predicted almost surely, and greedy writing goes on with it."""
     # b4: with a double shift the loss falls just as well, but the text that comes out skips characters
     folder = prepared(tmp_path / 'd', text=cycle * 120)
     model, _ = fit(folder, tmp_path / 'out', preset='llama', max_iters=80, learning_rate=0.02)
-    nats = slow_nats(model, train.Data(folder, 'val').tokens[:-1], 8)  # the last is <|endoftext|>, never seen in training
+    nats = slow_nats(model, train.Text(folder, 'val').tokens[:-1], 8)  # the last is <|endoftext|>, never seen in training
     assert np.mean(nats) < 0.1, np.mean(nats)
     tokenizer = prepare_data.load_tokenizer(folder)
     greedy = sample.Settings(temperature=0, max_new_tokens=9, seed=0)
     text = ''.join(text for _, text in sample.write(model.eval(), tokenizer, cycle[:2], greedy))
     assert cycle[:2] + text == (cycle * 9)[:11]
+
+# -----------------------------------------------------------------------------
+# What BERT is asked
+
+def numbered(folder, split='train', seed=0):
+    """A Text whose every token but <|endoftext|> has an id of its own: the size of the vocabulary + where it stands."""
+    text = train.Text(str(folder), split, seed)
+    end, V, n = text.tokenizer._special_tokens['<|endoftext|>'], text.vocab_size, len(text.tokens)
+    text.tokens, text.vocab_size = np.where(text.tokens == end, end, V + np.arange(n)), V + n
+    return text
+
+
+def unmasked(example):
+    """The ids as they were before some were hidden."""
+    return np.where(example['targets'] == models.IGNORE, example['ids'], example['targets'])
+
+
+def plain(examples):
+    return [{key: np.asarray(value).tolist() for key, value in e.items() if key != 'about'} for e in examples]
+
+
+def sigmas(n, of, p):
+    """How far n hits of `of` are from their mean, in standard deviations of a binomial distribution."""
+    return abs(n - of * p) / math.sqrt(of * p * (1 - p))
+
+
+@given(documents=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=2, max_size=5).filter(
+    lambda documents: max(map(len, documents)) > 1), T=st.integers(8, 40), seed=st.integers(0, 3))
+@example(documents=[[1, 1], [1]], T=8, seed=0)
+@example(documents=[[9, 9, 9], [9, 9]], T=8, seed=0)
+def test_a_row_of_masked_lm_is_two_runs_of_sentences_in_their_frame(tmp_path, documents, T, seed):
+    """[CLS] A [SEP] B [SEP]: A ends where a sentence ends; B is what comes next, or begins in another document."""
+    # b8: B from the same document; a label that means the opposite; a last [SEP] that truncation cuts off
+    folder = prepared(tmp_path / 'd', pages(*(['犬' * n for n in lengths] for lengths in documents)), val=pages('ab', 'cd'))
+    text, starts, document, ends, place = numbered(folder, seed=seed), [], [], [], 0
+    for d, lengths in enumerate(documents):  # a line of n + 1 characters each, then <|endoftext|>
+        for n in lengths:
+            starts.append(place)
+            document.append(d)
+            place += n + 1
+        ends.append(place)
+        place += 1
+    V, special, room = text.vocab_size - len(text.tokens), text.tokenizer._special_tokens, T - 3
+    for e in train.masked_lm(text, range(20), T):
+        ids = unmasked(e)
+        seps = np.flatnonzero(ids == special['[SEP]'])
+        assert ids[0] == special['[CLS]'] and len(seps) == 2 and seps[1] == len(ids) - 1 and len(ids) <= T, ids
+        assert e['segments'] == [0] * (seps[0] + 1) + [1] * (seps[1] - seps[0]), e['segments']
+        a, b = ids[1:seps[0]] - V, ids[seps[0] + 1:-1] - V                             # where each token stands
+        assert len(a) and len(b) and (np.diff(a) == 1).all() and (np.diff(b) == 1).all() and min(a[0], b[0]) >= 0, (a, b)
+        next_one = starts.index(a[-1] + 1)  # the sentence behind A
+        of_a, of_b = document[next_one], document[starts.index(b[0])]
+        assert a[0] >= starts[document.index(of_a)], f'A {a} begins in the document before'
+        assert a[0] in starts or room // 4 <= len(a) <= room // 4 + room // 2, f'A {a} is cut to another length'
+        assert len(b) == min(room - len(a), ends[of_b] - b[0]), f'B {b} is cut for no reason'
+        if e['next_targets'] == train.IS_NEXT == 1:
+            assert b[0] == a[-1] + 1, f'{b} does not follow {a}'
+        else:
+            assert e['next_targets'] == 0 and of_a != of_b, f'{a} and {b} are of one document'
+        assert (e['targets'] != models.IGNORE).sum() == max(1, round(0.15 * (len(a) + len(b)))), e['targets']
+
+
+def test_half_of_the_pairs_follow_and_the_others_begin_anywhere_in_other_documents(tmp_path):
+    """Both labels are equally frequent, whatever A is; a wrong B is any sentence of any other document, equally often."""
+    # b8
+    folder = prepared(tmp_path / 'd', pages(['one', 'four', 'a'], ['alone'], ['xy', 'e\u0301🦊']), val=pages('ab', 'cd'))
+    text = numbered(folder)
+    V, (starts, document, _) = text.vocab_size - len(text.tokens), text.sentences
+    end = text.tokenizer._special_tokens['[SEP]']
+    assert document.tolist() == [0, 0, 0, 1, 2, 2]
+    firsts, wrong = collections.Counter(), collections.Counter()
+    for e in train.masked_lm(text, range(4000), 16):
+        ids = unmasked(e)
+        sep = ids.tolist().index(end)
+        a, b = document[starts.tolist().index(ids[sep - 1] - V + 1)], starts.tolist().index(ids[sep + 1] - V)
+        firsts[a, e['next_targets']] += 1
+        if not e['next_targets']:
+            wrong[a, b] += 1
+    assert set(firsts) == {(0, 0), (0, 1), (2, 0), (2, 1)}, firsts
+    assert sigmas(firsts[0, 0] + firsts[0, 1], 4000, 2 / 3) < 4.5, firsts
+    for a, others in ((0, [3, 4, 5]), (2, [0, 1, 2, 3])):
+        of = firsts[a, 0]
+        assert sigmas(of, of + firsts[a, 1], 0.5) < 4.5, f'{firsts} are not balanced'
+        assert all(sigmas(wrong[a, b], of, 1 / len(others)) < 4.5 for b in others), wrong
+    assert set(wrong) == {(0, b) for b in (3, 4, 5)} | {(2, b) for b in (0, 1, 2, 3)}, wrong
+
+
+def test_a_document_that_the_split_cuts_is_read_to_its_last_token_and_from_its_first(tmp_path):
+    """No <|endoftext|> closes it in train, and val begins with its other half: neither loses a token to B's end."""
+    (tmp_path / 'text').write_text(pages(['one', 'two'], [f'{i} 狐狸' for i in range(8)], ['y', 'z']), encoding='utf-8')
+    prepare_data.prepare(prepare_data.Settings(input=[f'{tmp_path}/text'], tokenizer='char', val_fraction=0.5,
+                                               out_dir=f'{tmp_path}/d'))
+    for split, edge in (('train', -1), ('val', 0)):
+        text = numbered(tmp_path / 'd', split)
+        assert text.counts['documents'] == 2, text.counts
+        end = text.tokenizer._special_tokens['<|endoftext|>']
+        rows = [unmasked(e) for e in train.masked_lm(text, range(200), 64)]
+        assert text.tokens[edge] != end and any(text.tokens[edge] in row for row in rows), f'{split} loses a token'
+        assert not any(end in row for row in rows), split
+
+
+@pytest.mark.parametrize('begin', ['\n', '  ', '\u3000\n'])
+def test_no_text_goes_on_behind_the_end_of_a_document(tmp_path, begin):
+    """Also where the next document begins with white space: <|endoftext|> stands in no row, and nothing behind it."""
+    text = ('One a. Two b.\nThree c.\n<|endoftext|>\n' + begin) * 4 + 'Four.'
+    text = train.Text(prepared(tmp_path / 'd', text, val=pages('ab', 'cd')), 'train')
+    end = text.tokenizer._special_tokens['<|endoftext|>']
+    rows = [unmasked(e).tolist() for e in train.masked_lm(text, range(50), 64)]
+    assert not any(end in row for row in rows), next(row for row in rows if end in row)
+
+
+def test_15_percent_are_asked_and_of_those_80_show_a_mask_and_10_another_token(folders):
+    """[MASK] 80 %, another text token 10 %, itself 10 %: by binomial bounds; never a special token, anywhere in a text."""
+    # b7: special tokens hidden, drawn as the other token, or none hidden at all; labels that change with the ids
+    text, counts, early, others, places = numbered(folders / 'text'), collections.Counter(), 0, set(), collections.Counter()
+    V, special = text.vocab_size - len(text.tokens), set(text.tokenizer._special_tokens.values())
+    for e in train.masked_lm(text, range(3000), 32):
+        ids, original, asked = e['ids'], unmasked(e), e['targets'] != models.IGNORE
+        real = ~np.isin(original, list(special))
+        assert not (asked & ~real).any() and (original[real] >= V).all(), f'{original}, asked {asked}'
+        assert asked.sum() == max(1, round(0.15 * real.sum())), f'{asked.sum()} of {real.sum()}'
+        kept, masked = ids == original, ids == text.tokenizer._special_tokens['[MASK]']
+        assert kept[~asked].all(), 'a token changed that is not asked for'
+        other = asked & ~kept & ~masked
+        others |= set(ids[other].tolist())
+        counts += collections.Counter(asked=int(asked.sum()), masked=int(masked.sum()), kept=int(kept[asked].sum()),
+                                      other=int(other.sum()))
+        n = real.sum()
+        early += int(asked[real][:n // 2].sum())
+        places += collections.Counter(half=int(asked[real][:n // 2 * 2].sum()))
+    assert not others & special, f'special tokens {others & special} in the place of text'
+    assert len(others) > 0.4 * len(text.text_ids), f'only {len(others)} of {len(text.text_ids)} others'
+    assert min(others) < V and max(others) > text.vocab_size - 20, 'not from all of the vocabulary'
+    for name, share in (('masked', 0.8), ('other', 0.1), ('kept', 0.1)):
+        assert sigmas(counts[name], counts['asked'], share) < 4.5, f'{name}: {counts}'
+    assert sigmas(early, places['half'], 0.5) < 4.5, f'{early} of {places["half"]} in the first half'
+
+
+@given(what=st.sampled_from(['text', 'd', 'classify', 'tag']), first=st.integers(0, 500), n=st.integers(2, 9),
+       cut=st.integers(1, 8))
+@example(what='text', first=0, n=8, cut=4)
+def test_rows_are_the_same_however_they_are_shared(folders, what, first, n, cut):
+    """Eight rows are two times four, and eight times one, whatever was read before: for any number of processes."""
+    cut, T = min(cut, n - 1), 32
+    fresh = lambda seed=3: train.open_data(str(folders / what), 'train', seed)
+    whole, used = plain(train.masked_lm(fresh(), range(first, first + n), T)), fresh()
+    later = plain(train.masked_lm(used, range(first + cut, first + n), T))
+    assert plain(train.masked_lm(used, range(first, first + cut), T)) + later == whole
+    assert [plain(train.masked_lm(used, range(row, row + 1), T))[0] for row in range(first, first + n)] == whole
+    assert plain(train.masked_lm(fresh(4), range(first, first + n), T)) != whole, 'another seed, the same rows'
+    assert len({json.dumps(row) for row in whole}) == n, 'a row came twice'
+
+
+@given(first=st.integers(0, 10 ** 9), rows=st.integers(2, 9), cut=st.integers(1, 8), n=st.integers(1, 13))
+def test_uniforms_belong_to_their_row(data, first, rows, cut, n):
+    """n numbers in [0, 1) a row, the same from wherever one begins, and no number is ever used twice."""
+    cut, fresh = min(cut, rows - 1), lambda *about: train.Text(data, *about)
+    whole = fresh('train', 1).uniforms(range(first, first + rows), n)
+    parts = [fresh('train', 1).uniforms(rows, n) for rows in (range(first, first + cut), range(first + cut, first + rows))]
+    assert whole.shape == (rows, n) and 0 <= whole.min() and whole.max() < 1
+    assert (np.concatenate(parts) == whole).all()
+    others = [fresh(*about).uniforms(range(first, first + rows), n) for about in (('train', 2), ('val', 1))]
+    assert len(np.unique([whole, *others])) == 3 * rows * n, 'rows, seeds or splits share numbers'
+
+
+@pytest.mark.parametrize('documents', [[[f'{i} 犬 one' for i in range(30)]], [[f'{i} two 🦊'] for i in range(30)]],
+                         ids=['one document', 'one sentence each'])
+def test_text_without_pairs_is_one_window_a_row_and_that_is_said_once(tmp_path, documents, capsys):
+    """[CLS] window [SEP], every window once an epoch, nothing asked about B, and <|endoftext|> is never asked for."""
+    # b8: a loader that misreads the documents trains on labels that are all equal
+    folder = prepared(tmp_path / 'd', pages(*documents), val=pages(*BOOKS))
+    text = numbered(folder)
+    V, special, n = text.vocab_size - len(text.tokens), text.tokenizer._special_tokens, (len(text.tokens) - 1) // 10 - 1
+    starts = []
+    for e in train.masked_lm(text, range(2 * n), 12):
+        ids = unmasked(e)
+        real = ids >= V
+        assert set(e) == {'ids', 'segments', 'targets'} and list(e['segments']) == [0] * 12
+        assert (ids[0], ids[-1]) == (special['[CLS]'], special['[SEP]'])
+        assert set(ids[~real]) <= {special[name] for name in ('[CLS]', '[SEP]', '<|endoftext|>')}, ids
+        begins = set((ids - V - np.arange(-1, 11))[real])
+        assert len(begins) == 1, f'{ids - V} is not one window'
+        starts += begins
+        asked = e['targets'] != models.IGNORE
+        assert asked.sum() == max(1, round(0.15 * real.sum())) and real[asked].all()
+    for epoch in (starts[:n], starts[n:]):
+        assert np.diff(sorted(epoch)).tolist() == [10] * (n - 1), sorted(epoch)
+    train.main([*(f'--{key}={value}' for key, value in {**TINY, 'max_iters': 1}.items()), '--preset=bert',
+                f'--dataset={folder}', f'--out_dir={tmp_path}/out'])
+    assert capsys.readouterr().out.count('trained without the question whether the second text follows') == 1
+
+
+def test_text_with_pairs_says_nothing_about_their_lack(folders, tmp_path, capsys):
+    """Only what is missing is said."""
+    train.main([*(f'--{key}={value}' for key, value in {**TINY, **WIDE, 'max_iters': 1}.items()), '--preset=bert',
+                f'--dataset={folders}/text', f'--out_dir={tmp_path}'])
+    out = capsys.readouterr().out
+    assert 'trained without' not in out and 'next sentence accuracy' in out, out
+
+
+@pytest.mark.parametrize('task', models.TASKS)
+def test_labelled_data_can_be_read_as_text(folders, task):
+    """Each example once an epoch with tokens hidden, framed as it was, and no question about B."""
+    examples = train.Examples(str(folders / task), 'train')
+    found = train.masked_lm(examples, range(24), 32)
+    assert all(set(e) == {'ids', 'segments', 'targets'} for e in found)
+    made = [(e['ids'], e.get('segments', [0] * len(e['ids']))) for e in examples]
+    assert sorted((unmasked(e).tolist(), list(e['segments'])) for e in found) == sorted(made)
+
+
+def test_a_batch_of_masked_lm_is_learned_by_heart(folders):
+    """Hidden tokens and both answers about B: the loss of one batch goes to almost nothing, and no answer stays wrong."""
+    # b8: an ignored class 0 would leave half of the pairs wrong; b3, since the rows are padded
+    text = train.Text(str(folders / 'text'), 'train')
+    batch = train.get_batch(text, 'masked_lm', 32, 0, 12, text.tokenizer._special_tokens['[PAD]'])
+    assert 'keep' in batch and set(batch['next_targets'].tolist()) == {0, 1}
+    model = models.build(dataclasses.replace(models.PRESETS['bert'], vocab_size=text.vocab_size, block_size=32, n_layer=1,
+                                             n_embd=32, n_head=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
+    for _ in range(120):
+        logits, loss = model(**batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    follows = model.follows(model.hidden(batch['ids'], batch['keep'], batch['segments']), batch['keep']).argmax(dim=1)
+    assert loss < 0.3 and follows.tolist() == batch['next_targets'].tolist(), (loss, follows, batch['next_targets'])
+    assert (logits.argmax(dim=1) == batch['targets'][batch['targets'] != models.IGNORE]).all()
+
+# -----------------------------------------------------------------------------
+# Labelled examples
+
+
+@given(n=st.integers(1, 24), epochs=st.integers(1, 3), rows=st.lists(st.integers(0, 99), max_size=9))
+def test_an_epoch_takes_every_example_once_in_an_order_of_its_own(folders, n, epochs, rows):
+    """However they are grouped by length; and row i is the same example whatever was read before."""
+    def few(seed=3, split='train'):
+        examples = train.Examples(str(folders / 'classify'), split, seed)
+        examples.places, examples.lengths = examples.places[:n], examples.lengths[:n]
+        return examples
+
+    with pytest.MonkeyPatch.context() as patch:  # several pools of several runs
+        patch.setattr(train, 'RUN', 3)
+        patch.setattr(train, 'POOL', 9)
+        used = few()
+        orders = [[e['about']['row'] for e in train.supervised(used, range(i * n, (i + 1) * n), 32)] for i in range(epochs)]
+        assert all(sorted(order) == list(range(n)) for order in orders), orders
+        assert n < 12 or len({tuple(order) for order in orders}) == epochs, 'the same order twice'
+        found = used.examples_of(rows)
+        assert found == [few().examples_of([row])[0] for row in rows]
+        others = [[e['about']['row'] for e in few(*about).examples_of(range(n))] for about in ((4, 'train'), (3, 'val'))]
+        assert n < 12 or (orders[0] not in others and others[0] != others[1]), 'seeds or splits share an order'
+
+
+def test_a_batch_holds_examples_of_about_one_length(tmp_path):
+    """Little of a batch is padding, and yet an epoch has other batches than the one before."""
+    (tmp_path / 'rows').write_text(''.join(f'{"ab"[i % 2]}\t{"x" * (8 + i * 37 % 214)}\n' for i in range(214)))  # all differ
+    prepare_data.prepare(prepare_data.Settings(task='classify', input=[f'{tmp_path}/rows'], tokenizer='byte',
+                                               block_size=256, out_dir=f'{tmp_path}/d'))
+    examples, epochs = train.Examples(f'{tmp_path}/d', 'train'), []
+    assert len(examples) == 192, 'whole runs: sorted by length alone, all epochs would have the same batches'
+    pad = examples.tokenizer._special_tokens['[PAD]']
+    for epoch in range(2):
+        batches = [train.get_batch(examples, 'supervised', 256, epoch * 192 + i, 16, pad)['ids'] for i in range(0, 192, 16)]
+        padding = float(np.mean([(ids == pad).float().mean() for ids in batches]))
+        assert padding < 0.3, f'{padding:.0%} of a batch is padding; in a random order it would be 45 %'
+        epochs.append({tuple(sorted((ids != pad).sum(dim=1).tolist())) for ids in batches})
+    assert len(epochs[0]) == 12 and len(epochs[0] & epochs[1]) < 6, 'the same batches again'
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('pattern, instead, named', [
+    ('.{9}$', '', 'line 2: '), ('.*', '[]', 'line 2: '), ('.*', '', ''), ('"ids"', '"id"', 'line 2: '),
+    ('.*', None, '23 examples, not the 24'),
+    ('"targets": .', '"targets": 2', 'line 2: '), ('"targets": .', '"targets": -7', 'line 2: '),  # labels are 0 and 1
+    (r'"ids": \[', '"ids": [4096, ', ''), (r'"ids": \[', '"ids": [-1, ', '')])
+def test_a_damaged_line_of_examples_is_named(tmp_path, split, pattern, instead, named):
+    """File and line, and what to do, before anything is trained: never an index error in the middle."""
+    # b6
+    folder = labelled(tmp_path / 'd', 'classify')
+    path = Path(folder) / f'{split}.jsonl'
+    first, line, *rest = path.read_text(encoding='utf-8').splitlines()
+    damaged = [] if instead is None else [re.sub(pattern, instead, line, count=1)]
+    path.write_text('\n'.join([first, *damaged, *rest]), encoding='utf-8')
+    with pytest.raises(ValueError, match=f'(?s){re.escape(folder)}.*{named}') as e:
+        fit(folder, tmp_path / 'out', **WIDE, max_iters=1)
+    assert split in str(e.value) and 'prepare the data again' in str(e.value), e.value
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_an_example_longer_than_block_size_is_refused(folders, split):
+    """Both numbers and the remedies, before training; as long as block_size is not too long."""
+    longest = train.Examples(str(folders / 'tag'), split).lengths.max()
+    train.start({**TINY, 'dataset': str(folders / 'tag'), 'block_size': int(longest)})
+    with pytest.raises(ValueError, match=rf'\.jsonl has an example of {longest} tokens, more than block_size={longest - 1}'):
+        train.Examples(str(folders / 'tag'), split).check_length(longest - 1)
+    with pytest.raises(ValueError, match=f'more than block_size={longest - 1}: raise --block_size'):
+        train.start({**TINY, 'dataset': str(folders / 'tag'), 'block_size': int(longest) - 1})
 
 # -----------------------------------------------------------------------------
 # Optimization
@@ -812,14 +1241,14 @@ def slow_nats(model, tokens, T):
 def test_the_whole_split_is_scored_token_by_token(data, n, preset, training):
     """Every token but the first is predicted once, without dropout; the model is left in the mode it was in."""
     # b2
-    model, _, _, _, val, _, machine = train.start({**TINY, 'dataset': data, 'preset': preset, 'dropout': 0.5, 'n_layer': 2})
+    model, s, _, _, val, _, machine = train.start({**TINY, 'dataset': data, 'preset': preset, 'dropout': 0.5, 'n_layer': 2})
     model.train(training)
     val.tokens = val.tokens[:n]
-    scores, nats = train.evaluate(model, val, machine), slow_nats(model, val.tokens, 8)
+    scores, nats = train.evaluate(model, val, s, machine), slow_nats(model, val.tokens, 8)
     assert len(nats) == n - 1 and scores['loss'] == pytest.approx(np.mean(nats), rel=1e-4)
     assert scores['perplexity'] == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
     assert all(m.training == training for m in model.modules()), 'the mode was not restored'
-    assert train.evaluate(model, val, machine) == scores, 'twice is not the same'
+    assert train.evaluate(model, val, s, machine) == scores, 'twice is not the same'
 
 
 @pytest.mark.parametrize('tokenizer', ['char', 'byte'])
@@ -827,11 +1256,11 @@ def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, tokenizer):
     """A character of Chinese has three bytes and an emoji four, whatever a token is; <|endoftext|> has none."""
     text = '静夜思 李白\n床前明月光，疑是地上霜。e\u0301🌙\n' * 3
     folder = prepared(tmp_path / 'd', text=text * 3, val=text, tokenizer=tokenizer)
-    model, _, _, _, val, _, machine = train.start({**TINY, 'dataset': folder})
+    model, s, _, _, val, _, machine = train.start({**TINY, 'dataset': folder})
     nats = slow_nats(model, val.tokens, 8)
     assert len(nats) == (len(text) if tokenizer == 'char' else len(text.encode()))     # n - 1, with <|endoftext|>
     expected = sum(nats) / math.log(2) / len(text.encode())
-    assert train.evaluate(model, val, machine)['bits_per_byte'] == pytest.approx(expected, rel=1e-4)
+    assert train.evaluate(model, val, s, machine)['bits_per_byte'] == pytest.approx(expected, rel=1e-4)
 
 
 @settings(max_examples=10)
@@ -846,14 +1275,14 @@ def test_an_estimate_is_the_mean_over_its_first_rows(data, monkeypatch, iters, n
     s.objective, text = objective, both[split == 'val']
     model.train(training)
     nats, asked, plain = 0.0, 0, copy.deepcopy(model).eval()
-    for e in train.OBJECTIVES[objective](text, range(iters * n), None, 8):
+    for e in train.OBJECTIVES[objective](text, range(iters * n), 8):
         with torch.no_grad():
             logp = plain(torch.tensor(e['ids'])[None])[0][0].double().log_softmax(dim=-1)
         for t, target in enumerate(e['targets']):
             if target != models.IGNORE:
                 nats, asked = nats - logp[t, target].item(), asked + 1
-    found = train.estimate_loss(model, model, text, s, machine, 0)
-    assert found == pytest.approx(nats / max(1, asked), rel=1e-4)
+    found = train.estimate(model, model, text, s, machine, 0)
+    assert set(found) == {'loss'} and found['loss'] == pytest.approx(nats / max(1, asked), rel=1e-4)
     assert all(m.training == training for m in model.modules()), 'the mode was not restored'
 
 
@@ -869,13 +1298,110 @@ def test_evaluation_does_not_disturb_training(data, tmp_path, capsys):
 def test_best_pt_holds_the_state_with_the_lowest_validation_loss(data, tmp_path, monkeypatch):
     """Later and worse states go into ckpt.pt only, and a resumed run remembers what the best was."""
     losses = iter([5.0, 5.0, 4.0, 2.0, 3.0, 3.0, 2.5, 2.5, 1.5, 1.5])  # train, val of steps 0, 2, 4; then 6, 8
-    monkeypatch.setattr(train, 'estimate_loss', lambda *args: next(losses))
+    monkeypatch.setattr(train, 'estimate', lambda *args: {'loss': next(losses)})
     fit(data, tmp_path, eval_interval=2, stop_at=5)
     assert (read(tmp_path / 'best.pt')['step'], read(tmp_path / 'best.pt')['best']) == (2, 2.0)
     fit(data, tmp_path, init_from='resume', max_iters=6)
     assert (read(tmp_path / 'best.pt')['step'], read(tmp_path / 'ckpt.pt')['step']) == (2, 6)
     fit(data, tmp_path, init_from='resume', max_iters=8)
     assert (read(tmp_path / 'best.pt')['step'], read(tmp_path / 'best.pt')['best']) == (8, 1.5)
+
+
+@pytest.mark.parametrize('dataset', ['text', 'd', 'classify'])
+def test_masked_scores_are_worked_out_row_by_row(folders, dataset):
+    """Means over all hidden tokens and all pairs, without dropout, of the same rows every time; the mode is restored."""
+    # b1, b2
+    flags = {**TINY, **WIDE, 'dataset': str(folders / dataset), 'preset': 'bert', 'dropout': 0.5, 'objective': 'masked_lm',
+             'eval_iters': 3}
+    model, s, _, text, val, _, machine = train.start(flags)
+    torch.nn.init.normal_(model.tokens.weight, std=0.5)
+    calm = copy.deepcopy(model).eval()
+    for n, found in ((12, train.estimate(model, model, text, s, machine, 0)),
+                     (7, train.masked_scores(model, text, 7, s, machine))):
+        nats, right, hidden, next_nats, next_right = [], [], [], [], []
+        for e in train.masked_lm(text, range(n), 32):
+            batch = sample.collate([{key: e[key] for key in ('ids', 'segments')}], 0)
+            with torch.no_grad():
+                x = calm.hidden(**batch)
+                logp, follows = calm.fill(x)[0].double().log_softmax(dim=-1), calm.follows(x)[0].double().log_softmax(dim=-1)
+            for t in np.flatnonzero(e['targets'] != models.IGNORE):
+                target = int(e['targets'][t])
+                nats.append(-logp[t, target].item())
+                right.append(logp[t].argmax().item() == target)
+                hidden.append(target)
+            if 'next_targets' in e:
+                next_nats.append(-follows[e['next_targets']].item())
+                next_right.append(follows.argmax().item() == e['next_targets'])
+        is_text = [i for i in text.tokens.tolist() if i not in text.tokenizer._special_tokens.values()]
+        common = max(sorted(set(is_text)), key=collections.Counter(is_text).get)
+        expected = {'loss': np.mean(nats), 'masked_accuracy': np.mean(right),
+                    'commonest_token': hidden.count(common) / len(hidden)}
+        if dataset == 'text':
+            expected |= {'loss': np.mean(nats) + np.mean(next_nats), 'next_sentence_accuracy': np.mean(next_right)}
+        assert found == pytest.approx(expected, rel=1e-4), n
+    assert all(m.training for m in model.modules()), 'the mode was not restored'
+    assert train.evaluate(model, val, s, machine) == train.evaluate(model, val, s, machine), 'twice is not the same'
+
+
+@pytest.mark.parametrize('task', models.TASKS)
+def test_a_task_is_scored_on_all_of_its_validation_data(folders, task):
+    """An estimate of val is the whole split, whatever eval_iters says; the loss is a mean over its targets."""
+    model, s, _, _, val, _, machine = train.start({**TINY, **WIDE, 'dataset': str(folders / task), 'preset': 'bert',
+                                                   'eval_iters': 1, 'batch_size': 1, 'dropout': 0.5})
+    found = train.estimate(model, model, val, s, machine, 0)
+    calm, nats, asked = copy.deepcopy(model).eval(), 0.0, 0
+    for e in val:
+        with torch.no_grad():
+            nats += calm(**sample.collate([e], 0), counts={'targets': 1})[1].item()
+        asked += int((np.array(e['targets']) != models.IGNORE).sum())
+    assert found['loss'] == pytest.approx(nats / asked, rel=1e-4) and train.METRICS[task] in found
+    assert found == train.evaluate(model, val, s, machine) and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize('task, metric', [('classify', 'accuracy'), ('tag', 'f1'), ('qa', 'f1')])
+def test_best_pt_of_a_task_has_its_best_metric_and_not_its_lowest_loss(folders, tmp_path, monkeypatch, task, metric):
+    """The loss goes on falling; what counts is best at step 2, and a number as good later is not better."""
+    scores = iter({'loss': loss, metric: np.float64(score)} for loss, score in
+                  [(9, 0.9), (5, 0.2), (9, 0.9), (4, 0.7), (9, 0.9), (3, 0.7), (9, 0.9), (2, 0.6), (9, 0.9), (1, 0.8)])
+    monkeypatch.setattr(train, 'estimate', lambda *args: next(scores))  # train, val of steps 0, 2, 4, 6; then 8
+    fit(str(folders / task), tmp_path, eval_interval=2, max_iters=6, lr_decay_iters=8, **WIDE)
+    best = read(tmp_path / 'best.pt')  # weights_only: a number of numpy would not load
+    assert (best['step'], best['best'], type(best['best'])) == (2, 0.7, float)
+    assert read(tmp_path / 'ckpt.pt')['waited'] == 2
+    fit(str(folders / task), tmp_path, init_from='resume', max_iters=8)
+    assert (read(tmp_path / 'best.pt')['step'], read(tmp_path / 'ckpt.pt')['best']) == (8, 0.8)
+
+
+@pytest.mark.parametrize('resumed', [False, True])
+def test_patience_ends_a_run_that_no_longer_gets_better(data, tmp_path, monkeypatch, capsys, resumed):
+    """Three evaluations in a row without a better one; a better one begins the count again; a resumed run counts on."""
+    losses = iter([9, 5, 9, 6, 9, 6, 9, 4, 9, 4, 9, 5, 9, 7, 9, 1])  # train, val; the third after the 4 ends it: step 6
+    monkeypatch.setattr(train, 'estimate', lambda *args: {'loss': next(losses)})
+    flags = dict(eval_interval=1, max_iters=20, patience=3)
+    if resumed:
+        assert fit(data, tmp_path, stop_at=4, **flags)[1]['waited'] == 1
+        flags = dict(init_from='resume')
+    _, state = fit(data, tmp_path, **flags)
+    assert (state['step'], state['best'], state['waited']) == (6, 4, 3), state
+    assert 'stopped at step 6: 3 evaluations without a better one' in capsys.readouterr().out
+    assert read(tmp_path / 'best.pt')['step'] == 3 and read(tmp_path / 'ckpt.pt')['step'] == 6
+
+
+@pytest.mark.parametrize('dataset, preset, line', [
+    ('text', 'bert', r'val loss \S+, masked accuracy \S+, commonest token \S+, next sentence accuracy \S+'),
+    ('classify', 'bert', r'val loss \S+, accuracy \S+, macro f1 \S+'),
+    ('tag', 'gpt2', r'val loss \S+, precision \S+, recall \S+, f1 \S+'),
+    ('qa', 'bert', r'val loss \S+, exact match \S+, f1 \S+')])
+def test_eval_only_prints_the_scores_of_any_model_and_writes_nothing(folders, tmp_path, capsys, dataset, preset, line):
+    """One line, from best.pt, over the whole validation split."""
+    fit(str(folders / dataset), tmp_path / 'out', preset=preset, max_iters=1, **WIDE)
+    state = lambda: {p: p.stat().st_mtime_ns for folder in (tmp_path, folders) for p in sorted(folder.rglob('*'))}
+    before, _ = state(), capsys.readouterr()
+    train.main([f'--out_dir={tmp_path}/out', '--eval_only'])
+    out, err = capsys.readouterr()
+    assert re.fullmatch(line + '\n', out) and (err, state()) == ('', before), out
+    model, s, _, _, val, _, machine = train.start({'out_dir': f'{tmp_path}/out', 'eval_only': True})
+    assert out == f'val {sample.format_scores(train.evaluate(model, val, s, machine))}\n'
 
 
 def test_target_loss_ends_the_run_with_that_state_as_the_best(tmp_path, capsys):
@@ -885,25 +1411,25 @@ def test_target_loss_ends_the_run_with_that_state_as_the_best(tmp_path, capsys):
     assert state['step'] < 500 and state['step'] % 10 == 0, state
     best, checkpoint = models.load(str(tmp_path / 'out' / 'best.pt'))
     assert different(best, model) == [] and checkpoint['step'] == state['step']
-    nats = slow_nats(best, train.Data(folder, 'val').tokens, 8)
+    nats = slow_nats(best, train.Text(folder, 'val').tokens, 8)
     assert np.mean(nats) <= 0.5 and checkpoint['best'] == pytest.approx(np.mean(nats), rel=1e-4)
     assert 'target loss 0.5 reached after' in capsys.readouterr().out
 
 
 def test_target_loss_is_confirmed_on_the_whole_split(data, tmp_path, monkeypatch, capsys):
     """A lucky estimate ends nothing: the whole split says no, the run goes on, and says at the end what was missed."""
-    monkeypatch.setattr(train, 'estimate_loss', lambda *args: 0.01)
+    monkeypatch.setattr(train, 'estimate', lambda *args: {'loss': 0.01})
     _, state = fit(data, tmp_path, eval_interval=4, target_loss=0.02)
     assert state['step'] == 8 and state['best'] > 1, state
-    assert 'target loss 0.02 not reached: best validation loss' in capsys.readouterr().out
+    assert 'target loss 0.02 not reached' in capsys.readouterr().out
 
 
 def test_eval_only_prints_one_line_and_writes_nothing(data, tmp_path, monkeypatch, capsys):
     """`val loss 1.8980, perplexity 6.67, bits per byte 2.738`: of best.pt, over the whole split."""
     monkeypatch.chdir(tmp_path)
     fit(data, tmp_path / 'out', eval_interval=4)
-    machine, val = train.Machine(train.Settings(device='cpu', dtype='float32')), train.Data(data, 'val')
-    scores = train.evaluate(models.load(str(tmp_path / 'out' / 'best.pt'))[0], val, machine)
+    s = train.Settings(device='cpu', dtype='float32', objective='causal_lm')
+    scores = train.evaluate(models.load(str(tmp_path / 'out' / 'best.pt'))[0], train.Text(data, 'val'), s, train.Machine(s))
     folders = [tmp_path, Path(data)]
     state = lambda: {p: p.stat().st_mtime_ns for folder in folders for p in sorted(folder.rglob('*'))}
     before, _ = state(), capsys.readouterr()
@@ -954,12 +1480,17 @@ def test_init_from_a_path_takes_its_weights_and_architecture_and_begins_anew(dat
     assert (tmp_path / 'first' / 'ckpt.pt').read_bytes() == before
 
 
-def test_recipes_give_way_to_flags():
-    """A preset brings its own good values, and a flag that is given wins over them."""
-    recipe = train.RECIPES['pretrain']['nano']
-    assert recipe['optimizer'] == 'muon'
-    for name, values in train.RECIPES['pretrain'].items():
-        assert name in models.PRESETS and train.Settings(**values), name
+def test_every_recipe_is_good_settings():
+    """Of what is trained, and of the preset: names and values are those of the flags."""
+    assert train.recipe('lm', 'nano')['optimizer'] == 'muon'
+    assert set(train.RECIPES) == {'pretrain', *models.TASKS}
+    assert set().union(*train.RECIPES.values()) <= {'', *models.PRESETS}
+    for task in ('lm', *models.TASKS):
+        for name in models.PRESETS:
+            values = train.recipe(task, name)
+            own = {key: values[key] for key in values if hasattr(models.Config, key)}
+            assert train.Settings(**{key: values[key] for key in values if key not in own}), (task, name)
+            assert dataclasses.replace(models.PRESETS[name], **own), (task, name)
 
 
 @pytest.mark.parametrize('flags, expected', [({}, ('muon', 24)), ({'optimizer': 'adamw', 'batch_size': 2}, ('adamw', 2))])
@@ -998,12 +1529,26 @@ def refused(argv, capsys, monkeypatch):
     ('--vocab_size 10', '--vocab_size 10: the data has'),
     ('--block_size 100000', 'fewer than block_size + 1 = 100001'),
     ('--optimizer sgd', '--optimizer sgd: choose one of adamw, muon'),
-    ('--preset gpt5', '--preset gpt5: choose one of gpt2, palm'),
+    ('--preset gpt5', '--preset gpt5: choose one of bert, gpt2, palm'),
     ('--compile maybe', '--compile: maybe is neither True nor False'),
     ('--device cuda', '--device cuda: '),
     ('--init_from elsewhere/ckpt.pt', 'there is no checkpoint elsewhere/ckpt.pt'),
     ('--init_from resume', 'there is no checkpoint out/ckpt.pt'),
     ('--eval_only', 'there is no checkpoint out'),
+    ('--patience -1', '--patience -1: must be at least 0'),
+    ('--adversarial -1', '--adversarial -1.0: must be at least 0'),
+    ('--freeze all', '--freeze all: choose none, embeddings, trunk, or a number'),
+    ('--freeze 1 --adversarial 0.1', '--freeze 1'),
+    ('--freeze trunk', '--freeze trunk: nothing is left to train'),
+    ('--freeze 5', '--freeze 5: the model has 4 blocks'),
+    ('--freeze 1 --preset lstm', '--freeze 1: the model has no blocks'),
+    ('--objective skipgram', '--objective skipgram: choose one of causal_lm, masked_lm, supervised'),
+    ('--objective masked_lm', '--objective masked_lm: a gpt sees only the past'),
+    ('--objective masked_lm --preset lstm', '--objective masked_lm: a lstm sees only the past'),
+    ('--objective causal_lm --preset bert', '--objective causal_lm: a bert would see the answer'),
+    ('--objective supervised', '--objective supervised: '),
+    ('--preset bert --block_size 2', 'block_size'),  # [CLS] and [SEP], and no room for text
+    ('--task classify', '--task classify: '),
     ('out', 'out belongs to no flag')])
 def test_a_bad_command_line_is_one_line_that_names_what_is_wrong(data, tmp_path, monkeypatch, capsys, flags, named):
     """Exit status 2, no traceback, and nothing has been written."""
@@ -1020,6 +1565,8 @@ def test_a_bad_command_line_is_one_line_that_names_what_is_wrong(data, tmp_path,
     ('--init_from ckpt.pt --norm rmsnorm', '--norm rmsnorm: '), ('--init_from . --vocab_size 999', '--vocab_size 999: '),
     ('--init_from resume --block_size 64', 'block_size 64'),
     ('--init_from resume --block_size 4', 'block_size 4'),  # its optimizer remembers 8 positions
+    ('--init_from resume --freeze embeddings', '--freeze embeddings'),  # which its optimizer moves
+    ('--init_from resume --objective masked_lm', '--objective masked_lm'), ('--init_from . --preset bert', '--preset bert'),
     ('--init_from resume --optimizer muon', '--optimizer muon'), ('--init_from resume --dropout 1.5', 'dropout=1.5')])
 def test_flags_that_contradict_a_checkpoint_are_refused(data, tmp_path, monkeypatch, capsys, flags, named):
     """The line names the flag; the checkpoint stays as it is."""
@@ -1077,7 +1624,7 @@ def test_a_damaged_data_folder_is_named(data, tmp_path, damage):
     else:
         (folder / 'meta.json').write_text('{"counts": {"train": 3}}' if damage == 'meta' else '{"counts', encoding='utf-8')
     with pytest.raises(ValueError, match=re.escape(str(folder)) + '.*prepare the data again'):
-        train.Data(str(folder), 'train')
+        train.Text(str(folder), 'train')
 
 
 def test_flags_may_be_written_in_any_common_way(data, tmp_path, capsys):
@@ -1122,24 +1669,26 @@ def test_torch_compile_that_fails_is_one_warning(data, tmp_path, monkeypatch, mo
 def test_a_first_run_without_data_prepares_pydoc(tmp_path, monkeypatch, capsys):
     """`python train.py` on a fresh clone finds a data set; any other name must exist."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(prepare_data.DATASETS, 'pydoc', lambda mirror: TEXT)
+    monkeypatch.setitem(prepare_data.DATASETS, 'pydoc', ('lm', lambda mirror: TEXT))
     machine = train.Machine(train.Settings(device='cpu'))
     folder = train.find_dataset('pydoc', machine)
-    assert len(train.Data(folder, 'train').tokens) > 100 and train.find_dataset('pydoc', machine) == folder
+    assert len(train.Text(folder, 'train').tokens) > 100 and train.find_dataset('pydoc', machine) == folder
     assert capsys.readouterr().out.count('preparing') == 1
 
 
 FLAGS = {
     'train.py': """
         dataset preset init_from out_dir eval_only objective batch_size gradient_accumulation_steps max_iters eval_interval
-        eval_iters log_interval sample_tokens target_loss optimizer learning_rate muon_learning_rate min_lr warmup_iters
-        lr_decay_iters lr_schedule weight_decay beta1 beta2 grad_clip seed device dtype compile backend
-        arch vocab_size block_size n_layer n_head n_kv_head n_embd head_dim mlp_dim norm norm_eps norm_weight norm_first
-        qk_norm parallel activation bias positions rope_theta scale_embedding scale_output tied logit_cap init dropout""",
+        eval_iters log_interval sample_tokens patience target_loss optimizer learning_rate muon_learning_rate min_lr
+        warmup_iters lr_decay_iters lr_schedule weight_decay beta1 beta2 grad_clip freeze adversarial seed device dtype
+        compile backend
+        arch task n_labels vocab_size block_size n_layer n_head n_kv_head n_embd head_dim mlp_dim norm norm_eps norm_weight
+        norm_first qk_norm parallel activation bias segments embedding_norm positions rope_theta scale_embedding
+        scale_output tied logit_cap init dropout""",
     'sample.py': """
         start out_dir init_from num_samples max_new_tokens temperature top_k top_p stop seed stream score json device
         dtype""",
-    'prepare_data.py': 'dataset input val task tokenizer vocab_size val_fraction out_dir mirror',
+    'prepare_data.py': 'dataset input val task tokenizer vocab_size val_fraction block_size out_dir mirror',
 }
 OF_SCRIPT = {'train.py': (train.main, train.Settings, models.Config), 'sample.py': (sample.main, sample.Settings),
              'prepare_data.py': (prepare_data.main, prepare_data.Settings)}
@@ -1164,11 +1713,146 @@ def test_a_checkpoint_is_plain_data(data, tmp_path):
     """What sample.py and a resumed run need is in it, and opening it runs no code; settings survive JSON."""
     fit(data, tmp_path, max_iters=2)
     checkpoint = read(tmp_path / 'ckpt.pt')
-    assert checkpoint.keys() == {'config', 'model', 'tokenizer', 'task', 'labels', 'step', 'best', 'seconds', 'settings',
-                                 'optimizer', 'scaler'}
+    assert checkpoint.keys() == {'config', 'model', 'tokenizer', 'task', 'labels', 'step', 'best', 'waited', 'seconds',
+                                 'settings', 'optimizer', 'scaler'}
     for name in ('config', 'tokenizer', 'settings'):
         assert json.loads(json.dumps(checkpoint[name])) == checkpoint[name], name
     assert checkpoint['settings']['batch_size'] == 4 and checkpoint['step'] == 2
+
+# -----------------------------------------------------------------------------
+# Fine-tuning: from one task to the next
+
+
+@pytest.fixture(scope='module')
+def trained(folders):
+    """Folders with a model each, hardly trained: bert and gpt2 on text, and each of them on a task."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Log, 'plot', lambda log: None)
+        for preset, task in (('bert', 'classify'), ('gpt2', 'tag')):
+            flags = dict(WIDE, preset=preset, max_iters=2)
+            fit(str(folders / 'text'), folders / f'out-{preset}', **flags)
+            fit(str(folders / task), folders / f'out-{task}', **flags)
+    return folders
+
+
+@pytest.mark.parametrize('task', models.TASKS)
+@pytest.mark.parametrize('preset', ['bert', 'gpt2'])
+def test_fine_tuning_begins_with_the_trunk_as_it_was_and_a_new_head(trained, tmp_path, capsys, preset, task):
+    """All weights of the checkpoint, bit for bit; a head that knows nothing, with the labels; and it is said."""
+    model, s, _, data, *_, checkpoint, _ = train.start({'dataset': f'{trained}/{task}', 'out_dir': str(tmp_path / 'out'),
+                                                        'init_from': f'{trained}/out-{preset}', 'dropout': 0.25})
+    out, before = capsys.readouterr().out, read(trained / f'out-{preset}' / 'best.pt')
+    assert different(model.trunk, before['model']) == [] and checkpoint is None
+    assert {name for name in model.state_dict() if not name.startswith('trunk.')} == {'head.weight', 'head.bias'}
+    assert (model.head.bias == 0).all() and 0 < model.head.weight.std() < 0.05
+    assert dataclasses.asdict(model.config) == {**before['config'], 'task': task, 'n_labels': len(data.labels),
+                                                'dropout': 0.25}
+    assert 'trunk loaded' in out and f'head for {task}' in out and all(label in out for label in data.labels), out
+    steps = train.recipe(task, preset)['max_iters']
+    assert (s.objective, s.preset, s.max_iters) == ('supervised', preset, steps), 'not the recipe of the task'
+    assert not (tmp_path / 'out').exists()
+
+
+def test_labels_travel_in_the_checkpoint(trained):
+    """In the order of the head's rows; a model of text has none."""
+    for name, task in (('out-classify', 'classify'), ('out-tag', 'tag'), ('out-bert', '')):
+        for file in ('ckpt.pt', 'best.pt'):
+            saved = read(trained / name / file)
+            labels = prepare_data.read_json(f'{trained}/{task}/meta.json')['labels'] if task else []
+            assert (saved['task'], saved['labels'], saved['config']['n_labels']) == (task, labels, len(labels))
+            assert saved['settings']['objective'] == ('supervised' if task else 'masked_lm')
+    assert read(trained / 'out-classify' / 'best.pt')['labels'] == ['bad', '好']
+
+
+def test_the_head_of_another_task_is_replaced_and_that_of_the_same_is_kept(trained, tmp_path, capsys):
+    """Other labels are another task; --objective masked_lm takes the trunk alone. Each is said, but for what stays."""
+    origin = f'{trained}/out-classify/ckpt.pt'
+    weights = read(origin)['model']
+    same = train.start({'init_from': origin})[0]  # keeps the data set, too
+    assert different(same, weights) == [] and capsys.readouterr().out == ''
+    trunk = {name.removeprefix('trunk.'): p for name, p in weights.items() if name.startswith('trunk.')}
+    tagger = train.start({'init_from': origin, 'dataset': f'{trained}/tag'})[0]
+    assert different(tagger.trunk, trunk) == [] and tagger.head.out_features == 3
+    assert tagger.config.dropout == train.recipe('tag', 'bert').get('dropout', 0.0), 'not the dropout of the recipe'
+    assert 'head for tag with the labels O, B-name, I-name' in capsys.readouterr().out
+    for labels, kept in ((['好', 'bad'], True), (['good', 'bad'], False)):  # sorted, the first are those of before
+        (tmp_path / 'rows').write_text(''.join(f'{label}\tfilm\n' for label in labels) * 5, encoding='utf-8')
+        prepare_data.prepare(prepare_data.Settings(task='classify', input=[f'{tmp_path}/rows'], tokenizer='byte',
+                                                   out_dir=f'{tmp_path}/other'))
+        capsys.readouterr()
+        other = train.start({'init_from': origin, 'dataset': f'{tmp_path}/other'})[0]
+        assert different(other.trunk, trunk) == []
+        assert set(different(other, weights)) == (set() if kept else {'head.weight', 'head.bias'}), labels
+        assert ('labels bad, good' in capsys.readouterr().out) != kept, labels
+    for flags in ({'dataset': f'{trained}/text'}, {'objective': 'masked_lm'}):
+        model, s, *_ = train.start({'init_from': origin, **flags})
+        assert different(model, trunk) == [] and s.objective == 'masked_lm'
+        assert 'the trunk alone, without its head for classify' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags, named', [
+    ('--init_from out-bert --dataset other', 'other was encoded with another tokenizer than out-bert'),
+    ('--init_from out-classify --dataset other', 'other was encoded with another tokenizer than out-classify'),
+    ('--init_from resume --out_dir out-classify --dataset tag', 'was trained for classify with the labels'),
+    ('--init_from resume --out_dir out-classify --dataset text', 'was trained for classify'),
+    ('--init_from resume --out_dir out-bert --dataset classify --objective supervised', 'was trained for pre-training'),
+    ('--eval_only --out_dir out-classify --dataset tag', 'was trained for classify with the labels'),
+    ('--init_from out-bert --dataset tag --objective causal_lm', '--objective causal_lm: a bert would see the answer'),
+    ('--init_from out-gpt2 --dataset text --objective masked_lm', '--objective masked_lm: a gpt sees only the past'),
+    ('--init_from out-gpt2 --dataset text --objective supervised', '--objective supervised: text has no labels'),
+    ('--init_from out-bert --dataset tag --n_labels 9', '--n_labels 9'),
+    ('--init_from out-bert --dataset tag --preset gpt2', '--preset gpt2'),
+    ('--init_from out-bert --dataset tag --block_size 9', 'more than block_size=9'),
+    ('--init_from out-bert --dataset tag --freeze 3', '--freeze 3: the model has 1 blocks'),
+    ('--init_from out-bert --dataset nowhere', '--dataset nowhere: there is no data folder')])
+def test_what_does_not_fit_together_is_refused_in_one_line(trained, tmp_path, capsys, monkeypatch, flags, named):
+    """Exit status 2, and no file has changed."""
+    # b6
+    monkeypatch.chdir(trained)
+    if not (trained / 'other').exists():
+        prepare_data.prepare(prepare_data.Settings(task='classify', input=['classify.rows'], tokenizer='char',
+                                                   out_dir='other'))
+    state = lambda: {p: p.stat().st_mtime_ns for folder in (trained, tmp_path) for p in sorted(folder.rglob('*'))}
+    before, words = state(), flags.split()
+    capsys.readouterr()
+    err = refused(words if '--out_dir' in words else [*words, f'--out_dir={tmp_path}/out'], capsys, monkeypatch)
+    assert named in err, f'{err!r} does not say {named!r}'
+    assert state() == before, set(state()) ^ set(before)
+
+
+@pytest.mark.parametrize('task', models.TASKS)
+@pytest.mark.parametrize('preset', ['bert', 'gpt2'])
+def test_every_task_is_learned_from_the_command_line(folders, tmp_path, capsys, preset, task):
+    """24 rows by heart, on an encoder and on a decoder: the log shows it, best.pt scores it, --eval_only repeats it."""
+    # b3: a head that reads padding, or targets that have moved, would not get there
+    flags = {**TINY, **WIDE, 'n_embd': 32, 'mlp_dim': 64, 'batch_size': 12, 'max_iters': 150, 'eval_interval': 50,
+             'learning_rate': 0.01, 'dropout': 0.0, 'preset': preset, 'dataset': f'{folders}/{task}', 'out_dir': tmp_path}
+    train.main([f'--{key}={value}' for key, value in flags.items()])
+    out = capsys.readouterr().out
+    metric = train.METRICS[task]
+    best = float(re.search(rf'best validation {metric} (\S+)\. ', out)[1])
+    assert best > 0.95 and '24 examples' in out, out
+    losses = [float(row[2]) for row in log_rows(tmp_path)[1:]]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 3, losses
+    train.main([f'--out_dir={tmp_path}', '--eval_only'])
+    assert f'{metric} {best:.4f}' in capsys.readouterr().out.replace('macro f1', '')
+
+
+def test_from_text_to_answers_in_four_commands(tmp_path):
+    """Prepare, pre-train, prepare with the same tokenizer, fine-tune: as a user types them."""
+    (tmp_path / 'books.txt').write_text(pages(*BOOKS), encoding='utf-8')
+    (tmp_path / 'reviews.tsv').write_text('good\tfine 犬\nbad\tpoor 犬\tnot good\n' * 10, encoding='utf-8')
+    run = lambda *words: command(*words, cwd=tmp_path, env=ONE_THREAD).stdout
+    tiny = ['--n_layer=1', '--n_embd=16', '--n_head=2', '--batch_size=4', '--device=cpu']
+    run('prepare_data.py', '--input', 'books.txt', '--tokenizer', 'byte', '--val_fraction', '0.5')
+    run('train.py', '--dataset', 'books', '--preset', 'bert', '--max_iters', '3', '--out_dir', 'out-bert', *tiny)
+    run('prepare_data.py', '--task', 'classify', '--input', 'reviews.tsv', '--tokenizer', 'books')
+    said = run('train.py', '--init_from', 'out-bert', '--dataset', 'reviews', '--max_iters', '3', '--freeze', 'embeddings',
+               '--batch_size=4')
+    assert 'trunk loaded' in said and 'new: a head for classify with the labels bad, good' in said, said
+    before, after = (read(tmp_path / name / 'ckpt.pt') for name in ('out-bert', 'out'))
+    assert after['labels'] == ['bad', 'good']
+    assert torch.equal(before['model']['tokens.weight'], after['model']['trunk.tokens.weight'])
 
 # -----------------------------------------------------------------------------
 # On a GPU
