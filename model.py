@@ -46,6 +46,7 @@ References, cited by number:
 """
 
 import dataclasses
+import errno
 import math
 import os
 import warnings
@@ -735,9 +736,12 @@ def write_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(e, RuntimeError):  # how torch reports that its file could not be written, a full disk for one
+            cause = e.__context__ if isinstance(e.__context__, OSError) else OSError(errno.EIO, 'cannot be written')
+            raise OSError(cause.errno, f'{cause.strerror}: make room, then go on', path) from e
         raise
 
 

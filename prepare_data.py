@@ -52,6 +52,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tokenize
 import urllib.parse
@@ -172,6 +173,8 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(encoding='utf-8', errors='replace')  # whatever the console of Windows prefers
+    with contextlib.suppress(ValueError):  # a process that is asked to end cleans up; only a main thread may say so
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -688,9 +691,9 @@ def read_labelled(path):
     if path.endswith('.jsonl'):
         for n, row in read_rows(path, ('text', 'label'), '{"label": "good", "text": "Once upon a time"}'):
             row = {'where': f'{path}, line {n}', **{key: row[key] for key in ('label', 'text', 'text_b') if key in row}}
-            if not is_text(row.get('text_b', '')):
-                raise ValueError(f'{row["where"]}: "text_b" must be a string')
-            yield row
+            if not is_text(row.get('text_b', '')) or not all(row[key].strip() for key in row):
+                raise ValueError(f'{row["where"]}: "label", "text" and "text_b" must be strings that say something')
+            yield row | {'label': ' '.join(row['label'].split())}
         return
     for n, line in read_lines(path):
         if not line.strip():
@@ -700,6 +703,7 @@ def read_labelled(path):
             raise ValueError(f"{path}, line {n}: {line[:40]!r} must be label<TAB>text or label<TAB>text<TAB>second text, "
                              f"and has {len(fields)} column{'s' * (len(fields) != 1)}"
                              + (', one of them empty' if len(fields) in (2, 3) else ''))
+        fields[0] = ' '.join(fields[0].split())
         yield {'where': f'{path}, line {n}', **dict(zip(('label', 'text', 'text_b'), fields))}
 
 
@@ -741,6 +745,8 @@ def read_questions(path):
                 if not is_text(row['question']) or not is_text(row['context']):
                     raise ValueError(f"{where}: question and context must be strings")
                 for start, answer in answers:
+                    if type(start) is not int or not is_text(answer):
+                        raise ValueError(f"{where}: answer_start {start!r} must be a whole number, and text a string")
                     if not answer.strip() or start < 0 or row['context'][start:start + len(answer)] != answer:
                         found = row['context'][max(0, start):][:max(1, len(answer))]
                         raise ValueError(f"{where}: the answer {answer[:40]!r} does not stand at its answer_start {start}, "
@@ -848,7 +854,8 @@ def qa_examples(tokenizer, row, labels, block_size):
             held = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
         if held[1] - held[0] >= room:
             raise ValueError(f"the answer {text[:40]!r} has {held[1] - held[0] + 1} tokens, more than a "
-                             f"window of --block_size {block_size} holds beside its question: raise --block_size")
+                             f"window of --block_size {block_size} holds beside its question: raise --block_size (the model "
+                             "needs the same), or leave the question out")
     begins = [*range(0, max(0, len(ids) - room), max(1, room // 2)), max(0, len(ids) - room)]
     if held is not None and not any(begin <= held[0] and held[1] < begin + room for begin in begins):
         begins.append(int(held[0]))
@@ -958,8 +965,10 @@ def prepare_task(settings, task, folder, files, val_files, source):
     for split, found in (('train', train_rows), ('val', val_rows)):
         if not found:
             raise ValueError(f"{', '.join(files if split == 'train' else val_files or files)}: no rows for a {split} split: "
-                             "give more, or change --val_fraction")
+                             "give more" + ("" if val_files else ", or change --val_fraction"))
     labels = TASKS[task].labels({label for row in rows for label in TASKS[task].asked(row)})
+    if task in ('classify', 'tag') and len(labels) < 2:
+        raise ValueError(f"{', '.join(files)}: all rows have the label {labels[0]!r}: give rows of at least two labels")
     check_labels(task, val_rows, labels)
     texts = lambda rows: (text for row in rows for text in TASKS[task].texts(row))
     alphabet = set().union(*texts(rows), *texts(val_rows))

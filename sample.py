@@ -611,9 +611,9 @@ def read_line(task, line):
     texts = [text.strip() for text in line.split('|||')]
     if task == 'tag':
         return {'tokens': WORDS.findall(line)}
-    if task == 'qa' and len(texts) != 2:
+    if task == 'qa' and (len(texts) != 2 or not all(texts)):
         raise ValueError(f"{line[:60]!r}: write question ||| context")
-    if len(texts) > 2:
+    if len(texts) > 2 or not all(texts):
         raise ValueError(f"{line[:60]!r}: write one text, or two as a ||| b")
     return dict(zip(('question', 'context') if task == 'qa' else ('text', 'text_b'), texts))
 

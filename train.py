@@ -415,8 +415,9 @@ class Examples(Data):
     def check_length(self, block_size):
         """Raise ValueError where an example is longer than block_size tokens."""
         if (longest := self.lengths.max()) > block_size:
-            raise ValueError(f"{self.path} has an example of {longest} tokens, more than block_size={block_size}: raise "
-                             f"--block_size, or prepare the data with --block_size {block_size}")
+            raise ValueError(f"{self.path} has an example of {longest} tokens, more than block_size={block_size}: prepare "
+                             f"the data with --block_size {block_size}, or train a model (or its trunk) with --block_size "
+                             f"{longest}")
 
     @functools.cached_property
     def tokens(self):
@@ -776,7 +777,8 @@ def update(step, loss, model, optimizers, s, machine):
     finite = bool(norm.isfinite())
     if not loss.isfinite() or not (finite or machine.scaler.is_enabled()):
         raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite. The weights are "
-                         f"untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower --learning_rate")
+                         f"untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower --learning_rate"
+                         + (f", or a smaller --adversarial than {s.adversarial}" if s.adversarial else ''))
     rate = learning_rate(step, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -800,18 +802,18 @@ def restore(optimizers, scaler, checkpoint):
 
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
-    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'waited', 'seconds'}: how far
-    it came, the best validation loss (of a task, the best score), for how many evaluations there was no better one, how long
-    it took. checkpoint: what `load` returned, to go on from. stop() is asked before
+    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'best_loss', 'waited',
+    'seconds'}: how far it came, the best validation loss (of a task, the best score, and its loss), for how many evaluations
+    there was no better one, how long it took. checkpoint: what `load` returned, to go on from. stop() is asked before
     every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises as `update` does.
     """
     machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(model.config))
     model = model.to(machine.device).train()
     metric = METRICS.get(model.config.task, 'loss')
-    better = (lambda new, old: new < old) if metric == 'loss' else (lambda new, old: new > old)
+    sign = 1 if metric == 'loss' else -1
     pad_id = tokenizer._special_tokens['[PAD]']
     optimizers = make_optimizers(model, s, machine.device)
-    state = {'step': 0, 'best': math.inf if metric == 'loss' else -math.inf, 'waited': 0, 'seconds': 0.0}
+    state = {'step': 0, 'best': sign * math.inf, 'best_loss': math.inf, 'waited': 0, 'seconds': 0.0}
     if checkpoint:
         restore(optimizers, machine.scaler, checkpoint)
         state = {key: checkpoint.get(key, state[key]) for key in state}
@@ -848,8 +850,9 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
                 scores = evaluate(model, val, s, machine)
                 reached = scores['loss'] <= s.target_loss
             state['waited'] += 1
-            if better(scores[metric], state['best']) or reached:
-                state['best'], state['waited'] = float(scores[metric]), 0  # plain data: numpy's would not load
+            goodness = (sign * scores[metric], scores['loss'])  # among equal scores the lower loss is better
+            if goodness < (sign * state['best'], state['best_loss']) or reached:
+                state |= {'best': float(scores[metric]), 'best_loss': float(scores['loss']), 'waited': 0}  # plain numbers
                 write_checkpoint('best.pt')
             if machine.main:  # before the checkpoint: rows behind it are dropped on resume, missing ones would stay so
                 log.write(step, train_scores['loss'], scores['loss'], learning_rate(step, s), step * tokens_per_step,
@@ -881,7 +884,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     elif interrupted:
         machine.say(f"stopped at step {step}: go on with --init_from resume")
     elif tired:
-        machine.say(f"stopped at step {step}: {state['waited']} evaluations without a better one")
+        machine.say(f"stopped at step {step}: none of the last {state['waited']} evaluations was better")
     elif s.target_loss:
         machine.say(f"target loss {s.target_loss} not reached")
     if machine.main:

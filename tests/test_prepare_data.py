@@ -1169,7 +1169,8 @@ def test_labelled_lines_come_back_whatever_is_in_them(tmp_path, fields, end, mar
     """label<TAB>text[<TAB>second text]; line ends of both kinds, blank lines, a byte order mark, no line end at the end."""
     text = end.join(['x' + '\t'.join(row) for row in fields] + [''] * (last and bool(fields)))
     path = write(tmp_path / 'a.tsv', '\ufeff' * marked + text)
-    expected = [dict(zip(('label', 'text', 'text_b'), ['x' + row[0], *row[1:]])) for row in fields]
+    expected = [dict(zip(('label', 'text', 'text_b'), [' '.join(('x' + row[0]).split()), *row[1:]]))
+                for row in fields]  # nobody means two labels that differ by a space at the end
     assert rows_of('classify', path) == expected
     assert rows_of('classify', write(tmp_path / 'a.jsonl', '\ufeff' * marked + end.join(
         json.dumps(row | {'id': 5}, ensure_ascii=last) for row in expected))) == expected, 'the same rows as JSONL'
@@ -1390,7 +1391,7 @@ MALFORMED = {
     'a text that is a list': ('classify', {'a.jsonl': '{"label": "好", "text": ["二"]}'}, [], 'a.jsonl, line 1: ', '"text"'),
     'a row that is a list': ('classify', {'a.jsonl': '["好", "二"]'}, [], 'a.jsonl, line 1: ', ''),
     'a second text that is null': ('classify', {'a.jsonl': '{"label": "好", "text": "二", "text_b": null}'}, [],
-                                   'a.jsonl, line 1: ', '"text_b" must be a string'),
+                                   'a.jsonl, line 1: ', 'must be strings'),
     'half a character': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'a.jsonl, line 1: ', ''),
     'half a character in the second text': ('classify', {
         'a.jsonl': GOOD['v.jsonl'] + '{"label": "好", "text": "一", "text_b": "\\ud83d"}'}, [], 'a.jsonl, line 3: ', ''),

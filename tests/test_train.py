@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import importlib.util
 import itertools
 import json
@@ -1035,7 +1036,7 @@ def test_an_example_longer_than_block_size_is_refused(folders, split):
     train.start({**TINY, 'dataset': str(folders / 'tag'), 'block_size': int(longest)})
     with pytest.raises(ValueError, match=rf'\.jsonl has an example of {longest} tokens, more than block_size={longest - 1}'):
         train.Examples(str(folders / 'tag'), split).check_length(longest - 1)
-    with pytest.raises(ValueError, match=f'more than block_size={longest - 1}: raise --block_size'):
+    with pytest.raises(ValueError, match=f'more than block_size={longest - 1}: prepare'):
         train.start({**TINY, 'dataset': str(folders / 'tag'), 'block_size': int(longest) - 1})
 
 # -----------------------------------------------------------------------------
@@ -1360,9 +1361,9 @@ def test_a_task_is_scored_on_all_of_its_validation_data(folders, task):
 
 @pytest.mark.parametrize('task, metric', [('classify', 'accuracy'), ('tag', 'f1'), ('qa', 'f1')])
 def test_best_pt_of_a_task_has_its_best_metric_and_not_its_lowest_loss(folders, tmp_path, monkeypatch, task, metric):
-    """The loss goes on falling; what counts is best at step 2, and a number as good later is not better."""
+    """The loss goes on falling; what counts is best at step 2. As good a score later is better only with a lower loss."""
     scores = iter({'loss': loss, metric: np.float64(score)} for loss, score in
-                  [(9, 0.9), (5, 0.2), (9, 0.9), (4, 0.7), (9, 0.9), (3, 0.7), (9, 0.9), (2, 0.6), (9, 0.9), (1, 0.8)])
+                  [(9, 0.9), (5, 0.2), (9, 0.9), (4, 0.7), (9, 0.9), (4, 0.7), (9, 0.9), (2, 0.6), (9, 0.9), (1, 0.8)])
     monkeypatch.setattr(train, 'estimate', lambda *args: next(scores))  # train, val of steps 0, 2, 4, 6; then 8
     fit(str(folders / task), tmp_path, eval_interval=2, max_iters=6, lr_decay_iters=8, **WIDE)
     best = read(tmp_path / 'best.pt')  # weights_only: a number of numpy would not load
@@ -1383,7 +1384,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better(data, tmp_path, monkeypa
         flags = dict(init_from='resume')
     _, state = fit(data, tmp_path, **flags)
     assert (state['step'], state['best'], state['waited']) == (6, 4, 3), state
-    assert 'stopped at step 6: 3 evaluations without a better one' in capsys.readouterr().out
+    assert 'stopped at step 6: none of the last 3 evaluations was better' in capsys.readouterr().out
     assert read(tmp_path / 'best.pt')['step'] == 3 and read(tmp_path / 'ckpt.pt')['step'] == 6
 
 
@@ -1713,8 +1714,8 @@ def test_a_checkpoint_is_plain_data(data, tmp_path):
     """What sample.py and a resumed run need is in it, and opening it runs no code; settings survive JSON."""
     fit(data, tmp_path, max_iters=2)
     checkpoint = read(tmp_path / 'ckpt.pt')
-    assert checkpoint.keys() == {'config', 'model', 'tokenizer', 'task', 'labels', 'step', 'best', 'waited', 'seconds',
-                                 'settings', 'optimizer', 'scaler'}
+    assert checkpoint.keys() == {'config', 'model', 'tokenizer', 'task', 'labels', 'step', 'best', 'best_loss', 'waited',
+                                 'seconds', 'settings', 'optimizer', 'scaler'}
     for name in ('config', 'tokenizer', 'settings'):
         assert json.loads(json.dumps(checkpoint[name])) == checkpoint[name], name
     assert checkpoint['settings']['batch_size'] == 4 and checkpoint['step'] == 2
@@ -1882,3 +1883,48 @@ if __name__ == '__main__':  # one of the two processes
     if os.environ['RANK'] == '0':
         torch.save(result, Path(sys.argv[2]) / 'found.pt')
     torch.distributed.destroy_process_group()
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_old_file(tmp_path, monkeypatch):
+    """torch hides what the system said behind a RuntimeError: the user gets the reason, the path, and the old checkpoint."""
+    path = tmp_path / 'ckpt.pt'
+    models.write_file(path, lambda f: f.write(b'old'))
+
+    def write(f):
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        finally:
+            raise RuntimeError('unexpected pos 126272 vs 126224')
+
+    with pytest.raises(OSError, match='No space left on device') as error:
+        models.write_file(path, write)
+    assert error.value.filename == path and path.read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_of_equal_scores_the_one_with_the_lower_loss_is_the_best(tmp_path, monkeypatch):
+    """Where a score starts at 0 and stays there for a while, best.pt must not be the untrained model of step 0."""
+    rows = '\n'.join(f'{"good" if i % 2 else "bad"}\t{"nice fine" if i % 2 else "poor sad"} {i}' for i in range(40))
+    (tmp_path / 'rows.tsv').write_text(rows, encoding='utf-8')
+    prepare_data.prepare(prepare_data.Settings(task='classify', input=[str(tmp_path / 'rows.tsv')], tokenizer='byte',
+                                               out_dir=str(tmp_path / 'data')))
+    losses = iter([3.0, 2.0, 2.5])
+    monkeypatch.setattr(train, 'evaluate', lambda *args: {'loss': next(losses), 'accuracy': 0.5, 'macro_f1': 0.5})
+    out = tmp_path / 'out'
+    train.main(['--dataset', str(tmp_path / 'data'), '--preset', 'bert', '--n_layer', '1', '--n_embd', '16', '--max_iters',
+                '2', '--eval_interval', '1', '--eval_iters', '1', '--batch_size', '4', '--device', 'cpu', '--out_dir',
+                str(out)])
+    best, latest = (torch.load(out / name, weights_only=True) for name in ('best.pt', 'ckpt.pt'))
+    assert best['step'] == 1 and best['best_loss'] == 2.0, f"best.pt is that of step {best['step']}"
+    assert latest['step'] == 2 and latest['waited'] == 1 and latest['best_loss'] == 2.0
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no SIGTERM that a process could catch')
+def test_a_preparation_that_is_told_to_end_leaves_nothing(tmp_path):
+    """SIGTERM is how machines say stop: the half-written folder goes."""
+    (tmp_path / 'big.txt').write_text('One two three. ' * 2_000_000, encoding='utf-8')
+    process = subprocess.Popen([sys.executable, str(ROOT / 'prepare_data.py'), '--input', 'big.txt'], cwd=tmp_path)
+    while process.poll() is None and not list(tmp_path.glob('data/*.tmp')):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not os.path.exists(tmp_path / 'data') or not os.listdir(tmp_path / 'data'), os.listdir(tmp_path / 'data')
