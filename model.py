@@ -7,15 +7,17 @@ The Transformer family in one file. Read it from top to bottom: every part is de
     MLP, Block          think alone; talk, think, and add both to the stream
     Embedding, Stack    ids -> vectors -> n_layer blocks; the masks are made here, once for all blocks
     Output              vectors -> logits
-    GPT, LSTM, BERT     ids -> logits, loss; TaskModel puts one Linear on any of them
+    GPT, LSTM, BERT, EncoderDecoder     ids -> logits, loss; TaskModel puts one Linear on any of them
     build, save, load   configuration -> model -> file -> model
     optimizer_groups    which weights decay, and which are matrices
 
 The models are one set of parts; a row of this table fixes the choices (PRESETS has them as code):
 
               looks at   norm                    positions   MLP           heads           output
+    transformer  source  LayerNorm, after        sinusoids   ReLU          H               tied, all three
     bert      all        LayerNorm, after        learned     GELU          H               tied + bias
     gpt2      the past   LayerNorm, before       learned     GELU (tanh)   H               tied
+    t5        source     RMSNorm, before         relative    ReLU          H, not 1/sqrt(D) tied, x 1/sqrt(C)
     palm      the past   LayerNorm, before both  rotary      SwiGLU        one key/value   tied, x 1/sqrt(C)
     llama     the past   RMSNorm, before         rotary      SwiGLU        G key/value     its own
     nano      the past   RMSNorm, also on q, k   rotary      ReLU squared  H               its own, zero at first, capped
@@ -43,6 +45,9 @@ References, cited by number:
     [12] Henry et al. 2020, Query-Key Normalization, https://arxiv.org/abs/2010.04245
     [13] Gemma Team 2024, Gemma 2 (capped logits), https://arxiv.org/abs/2408.00118
     [14] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
+    [15] Raffel et al. 2019, T5, https://arxiv.org/abs/1910.10683
+    [16] Shaw et al. 2018, Self-Attention with Relative Position Representations, https://arxiv.org/abs/1803.02155
+    [17] Szegedy et al. 2015, Rethinking the Inception Architecture (label smoothing), https://arxiv.org/abs/1512.00567
 """
 
 import dataclasses
@@ -73,7 +78,7 @@ TASKS = ('classify', 'tag', 'qa')
 @dataclass
 class Config:
     """The architecture. Raises ValueError where the choices cannot be built together."""
-    arch: str = choice('gpt', 'kind of model', 'gpt', 'bert', 'lstm')
+    arch: str = choice('gpt', 'kind of model', 'gpt', 'bert', 'encdec', 'lstm')
     task: str = choice('', 'question that a head on top answers; the data says which', '', *TASKS)
     n_labels: int = choice(0, 'labels of the task, L; the data says how many')
     # sizes: small enough by default to train in minutes on a laptop
@@ -93,18 +98,22 @@ class Config:
     qk_norm: bool = choice(False, 'normalise queries and keys, so that no score can explode')
     parallel: bool = choice(False, 'attention and MLP side by side instead of one after the other')
     activation: str = choice('gelu_tanh', 'the bend in the MLP', 'gelu_tanh', 'gelu', 'relu', 'relu2', 'swiglu', 'geglu')
+    scale_attention: bool = choice(True, 'divide scores by sqrt(D); T5 leaves that to its weights')
     bias: bool = choice(True, 'biases in the linear layers and in LayerNorm')
     # how tokens come in and go out
     segments: int = choice(0, 'kinds of text that have an embedding: BERT tells sentence A from B')
     embedding_norm: bool = choice(False, 'normalise what enters the first block')
-    positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'none')
+    positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'relative', 'none')
     rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
+    buckets: int = choice(32, 'relative: how many distances are told apart')
+    max_distance: int = choice(128, 'relative: from here on, all distances are one')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
     scale_output: bool = choice(False, 'multiply what the output layer reads by 1/sqrt(C)')
     tied: bool = choice(True, 'the output layer is the embedding matrix')
     logit_cap: float = choice(0.0, 'squash logits smoothly into (-cap, cap); 0: off')
     init: str = choice('gpt2', 'random weights to start from, see init_weights', 'gpt2', 'normal', 'fan_in', 'zero')
     dropout: float = choice(0.0, 'probability of zeroing a value while training')
+    label_smoothing: float = choice(0.0, 'share of the target probability spread over all classes while training [17]')
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -126,8 +135,16 @@ class Config:
             raise ValueError(f"segments={self.segments}: only arch=bert reads them")
         if self.task in ('classify', 'tag') and not self.n_labels:
             raise ValueError(f"task={self.task} needs n_labels, the number of labels to choose from")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        for name in ('dropout', 'label_smoothing'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.positions == 'relative' and not 4 <= self.buckets < 2 * self.max_distance:
+            raise ValueError(f"buckets={self.buckets} must be at least 4 and less than twice max_distance="
+                             f"{self.max_distance}")
+        if self.label_smoothing and (self.arch == 'bert' or self.task):
+            raise ValueError(f"label_smoothing={self.label_smoothing}: only models that write read it")
+        if self.task and self.arch == 'encdec':
+            raise ValueError(f"task={self.task}: an encoder-decoder answers with text: choose another arch")
         for name in ('norm_eps', 'rope_theta'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
@@ -153,9 +170,13 @@ class Config:
 
 
 PRESETS = {
+    'transformer': Config(arch='encdec', norm_first=False, positions='sinusoids', activation='relu', scale_embedding=True,
+                          init='fan_in', dropout=0.1, label_smoothing=0.1),
     'bert': Config(arch='bert', block_size=64, norm_first=False, norm_eps=1e-12, embedding_norm=True, segments=2,
                    activation='gelu', init='normal'),
     'gpt2': Config(),
+    't5': Config(arch='encdec', norm='rmsnorm', norm_eps=1e-6, positions='relative', activation='relu', bias=False,
+                 head_dim=32, scale_attention=False, scale_output=True, init='fan_in'),
     'palm': Config(norm='layernorm', parallel=True, positions='rotary', activation='swiglu', n_kv_head=1, bias=False,
                    scale_output=True, init='fan_in'),
     'llama': Config(norm='rmsnorm', norm_eps=1e-6, positions='rotary', activation='swiglu', n_kv_head=2, mlp_dim=344,
@@ -165,6 +186,10 @@ PRESETS = {
     'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='fan_in'),
 }
 PRESETS |= {  # the published sizes, on top of their row
+    'transformer-base': dataclasses.replace(PRESETS['transformer'], vocab_size=37000, block_size=512, n_layer=6, n_head=8,
+                                            n_embd=512),
+    't5-small': dataclasses.replace(PRESETS['t5'], vocab_size=32128, block_size=512, n_layer=6, n_head=8, n_embd=512,
+                                    head_dim=64),
     'bert-base': dataclasses.replace(PRESETS['bert'], vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
     'gpt2-124m': dataclasses.replace(PRESETS['gpt2'], block_size=1024, n_layer=12, n_head=12, n_embd=768),
     'palm-8b': dataclasses.replace(PRESETS['palm'], vocab_size=256000, block_size=2048, n_layer=32, n_head=16,
@@ -191,6 +216,24 @@ def rotary_angles(length, channels, theta):
     """How far each pair of channels has turned at each position, in radians: section 3.2 of [5]. Returns (T, D/2)."""
     speed = theta ** (-torch.arange(0, channels, 2) / channels)                        # (D/2,)
     return torch.arange(length)[:, None] * speed
+
+
+def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
+    """
+    key position - query position (T, S) -> its bucket: section 2.1 of [15], after [16]. Half of the buckets are for single
+    distances, the other half for ever wider ranges up to max_distance, and all beyond. both_sides: half of all buckets for
+    keys to the right; else (a decoder) those count as distance 0.
+    """
+    right = torch.zeros_like(distance)
+    if both_sides:
+        buckets //= 2
+        right = (distance > 0) * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    near = buckets // 2
+    far = near + (torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near) * (buckets - near)).long()
+    return right + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
 
 
 def rotate(x, cos, sin):
@@ -265,7 +308,7 @@ def remember(cache, k, v):
     past, total = cache.get('length', 0), cache.get('length', 0) + k.size(2)
     for name, new in (('k', k), ('v', v)):
         if name not in cache or cache[name].size(2) < total:  # no room: twice as much, so copies stay rare
-            room = new.new_empty(*new.shape[:2], max(2 * past, total, 64), new.size(3))
+            room = new.new_empty(*new.shape[:2], max(2 * past, total, 16), new.size(3))
             if past:
                 room[:, :, :past] = cache[name][:, :, :past]
             cache[name] = room
@@ -288,7 +331,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, config.bias)              # one product, not three
         self.proj = nn.Linear(H * D, config.n_embd, config.bias)
         self.q_norm, self.k_norm = (make_norm(config, D) if config.qk_norm else nn.Identity() for _ in 'qk')
-        self.dropout = config.dropout
+        self.dropout, self.scale = config.dropout, None if config.scale_attention else 1.0
 
     def project(self, x, rows):
         """Some rows of the packed matrix: x (B, T, C) -> heads (B, rows/D, T, D)."""
@@ -318,7 +361,7 @@ class Attention(nn.Module):
                 k = self.k_norm(k)
                 if cache is not None:
                     cache.update(k=k, v=v)
-        y = attention(q, k, v, mask, causal, dropout=self.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask, causal, self.scale, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).flatten(2))                                 # heads side by side
 
 # -----------------------------------------------------------------------------
@@ -449,6 +492,9 @@ class Stack(nn.Module):
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta)
             self.register_buffer('cos', angles.cos(), persistent=False)
             self.register_buffer('sin', angles.sin(), persistent=False)
+        elif config.positions == 'relative':
+            self.distances = nn.Embedding(config.buckets, config.n_head)               # one table for all blocks
+            self.max_distance = config.max_distance
 
     def forward(self, ids, keep=None, segments=None, memory=None, memory_keep=None, cache=None):
         """
@@ -477,6 +523,8 @@ class Stack(nn.Module):
         look = {'mask': self.visible(T, past, keep, ids.device), 'causal': False}
         if look['mask'] is None:  # then the kernel draws the triangle by itself; one new token may see all
             look['causal'] = self.causal and T > 1
+        if hasattr(self, 'distances'):
+            look = {'mask': self.with_distances(look['mask'], look['causal'], where, past, keep), 'causal': False}
         if hasattr(self, 'cos'):
             look['rotary'] = self.cos[where][:, None], self.sin[where][:, None]        # 2 x (1 or B, 1, T, D/2)
         read = None
@@ -487,6 +535,16 @@ class Stack(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, look, read, None if cache is None else cache.setdefault(i, {}))
         return self.norm(x)                                                            # (B, T, C)
+
+    def with_distances(self, mask, causal, where, past, keep):
+        """The mask of `visible` as scores to add, (1 or B, H, T, S): a learned number a distance, -inf where hidden."""
+        there = torch.arange(past + where.size(1), device=where.device)[None] if keep is None else keep.cumsum(dim=1) - 1
+        distance = there[:, None, :] - where[:, :, None]                               # (1 or B, T, S)
+        bias = self.distances(distance_buckets(distance, not self.causal, self.distances.num_embeddings,
+                                               self.max_distance)).permute(0, 3, 1, 2)
+        if causal:
+            mask = (distance <= 0)[:, None]
+        return bias if mask is None else bias.masked_fill(~mask, -math.inf)
 
     def visible(self, T, past, keep, device):
         """Which keys the T newest queries may see: bool (1 or B, 1, T or 1, S), or None where no mask is needed."""
@@ -503,13 +561,15 @@ class Stack(nn.Module):
 # Models. Each maps a batch, given as keyword arguments, to (logits, loss).
 
 
-def cross_entropy(logits, targets, count=None):
+def cross_entropy(logits, targets, count=None, smoothing=0.0):
     """
     The one loss of this project: whatever is asked is a choice among classes. logits (..., classes) against targets
     (...), with IGNORE where nothing is asked. The sum over asked targets, divided by `count`: their number here, unless
-    the caller knows the number in the whole global batch (a mean of means would favour short rows). In nats.
+    the caller knows the number in the whole global batch (a mean of means would favour short rows). In nats. smoothing:
+    the target gets 1 - smoothing of the probability, and all classes together the rest [17].
     """
-    loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum')
+    loss = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction='sum',
+                           label_smoothing=smoothing)
     return loss / ((targets != IGNORE).sum().clamp(min=1) if count is None else count)
 
 
@@ -536,6 +596,9 @@ def init_weights(model, config):
             nn.init.normal_(p, std=config.n_embd ** -0.5 if config.scale_embedding else 1.0)
         else:
             nn.init.normal_(p, std=p.size(1) ** -0.5)
+        if name.endswith('qkv.weight') and not config.scale_attention:  # queries start as small as the scale would make them
+            with torch.no_grad():
+                p[:config.n_head * config.head_size] *= config.head_size ** -0.5
 
 
 class Output(nn.Module):
@@ -577,7 +640,8 @@ class GPT(nn.Module):
         ids[b, t], already shifted. counts: {'targets': number of targets asked in the whole global batch}.
         """
         logits = self.output(self.hidden(ids, keep))                                   # (B, T, V)
-        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'))
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'), smoothing)
 
     def decode(self, ids, keep=None, cache=None):
         """Logits of the token after the last one, (B, V): all that generation needs. Pads stand on the left."""
@@ -673,6 +737,45 @@ class BERT(nn.Module):
         return logits, loss
 
 
+class EncoderDecoder(nn.Module):
+    """
+    The Transformer of 2017 [1], and T5 [15]: an encoder reads the source, every token seeing all of it; a decoder writes the
+    target, each token seeing the target so far and, through cross-attention, the source. One matrix embeds both.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.encoder = Stack(config, self.tokens, causal=False)
+        self.decoder = Stack(config, self.tokens, causal=True, cross=True)
+        self.output = Output(config, self.tokens)
+        init_weights(self, config)
+
+    def hidden(self, ids, keep=None):
+        """The source, ids (B, S) -> (B, S, C): what the decoder reads."""
+        return self.encoder(ids, keep)
+
+    def forward(self, ids, keep=None, decoder_ids=None, targets=None, counts=None):
+        """
+        Source ids (B, S), keep (B, S); decoder_ids (B, T): the target moved one to the right, behind a start token -> logits
+        (B, T, V), and the loss where targets (B, T) are given. Padding behind a target needs no mask: nobody looks at it.
+        """
+        x = self.decoder(decoder_ids, memory=self.hidden(ids, keep), memory_keep=keep)  # (B, T, C)
+        logits = self.output(x)                                                        # (B, T, V)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'), smoothing)
+
+    def read(self, ids, keep=None):
+        """Encode the source once: a cache to `decode` with."""
+        return {'memory': self.hidden(ids, keep), 'memory_keep': keep}
+
+    def decode(self, ids, keep=None, cache=None):
+        """The newest target tokens (B, T) -> logits of the token after the last one, (B, V). cache: what `read` returned."""
+        x = self.decoder(ids, keep, memory=cache['memory'], memory_keep=cache['memory_keep'], cache=cache)
+        return self.output(x[:, -1])
+
+
 class TaskModel(nn.Module):
     """
     A trunk that has read much, and one new Linear that asks it something: section 4 of [14], and of Radford et al. 2018.
@@ -721,7 +824,8 @@ class TaskModel(nn.Module):
 
 def build(config):
     """A new model with random weights."""
-    return TaskModel(config) if config.task else {'gpt': GPT, 'bert': BERT, 'lstm': LSTM}[config.arch](config)
+    return TaskModel(config) if config.task else {
+        'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}[config.arch](config)
 
 
 def write_file(path, write):

@@ -13,6 +13,7 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task classify --input reviews.tsv      label<TAB>text, or label<TAB>text<TAB>text; or JSONL
     python prepare_data.py --task tag --input entities.conll        a token and its tag a line, a blank line between texts
     python prepare_data.py --task qa --input squad.json             questions, and answers that stand in a context
+    python prepare_data.py --task seq2seq --input en-de.tsv         source<TAB>target: translation, summaries, text to text
 
 What the other scripts share with this one stands here too, since this is the first that a user runs: flags, errors of
 one line, the progress line.
@@ -39,6 +40,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import gzip
 import hashlib
 import heapq
 import http.client
@@ -707,6 +709,22 @@ def read_labelled(path):
         yield {'where': f'{path}, line {n}', **dict(zip(('label', 'text', 'text_b'), fields))}
 
 
+def read_pairs(path):
+    """source<TAB>target, or JSONL with "source" and "target". An empty line is an error: it may stand for a lost text."""
+    if path.endswith('.jsonl'):
+        for n, row in read_rows(path, ('source', 'target'), '{"source": "two", "target": "2"}'):
+            if not row['source'].strip() or not row['target'].strip():
+                raise ValueError(f'{path}, line {n}: "source" and "target" must be strings that say something')
+            yield {'where': f'{path}, line {n}', 'source': row['source'], 'target': row['target']}
+        return
+    for n, line in read_lines(path):
+        fields = line.split('\t')
+        if len(fields) != 2 or not all(field.strip() for field in fields):
+            raise ValueError(f"{path}, line {n}: {line[:40]!r} must be source<TAB>target, and has "
+                             + (f"{len(fields)} column{'s' * (len(fields) != 1)}" if len(fields) != 2 else 'an empty one'))
+        yield {'where': f'{path}, line {n}', 'source': fields[0], 'target': fields[1]}
+
+
 def read_tagged(path):
     """CoNLL: a token a line, its tag (O, B-kind or I-kind) in the last column, a blank line between texts."""
     tokens, tags, columns, first = [], [], None, 1
@@ -875,6 +893,25 @@ def qa_examples(tokenizer, row, labels, block_size):
     return examples
 
 
+def seq2seq_examples(tokenizer, row, labels, block_size):
+    """
+    A text in, a text out. The decoder begins with <|endoftext|> and is to end with it.
+
+        ids            twenty one <|endoftext|>
+        decoder_ids    <|endoftext|> 2 1
+        targets        2 1 <|endoftext|>
+    """
+    end_id, example = tokenizer._special_tokens['<|endoftext|>'], {}
+    for name in ('source', 'target'):
+        if name in row:
+            ids = [*encode(tokenizer, row[name]).tolist(), end_id]
+            if len(ids) > block_size:
+                raise ValueError(f"the {name} {row[name][:40]!r} has {len(ids)} tokens with its end, more than --block_size "
+                                 f"{block_size}: raise it, or shorten the text")
+            example |= {'ids': ids} if name == 'source' else {'decoder_ids': [end_id, *ids[:-1]], 'targets': ids}
+    return [example | {'about': {name: row[name] for name in ('source', 'target') if name in row}}]
+
+
 class Task(NamedTuple):
     """How one kind of fine-tuning data is read."""
     read: Callable      # path -> rows
@@ -895,6 +932,7 @@ TASKS = {
     'tag': Task(read_tagged, lambda row: [' '.join(row['tokens'])], lambda row: row['tags'], tag_labels, tag_examples),
     'qa': Task(read_questions, lambda row: [row['question'], row['context']],
                lambda row: [] if row['answers'] else ['no answer'], sorted, qa_examples),
+    'seq2seq': Task(read_pairs, lambda row: [row['source'], row['target']], lambda row: [], sorted, seq2seq_examples),
 }
 
 
@@ -1002,6 +1040,11 @@ ROTTEN_TOMATOES = {
     'negative': ('yoonkim/CNN_sentence/23e0e1f7355705bb083043fda05c031b15acb38c/rt-polarity.neg',
                  '4ace77d558c3714723843f1d65b60c01e3417b208180f0728808d76ad0eeeaca'),
 }
+MULTI30K = 'multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw/{}.{}.gz'
+MULTI30K_SHA256 = {('train', 'en'): 'd79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f',
+                   ('train', 'de'): '726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6',
+                   ('val', 'en'): '14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28',
+                   ('val', 'de'): 'f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a'}
 WNUT17 = [('leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/wnut17train.conll',
            '731820e13f71af324c6b55a1575ec2ce59fbaa2a0806f8f0400b98d56cd6a7a5'),
           ('leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/emerging.dev.conll',
@@ -1133,6 +1176,44 @@ def pytokens(mirror=None):
     return '\n'.join(by_hash(lines)[:12_000])
 
 
+ONES = ['', *'one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
+        'eighteen nineteen'.split()]
+TENS = ['', '', *'twenty thirty forty fifty sixty seventy eighty ninety'.split()]
+
+
+def in_words(n):
+    """
+    >>> in_words(1_021_100)
+    'one million twenty-one thousand one hundred'
+    """
+    if n < 20:
+        return ONES[n]
+    if n < 100:
+        return TENS[n // 10] + ('-' + ONES[n % 10] if n % 10 else '')
+    for size, name in ((1_000_000, 'million'), (1000, 'thousand'), (100, 'hundred')):
+        if n >= size:
+            return f'{in_words(n // size)} {name} {in_words(n % size)}'.rstrip()
+
+
+def numbers(mirror=None):
+    """Number words to digits: all below 1,000, and of each length up to six digits about as many; source<TAB>target."""
+    rng, chosen = random.Random(0), set(range(1, 1000))
+    while len(chosen) < 20_000:
+        chosen.add(rng.randrange(1, 10 ** rng.randint(4, 6)))
+    return '\n'.join(by_hash(f'{in_words(n)}\t{n}' for n in chosen)) + '\n'
+
+
+def multi30k(mirror):
+    """29,000 captions of pictures, English to German (Elliott et al. 2016), and 1,014 to validate; source<TAB>target."""
+    texts = []
+    for split in ('train', 'val'):
+        sides = [gzip.decompress(fetch(MULTI30K.format(split, language), MULTI30K_SHA256[split, language], mirror)).decode()
+                 for language in ('en', 'de')]
+        rows = zip(*(side.rstrip('\n').split('\n') for side in sides), strict=True)
+        texts.append('\n'.join('\t'.join(' '.join(text.split()) for text in row) for row in rows) + '\n')
+    return tuple(texts)
+
+
 def rotten_tomatoes(mirror):
     """10,662 sentences of film reviews, good or bad (Pang and Lee 2005), 80 % to train, 10 % to validate; label<TAB>text."""
     rows = [f'{label}\t{line.strip()}' for label, (path, sha256) in ROTTEN_TOMATOES.items()
@@ -1151,6 +1232,7 @@ DATASETS = {  # what each is for, and the function
     'pydoc': ('lm', pydoc), 'shakespeare': ('lm', shakespeare), 'tang': ('lm', tang),
     'pytopics': ('classify', pytopics), 'rotten_tomatoes': ('classify', rotten_tomatoes),
     'pytokens': ('tag', pytokens), 'wnut17': ('tag', wnut17),
+    'numbers': ('seq2seq', numbers), 'multi30k': ('seq2seq', multi30k),
 }
 
 # -----------------------------------------------------------------------------

@@ -28,11 +28,15 @@ References:
     [3] Rajpurkar et al. 2016, SQuAD, https://arxiv.org/abs/1606.05250
     [4] Tjong Kim Sang and De Meulder 2003, CoNLL-2003 shared task: entities count as a whole
     [5] Salazar et al. 2020, Masked Language Model Scoring (pseudo-perplexity), https://arxiv.org/abs/1910.14659
+    [6] Wu et al. 2016, Google's Neural Machine Translation System (beams, length), https://arxiv.org/abs/1609.08144
+    [7] Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU Scores, https://arxiv.org/abs/1804.08771
+    [8] Lin 2004, ROUGE
 """
 
 import codecs
 import collections
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -95,24 +99,26 @@ def choose(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.inference_mode()
 def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0, first_row=0, forbidden=None,
-             end_id=None):
+             end_id=None, keep=None, cache=None):
     """
     Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i draws from a generator of its
-    own, (seed, first_row + i), so a sample does not depend on its neighbours. forbidden (V,) marks tokens never chosen. A
-    row that has chosen end_id goes on with end_id; when all have, it is over.
+    own, (seed, first_row + i), so a sample does not depend on its neighbours; first_row may list the numbers of all.
+    forbidden (V,) marks tokens never chosen. A row that has chosen end_id goes on with it; when all have, it is over.
 
     The cache lets a step feed only the newest token. When the window is full, the newer half is read again from its
-    first position, and the older half is forgotten.
+    first position, and the older half is forgotten. keep (B, T) is False at padding, on the left; cache: that of a source
+    that an encoder has read. With either, prompt and new tokens must fit into block_size.
     """
-    draws = [np.random.default_rng((seed, first_row + i)) for i in range(len(ids))]
+    rows = range(first_row, first_row + len(ids)) if isinstance(first_row, int) else first_row
+    draws = [np.random.default_rng((seed, row)) for row in rows]
     block_size, done = model.config.block_size, torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     window = new = ids[:, -block_size:]
-    cache = {}
+    cache = {} if cache is None else cache
     for _ in range(max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2):]
             cache = {}
-        logits = model.decode(new, cache=cache)                                        # (B, V)
+        logits, keep = model.decode(new, keep, cache), None                            # (B, V)
         if forbidden is not None:
             logits = logits.masked_fill(forbidden, -math.inf)
         if ids.device.type == 'mps':  # it has no float64
@@ -127,6 +133,80 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             return
         new = token[:, None]                                                           # (B, 1)
         window = torch.cat([window, new], dim=1)
+
+
+def pick_rows(cache, rows, leave=()):
+    """
+    The cache of other rows: row i of the new one is rows[i] of the old one. Goes through dicts within; entries named in
+    `leave` stay as they are.
+    """
+    def pick(key, value):
+        if key in leave or value is None or isinstance(value, int):
+            return value
+        if isinstance(value, dict):
+            return pick_rows(value, rows, leave)
+        return tuple(t[:, rows] for t in value) if isinstance(value, tuple) else value[rows]
+
+    return {key: pick(key, value) for key, value in cache.items()}
+
+
+SOURCE = ('memory', 'memory_keep', 'cross')        # what a cache holds of an encoder's source
+
+
+@torch.inference_mode()
+def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, forbidden=None, end_id=None, keep=None, cache=None):
+    """
+    The likeliest continuations of ids (B, T), ended by end_id: for each row the best `beams` as [(score, tokens), ...], best
+    first. The score is log P(tokens) / length^length_penalty, where the length counts the new tokens and their end: a larger
+    penalty favours longer texts, 0 takes the probability as it is: section 7 of [6]. A row is done when `beams` texts have
+    ended, each better than the best that still grows would be if it ended now; with one beam, at the first end. What has not
+    ended after max_new_tokens counts as it is.
+    """
+    B, device = len(ids), ids.device
+    cache = {} if cache is None else cache
+    new, scores = ids, torch.zeros(B, 1, device=device)                                # one beam at first, (B, K)
+    tokens, done, best = [[[]] for _ in range(B)], [False] * B, [[] for _ in range(B)]
+    for length in range(1, max_new_tokens + 1):
+        logits, keep = model.decode(new, keep, cache).float(), None                    # (B K, V)
+        if forbidden is not None:
+            logits = logits.masked_fill(forbidden, -math.inf)
+        total = scores[..., None] + logits.log_softmax(dim=-1).unflatten(0, (B, -1))   # (B, K, V)
+        V = total.size(-1)
+        top, at = total.flatten(1).topk(min(2 * beams, total[0].numel()))              # at most `beams` of them end
+        top, at = top.tolist(), at.tolist()
+        rows, chosen, kept = [], [], []
+        for b in range(B):
+            grown = []
+            for rank, (score, where) in enumerate(zip(top[b], at[b])):
+                k, token = divmod(where, V)
+                if score == -math.inf or done[b]:
+                    continue
+                if token == end_id and rank < beams:
+                    best[b].append((score / length ** length_penalty, tokens[b][k]))
+                elif token != end_id and len(grown) < beams:
+                    grown.append((score, k, token))
+            best[b] = sorted(best[b], key=lambda hypothesis: -hypothesis[0])[:beams]
+            if grown:  # what ends now would score at most this
+                bound = grown[0][0] / length ** length_penalty
+                done[b] = done[b] or (len(best[b]) == beams and (beams == 1 or bound <= best[b][-1][0]))
+            done[b] = done[b] or not grown
+            old, grown = tokens[b], grown or [(0.0, 0, end_id)]
+            grown += [(-math.inf, *grown[0][1:])] * (beams - len(grown))               # every row has as many beams
+            tokens[b] = [old[k] + [token] for _, k, token in grown]
+            rows += [b * len(old) + k for _, k, _ in grown]
+            chosen += [token for _, _, token in grown]
+            kept.append([score for score, _, _ in grown])
+        if all(done):
+            break
+        if rows != list(range(len(rows))):  # the beams of a row share their source: that is copied once
+            cache = pick_rows(cache, torch.tensor(rows, device=device), SOURCE if length > 1 else ())
+        scores = torch.tensor(kept, device=device)                                     # (B, K)
+        new = torch.tensor(chosen, device=device)[:, None]                             # (B K, 1)
+    for b in range(B):
+        if not done[b]:
+            best[b] += [(s / max_new_tokens ** length_penalty, t) for s, t in zip(kept[b], tokens[b]) if s > -math.inf]
+            best[b] = sorted(best[b], key=lambda hypothesis: -hypothesis[0])[:beams]
+    return best
 
 # -----------------------------------------------------------------------------
 # From ids to text
@@ -184,7 +264,8 @@ def write(model, tokenizer, prompt, settings, first_row=0, rows=1):
     ids = torch.from_numpy(ids).to(device).expand(rows, -1)                            # (rows, T)
     streams = [TextStream(tokenizer, settings.stop) for _ in range(rows)]
     ended = [False] * rows
-    for tokens in generate(model, ids, settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p,
+    for tokens in generate(model, ids, settings.max_new_tokens,
+                           0.8 if settings.temperature is None else settings.temperature, settings.top_k, settings.top_p,
                            settings.seed, first_row, forbidden_tokens(tokenizer, model.config.vocab_size).to(device),
                            end_id):
         for row, token in enumerate(tokens.tolist()):
@@ -317,6 +398,50 @@ def read_span(examples, logits, labels):
 ANSWERS = {'classify': read_label, 'tag': read_tags, 'qa': read_span}
 
 
+def write_targets(model, tokenizer, examples, settings):
+    """
+    A text for each source: {'target': the best, 'n_best': [{'text', 'score'}, ...] where beams were asked for}. Sources of
+    about one length are decoded together. A GPT reads the source as a prompt that ends in [SEP].
+    """
+    special, device = tokenizer._special_tokens, next(model.parameters()).device
+    end_id, pad_id, block_size = special['<|endoftext|>'], special['[PAD]'], model.config.block_size
+    forbidden = forbidden_tokens(tokenizer, model.config.vocab_size).to(device)
+    answers, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
+    size, encoder = max(1, 1024 // settings.num_beams), hasattr(model, 'read')
+    groups = [order]  # a padded prompt would have less room for its answer, so those of a GPT are of one length
+    if not encoder:
+        groups = [list(group) for _, group in itertools.groupby(order, key=lambda i: len(examples[i]['ids']))]
+    for chosen in (group[at:at + size] for group in groups for at in range(0, len(group), size)):
+        progress(f"{sum(a is not None for a in answers):,} of {len(order):,} texts")
+        sources = [examples[i]['ids'] for i in chosen]
+        longest = max(map(len, sources))
+        if not encoder:
+            sources = [[*ids[:-1], special['[SEP]']] for ids in sources]
+        pads = [[pad_id] * (longest - len(ids)) for ids in sources]                    # behind a source, before a prompt
+        ids = torch.tensor([[*s, *p] if encoder else [*p, *s] for s, p in zip(sources, pads)], device=device)
+        keep = torch.tensor([[True] * len(s) + [False] * len(p) if encoder else [False] * len(p) + [True] * len(s)
+                             for s, p in zip(sources, pads)], device=device)
+        first, cache, room = ids, None, block_size - longest
+        if encoder:
+            with torch.inference_mode():
+                cache, keep, room = model.read(ids, keep), None, block_size
+            first = torch.full((len(ids), 1), end_id, device=device)
+        room = max(1, min(settings.max_new_tokens, room))
+        if settings.num_beams > 1:
+            n_best = beam_search(model, first, settings.num_beams, room, settings.length_penalty, forbidden, end_id, keep,
+                                 cache)
+            for i, found in zip(chosen, n_best):
+                texts = [{'text': tokenizer.decode(tokens), 'score': score} for score, tokens in found]
+                answers[i] = {'target': texts[0]['text'], 'n_best': texts}
+            continue
+        steps = list(generate(model, first, room, settings.temperature or 0.0, settings.top_k, settings.top_p,
+                              max(0, settings.seed), chosen, forbidden, end_id, keep, cache))
+        for i, tokens in zip(chosen, torch.stack(steps, dim=1).tolist()):
+            answers[i] = {'target': tokenizer.decode(tokens[:tokens.index(end_id)] if end_id in tokens else tokens)}
+    progress('')
+    return answers
+
+
 def answer(model, examples, task, labels, pad_id):
     """
     Examples of many rows -> (the answers, one a row; the examples of each row; the mean loss of a target, in nats, or None
@@ -379,11 +504,100 @@ def answer_scores(answers, golds):
     return {'exact_match': ratio(exact, len(answers)), 'f1': ratio(overlap, len(answers))}
 
 
-SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores}
+def grams(words, n):
+    return collections.Counter(zip(*(words[i:] for i in range(n))))
 
 
-def task_scores(model, examples, task, labels, tokenizer):
-    """Loss and scores of labelled examples, all of them."""
+SPLIT_OFF = [(re.compile(pattern), apart) for pattern, apart in (
+    (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),              # most signs
+    (r'([^0-9])([.,])', r'\1 \2 '), (r'([.,])([^0-9])', r' \1 \2'), (r'([0-9])(-)', r'\1 \2 '))]
+WIDE = regex.compile('[' + '\u3400-\u4db5 \u4e00-\u9fbb \uf900-\ufa2d \ufa30-\ufa6a \ufa70-\ufad9 \uff00-\uffef '
+                     '\u2001-\u2a6d \u2e80-\u2eff \u3000-\u303f \u31c0-\u31ef \u2f00-\u2fdf \u2ff0-\u2fff \u3100-\u312f '
+                     '\u31a0-\u31bf \ufe10-\ufe1f \ufe30-\ufe4f \u3200-\u33ff'.replace(' ', '') + ']')
+
+
+def bleu_words(text, wide):
+    """
+    The tokens that BLEU compares, as sacrebleu's 13a rule makes them: punctuation stands alone, but not . and , within a
+    number. wide: its zh rule, by which each CJK character does too.
+    """
+    if wide:
+        text = WIDE.sub(r' \g<0> ', text.strip())
+    else:
+        text = text.replace('<skipped>', '').replace('-\n', '').replace('\n', ' ')
+        for code, sign in (('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'), ('&gt;', '>')):
+            text = text.replace(code, sign)
+        text = f' {text} '
+    for pattern, apart in SPLIT_OFF:
+        text = pattern.sub(apart, text)
+    return text.split()
+
+
+def bleu(guesses, rights):
+    """
+    BLEU [7] of a whole corpus, 0 to 100: the geometric mean of the shares of its 1- to 4-grams that stand in the reference
+    too, times a penalty where it is shorter. An order without a match counts as half of what the one before would (Chen and
+    Cherry 2014, method 3).
+    """
+    wide = any(CJK.search(right) for right in rights)
+    hits, total, guessed, right_length = [0] * 4, [0] * 4, 0, 0
+    for guess, right in zip(guesses, rights):
+        guess, right = bleu_words(guess, wide), bleu_words(right, wide)
+        guessed, right_length = guessed + len(guess), right_length + len(right)
+        for n in range(4):
+            found = grams(guess, n + 1)
+            hits[n] += sum((found & grams(right, n + 1)).values())
+            total[n] += sum(found.values())
+    if not hits[0]:
+        return 0.0
+    smooth, logs = 1.0, []
+    for hit, n in zip(hits, total):
+        if n:
+            smooth *= 1 if hit else 2
+            logs.append(math.log(hit / n if hit else 1 / (smooth * n)))
+    if len(logs) < 4:
+        return 0.0
+    return 100 * math.exp(sum(logs) / 4) * min(1.0, math.exp(1 - right_length / guessed))
+
+
+def rouge_words(text):
+    """Letters and digits, in small letters; each CJK character is a word."""
+    return regex.findall('[a-z0-9]+|' + CJK.pattern, text.lower())
+
+
+def rouge(guess, right):
+    """ROUGE-1, -2, -L [8]: F1 of the words, of the pairs of words, of the longest common subsequence."""
+    guess, right, found = rouge_words(guess), rouge_words(right), []
+    for n in (1, 2):
+        a, b = grams(guess, n), grams(right, n)
+        hit = sum((a & b).values())
+        found.append(f1(ratio(hit, sum(a.values())), ratio(hit, sum(b.values()))))
+    row = [0] * (len(right) + 1)
+    for word in guess:
+        before = 0
+        for i, other in enumerate(right, 1):
+            before, row[i] = row[i], before + 1 if word == other else max(row[i], row[i - 1])
+    return [*found, f1(ratio(row[-1], len(guess)), ratio(row[-1], len(right)))]
+
+
+def text_to_text_scores(answers, golds):
+    """BLEU of the corpus; ROUGE and exact match, the means over the texts."""
+    guesses, rights = [a['target'] for a in answers], [g[0]['about']['target'] for g in golds]
+    names = ('rouge1', 'rouge2', 'rougeL')
+    return {'bleu': bleu(guesses, rights),
+            **dict(zip(names, np.mean([rouge(a, b) for a, b in zip(guesses, rights)], axis=0).tolist())),
+            'exact_match': ratio(sum(a.strip() == b.strip() for a, b in zip(guesses, rights)), len(rights))}
+
+
+SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores, 'seq2seq': text_to_text_scores}
+
+
+def task_scores(model, examples, task, labels, tokenizer, settings=None):
+    """Loss and scores of labelled examples, all of them; of text to text, those of greedy decoding."""
+    if task == 'seq2seq':
+        examples = list(examples)
+        answers = write_targets(model, tokenizer, examples, settings or Settings(temperature=0.0))
+        return SCORES[task](answers, [[example] for example in examples])
     answers, golds, loss = answer(model, list(examples), task, labels, tokenizer._special_tokens['[PAD]'])
     return {'loss': loss, **SCORES[task](answers, golds)}
 
@@ -476,7 +690,7 @@ def text_scores(nats, predictions, text_bytes):
 
 def format_scores(scores):
     """loss 1.8980, perplexity 6.67, bits per byte 2.738"""
-    digits = {'perplexity': 2, 'pseudo_perplexity': 2, 'bits_per_byte': 3}
+    digits = {'perplexity': 2, 'pseudo_perplexity': 2, 'bits_per_byte': 3, 'bleu': 2}
     return ', '.join(f"{name.replace('_', ' ')} {value:.{digits.get(name, 4)}f}" for name, value in scores.items())
 
 
@@ -498,12 +712,11 @@ def read_text(tokenizer, path):
     return ids, size
 
 
-def score_file(model, tokenizer, path, labels=()):
+def score_file(model, tokenizer, path, task='', labels=(), settings=None):
     """Score a file in the format that prepare_data.py reads for what the model was trained for. Raises ValueError."""
-    task = model.config.task
     if not task:
         ids, size = read_text(tokenizer, path)
-        if hasattr(model, 'decode'):
+        if hasattr(model, 'decode') and not hasattr(model, 'read'):
             return text_scores(*text_loss(model, ids), size)
         return hidden_scores(model, tokenizer, ids[ids != tokenizer._special_tokens['<|endoftext|>']])
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
@@ -514,7 +727,7 @@ def score_file(model, tokenizer, path, labels=()):
     examples = encode_rows(tokenizer, task, asked, labels, model.config.block_size)
     for example in examples if task == 'qa' else []:
         example['about']['answers'] = [text for _, text in rows[example['about']['row']]['answers']]
-    scores = task_scores(model, examples, task, labels, tokenizer)
+    scores = task_scores(model, examples, task, labels, tokenizer, settings)
     return {name: scores[name] for name in scores if name != 'loss'}
 
 # -----------------------------------------------------------------------------
@@ -531,7 +744,10 @@ class Settings:
     init_from: str = flag('', 'a checkpoint or folder to use instead of out_dir')
     num_samples: int = flag(1, 'how many texts of a GPT', low=1)
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
-    temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says', low=0)
+    temperature: float = flag(None, '0 takes the likeliest token, 1 draws as the model says [0.8; text to text: 0]', low=0,
+                              kind=float)
+    num_beams: int = flag(1, 'continuations followed at once; above 1 the likeliest text is searched for', low=1)
+    length_penalty: float = flag(1.0, 'of beams: the power of the length by which log-probabilities are divided', low=0)
     top_k: int = flag(0, 'draw from the k likeliest tokens; 0: from all. For [MASK]: show so many; 0: five', low=0)
     top_p: float = flag(1.0, 'draw from the fewest likeliest tokens that reach this probability', low=0, high=1)
     stop: list = flag([], 'texts at which to stop')
@@ -613,6 +829,8 @@ def read_line(task, line):
         return {'tokens': WORDS.findall(line)}
     if task == 'qa' and (len(texts) != 2 or not all(texts)):
         raise ValueError(f"{line[:60]!r}: write question ||| context")
+    if task == 'seq2seq':
+        return {'source': line}
     if len(texts) > 2 or not all(texts):
         raise ValueError(f"{line[:60]!r}: write one text, or two as a ||| b")
     return dict(zip(('question', 'context') if task == 'qa' else ('text', 'text_b'), texts))
@@ -628,12 +846,12 @@ def show(found):
     if 'tags' in found:
         tagged = ' '.join(f'{token}/{tag}' for token, tag in zip(found['tokens'], found['tags']))
         return '\t'.join([tagged, '; '.join(f"{e['kind']}: {e['text']}" for e in found['entities'])]).rstrip()
-    return ' '.join(found['answer'].split())
+    return ' '.join(found['target' if 'target' in found else 'answer'].split())
 
 
-def print_answers(model, tokenizer, prompt, labels, settings):
+def print_answers(model, tokenizer, prompt, task, labels, settings):
     """Answer each line of the prompt with a line on standard output; an empty one with an empty one."""
-    began, task, pad_id = time.perf_counter(), model.config.task, tokenizer._special_tokens['[PAD]']
+    began, pad_id = time.perf_counter(), tokenizer._special_tokens['[PAD]']
     lines = [line.strip() for line in prompt.removesuffix('\n').split('\n')]
     asked = [n for n, line in enumerate(lines) if line]
     if not asked:
@@ -648,16 +866,18 @@ def print_answers(model, tokenizer, prompt, labels, settings):
         except ValueError as e:
             raise ValueError(f"line {n + 1}: {e}" if len(lines) > 1 else str(e)) from None
     printed = 0
-    for at in range(0, len(asked), 64):
-        part, answers = rows[at:at + 64], []
+    for at in range(0, len(asked), 1024):
+        part, answers = rows[at:at + 1024], []
         examples = [dict(example, about={**example['about'], 'row': i}) for i, row in enumerate(part) for example in row]
-        if task:
+        if task == 'seq2seq':
+            answers = write_targets(model, tokenizer, examples, settings)
+        elif task:
             answers, _, _ = answer(model, examples, task, labels, pad_id)
         else:
             best = lambda example, logits: read_masks(tokenizer, example, logits, settings.top_k or 5)
             guesses, _, _ = ask(model, examples, pad_id, best, rows=8)
             answers = [{'guesses': masks} for masks in guesses]
-        for n, found in zip(asked[at:at + 64], answers):
+        for n, found in zip(asked[at:at + 1024], answers):
             print('\n' * (n - printed), end='')
             print(json.dumps({'text': lines[n], **found}, ensure_ascii=False) if settings.json else show(found))
             printed = n + 1
@@ -679,12 +899,13 @@ def main(argv):
     tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
     half = device == 'cuda' and not settings.score and torch.cuda.is_bf16_supported(including_emulation=False)
     model = model.to(DTYPES.get(settings.dtype, torch.bfloat16 if half else torch.float32)).eval()
-    labels = checkpoint.get('labels', [])
+    task, labels = checkpoint.get('task', ''), checkpoint.get('labels', [])
+    task = task or ('seq2seq' if hasattr(model, 'read') else '')  # an encoder-decoder always answers a text with a text
     if settings.score:
-        scores = score_file(model, tokenizer, settings.score, labels)
+        scores = score_file(model, tokenizer, settings.score, task, labels, settings)
         print(json.dumps(scores) if settings.json else format_scores(scores))
-    elif not hasattr(model, 'decode'):
-        print_answers(model, tokenizer, prompt, labels, settings)
+    elif task or not hasattr(model, 'decode'):
+        print_answers(model, tokenizer, prompt, task, labels, settings)
     else:
         print_texts(model, tokenizer, prompt, settings)
 

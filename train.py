@@ -29,6 +29,7 @@ References:
     [3] Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon
     [4] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
     [5] Miyato et al. 2017, Adversarial Training Methods for Text Classification, https://arxiv.org/abs/1605.07725
+    [7] Raffel et al. 2019, T5, https://arxiv.org/abs/1910.10683
     [6] Goodfellow et al. 2015, Explaining and Harnessing Adversarial Examples, https://arxiv.org/abs/1412.6572
 """
 
@@ -70,7 +71,9 @@ class Settings:
     out_dir: str = flag('out', 'folder for ckpt.pt, best.pt and log.csv')
     eval_only: bool = flag(False, 'print the loss over the whole validation split, and write nothing')
     objective: str = flag('', 'what is asked [of text, what the preset was made for; of labelled data, its labels]',
-                          choices=('', 'causal_lm', 'masked_lm', 'supervised'))
+                          choices=('', 'causal_lm', 'masked_lm', 'span_corruption', 'supervised', 'completion'))
+    best_by: str = flag('', 'what makes a checkpoint the best [the loss, or the score of a task]; of text to text',
+                        choices=('', 'loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes together', low=1)
@@ -120,6 +123,8 @@ RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
         'palm': dict(learning_rate=1e-2),  # its embeddings start large, and move as slowly as all else under AdamW
+        't5': dict(max_iters=2000, batch_size=32, optimizer='muon', learning_rate=3e-3, muon_learning_rate=0.01, min_lr=0.0,
+                   warmup_iters=100, lr_schedule='linear', eval_interval=250),
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95, batch_size=12,
                           gradient_accumulation_steps=40, eval_interval=2000, eval_iters=200),
         'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03,
@@ -133,6 +138,8 @@ RECIPES = {
     'classify': {'': dict(SMALL, dropout=0.3), 'bert-base': LARGE, 'gpt2-124m': LARGE},
     'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
     'qa': {'': dict(SMALL, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
+    'seq2seq': {'': dict(max_iters=2000, batch_size=64, optimizer='muon', learning_rate=3e-3, muon_learning_rate=0.01,
+                         min_lr=0.0, warmup_iters=100, lr_schedule='linear', eval_interval=250)},
 }
 
 
@@ -247,7 +254,55 @@ def supervised(data, rows, block_size):
 
 
 METRICS = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1'}  # what makes a checkpoint the best; else the loss
-OBJECTIVES = {'causal_lm': causal_lm, 'masked_lm': masked_lm, 'supervised': supervised}
+LABELLED = ('supervised', 'completion')
+def completion(data, rows, block_size):
+    """
+    Text to text on a decoder alone: the source is a prompt, and only the target is asked for. Instruction tuning at its
+    simplest.
+
+        ids       twenty one [SEP] 2 1
+        targets   .      .   2     1 <|endoftext|>        a dot is IGNORE
+    """
+    examples, sep = supervised(data, rows, block_size), data.tokenizer._special_tokens['[SEP]']
+    return [{'ids': [*e['ids'][:-1], sep, *e['targets'][:-1]], 'targets': [IGNORE] * (len(e['ids']) - 1) + e['targets']}
+            for e in examples]
+
+
+def span_corruption(data, rows, block_size):
+    """
+    Text to text from plain text: section 3.1.4 of [7]. Runs of tokens are hidden, 15 % of all and three long on average; a
+    sentinel stands for each, and the target says what stood there.
+
+        text           Thank you for inviting me to your party last week
+        ids            Thank you <extra_0> me to your party <extra_1> week <|endoftext|>
+        decoder_ids    <|endoftext|> <extra_0> for inviting <extra_1> last
+        targets        <extra_0> for inviting <extra_1> last <|endoftext|>
+    """
+    special = data.tokenizer._special_tokens
+    hidden = max(2, round(0.15 * block_size))                                          # tokens, and in how many runs
+    spans = min(100, max(1, round(hidden / 3)))
+    u, examples = data.uniforms(rows, block_size), []
+
+    def cut(total, u):
+        """Cut `total` tokens into `spans` runs of at least one, all ways being equally likely: (B, spans)."""
+        at = np.sort(u[:, :total - 1].argsort(axis=1)[:, :spans - 1] + 1, axis=1)
+        return np.diff(at, axis=1, prepend=0, append=total)
+
+    shown = cut(block_size - hidden, u[:, hidden:])
+    for start, before, gone in zip(data.window_starts(rows, block_size), shown, cut(hidden, u[:, :hidden])):
+        source, target, at = [], [], start
+        for i, (a, b) in enumerate(zip(before.tolist(), gone.tolist())):
+            sentinel = special[f'<extra_{i}>']
+            source += [*data.tokens[at:at + a].tolist(), sentinel]
+            target += [sentinel, *data.tokens[at + a:at + a + b].tolist()]
+            at += a + b
+        end_id = special['<|endoftext|>']
+        examples.append({'ids': [*source, end_id], 'decoder_ids': [end_id, *target], 'targets': [*target, end_id]})
+    return examples
+
+
+OBJECTIVES = {'causal_lm': causal_lm, 'masked_lm': masked_lm, 'span_corruption': span_corruption, 'supervised': supervised,
+              'completion': completion}
 
 # -----------------------------------------------------------------------------
 # Data
@@ -331,7 +386,7 @@ class Text(Data):
         _, document, followed = self.sentences
         return bool(len(followed)) and document[0] != document[-1]
 
-    def check_length(self, block_size):
+    def check_length(self, block_size, whole=False):
         self.window_starts([0], block_size)  # raises where it is too short
 
     def window_starts(self, rows, block_size):
@@ -368,22 +423,25 @@ class Examples(Data):
             for line in f:
                 try:
                     example = json.loads(line)
-                    classes = len(example['ids'] if self.task == 'qa' else self.labels)
-                    ids, targets = np.array(example['ids'], int), np.array(example['targets'], int)
+                    classes = self.vocab_size if self.task == 'seq2seq' else len(
+                        example['ids'] if self.task == 'qa' else self.labels)
+                    ids, targets = (np.array(example[key], int) for key in ('ids', 'targets'))
+                    decoder_ids = np.array(example.get('decoder_ids', ids[:1]), int)
                     if not ((targets == IGNORE) | (targets >= 0) & (targets < classes)).all():
                         raise ValueError(f"targets must be below {classes}")
-                    if not ids.size or not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                    parts = np.concatenate([ids, decoder_ids])
+                    if not ids.size or not 0 <= parts.min() <= parts.max() < self.vocab_size:
                         raise ValueError(f"ids must be below {self.vocab_size}")
                 except (ValueError, KeyError, TypeError, OverflowError) as e:
                     raise ValueError(f"{self.path}, line {len(places) + 1}: not an example of {self.task} ({e!r}): prepare "
                                      "the data again") from None
                 places.append(at)
-                lengths.append(len(ids))
+                lengths.append((len(ids), len(decoder_ids)))
                 at += len(line)
         if len(places) != n or not n:
             raise ValueError(f"{self.path} has {len(places)} examples, not the {n} that meta.json speaks of: prepare the "
                              "data again")
-        self.places, self.lengths = np.array(places), np.array(lengths)
+        self.places, self.longest, self.lengths = np.array(places), np.max(lengths), np.sum(lengths, axis=1)
 
     def __len__(self):
         return len(self.places)
@@ -412,9 +470,10 @@ class Examples(Data):
             examples.append(self[self.order[k]])
         return examples
 
-    def check_length(self, block_size):
-        """Raise ValueError where an example is longer than block_size tokens."""
-        if (longest := self.lengths.max()) > block_size:
+    def check_length(self, block_size, whole=False):
+        """Raise ValueError where an example is longer than block_size; whole: where source and target together are."""
+        longest = self.longest if not whole else self.lengths.max()
+        if longest > block_size:
             raise ValueError(f"{self.path} has an example of {longest} tokens, more than block_size={block_size}: prepare "
                              f"the data with --block_size {block_size}, or train a model (or its trunk) with --block_size "
                              f"{longest}")
@@ -436,7 +495,7 @@ def open_data(folder, split, seed=0):
 def get_batch(data, objective, block_size, first, n, pad_id=0, device='cpu'):
     """The examples first, first + 1, ..., first + n - 1 since the beginning of training, as a batch."""
     batch = sample.collate(OBJECTIVES[objective](data, range(first, first + n), block_size), pad_id)
-    for key in ('ids',) if objective == 'supervised' else ('ids', 'targets'):
+    for key in ('ids',) if objective in LABELLED else ('ids', 'targets'):
         data.check(batch[key])
     pinned = device.startswith('cuda')  # from pinned memory the copy overlaps with work; MPS has none
     return {key: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for key, t in batch.items()}
@@ -576,19 +635,27 @@ def evaluating(model):
 
 def estimate(forward, model, data, s, machine, pad_id):
     """Scores of the same eval_iters batches every time, shared among the processes; of labelled validation data, of all."""
-    block_size, n = model.config.block_size, s.batch_size
     if s.objective == 'masked_lm':
-        return masked_scores(model, data, s.eval_iters * n, s, machine)
-    if s.objective == 'supervised' and data.split == 'val':
+        return masked_scores(model, data, s.eval_iters * s.batch_size, s, machine)
+    if s.objective == 'supervised' and data.split == 'val' and data.task != 'seq2seq':
         return evaluate(model, data, s, machine)
-    batches = [get_batch(data, s.objective, block_size, i * n, n, pad_id, machine.device)
-               for i in range(s.eval_iters)][machine.rank::machine.world]
-    total = 0.0
+    scores = {'loss': mean_loss(forward, model, data, s, machine, pad_id, s.eval_iters)}
+    if data.split == 'val' and s.best_by not in ('', 'loss'):
+        with machine.precision():
+            scores |= sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+    return scores
+
+
+def mean_loss(forward, model, data, s, machine, pad_id, iters):
+    """The loss of the first `iters` batches, the mean over all targets."""
+    n, total, asked = s.batch_size, 0.0, 0
     with evaluating(model), machine.precision():
-        counts = count_targets(batches or [{'targets': torch.full((1,), IGNORE)}], machine)
-        for batch in batches:
-            total += forward(**batch, counts=counts)[1].item()
-    return {'loss': machine.sum(total)[0]}
+        for i in range(machine.rank, iters, machine.world):
+            batch = get_batch(data, s.objective, model.config.block_size, i * n, n, pad_id, machine.device)
+            total += forward(**batch, counts={'targets': 1})[1].item()
+            asked += int((batch['targets'] != IGNORE).sum())
+    total, asked = machine.sum(total, asked)
+    return total / max(1, asked)
 
 
 def masked_scores(model, data, n, s, machine):
@@ -619,6 +686,14 @@ def masked_scores(model, data, n, s, machine):
 
 def evaluate(model, data, s, machine):
     """Scores over the whole split. Raises ValueError where an id is out of range."""
+    pad_id = data.tokenizer._special_tokens['[PAD]']
+    if s.objective == 'span_corruption':
+        windows = len(data.tokens) // model.config.block_size
+        return {'loss': mean_loss(model, model, data, s, machine, pad_id, windows // s.batch_size + 1)}
+    if s.objective in LABELLED and data.task == 'seq2seq':
+        loss = mean_loss(model, model, data, dataclasses.replace(s, batch_size=1), machine, pad_id, len(data))
+        with machine.precision():
+            return {'loss': loss, **sample.task_scores(model, data, data.task, data.labels, data.tokenizer)}
     if s.objective == 'supervised':  # each process does all of it: few tokens, and their scores are not sums
         with machine.precision():
             return sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
@@ -718,7 +793,7 @@ def freeze(model, what):
 
 def print_sample(model, tokenizer, s):
     """A few words of what the model would write now, so that one can watch it learn; nothing of one that does not write."""
-    if not s.sample_tokens or not hasattr(model, 'decode'):
+    if not s.sample_tokens or not hasattr(model, 'decode') or hasattr(model, 'read') or s.objective == 'completion':
         return
     settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
     was_training = model.training
@@ -807,9 +882,10 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     there was no better one, how long it took. checkpoint: what `load` returned, to go on from. stop() is asked before
     every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises as `update` does.
     """
-    machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(model.config))
+    machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(
+        model.config, '' if data.task == 'lm' else data.task))
     model = model.to(machine.device).train()
-    metric = METRICS.get(model.config.task, 'loss')
+    metric = s.best_by or METRICS.get(model.config.task, 'loss')
     sign = 1 if metric == 'loss' else -1
     pad_id = tokenizer._special_tokens['[PAD]']
     optimizers = make_optimizers(model, s, machine.device)
@@ -833,8 +909,9 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
 
     def write_checkpoint(name, **extra):
         if machine.main:
-            save(os.path.join(s.out_dir, name), model, tokenizer=tokenizer_to_dict(tokenizer), task=model.config.task,
-                 labels=data.labels if model.config.task else [], settings=dataclasses.asdict(s), **state, **extra)
+            save(os.path.join(s.out_dir, name), model, tokenizer=tokenizer_to_dict(tokenizer),
+                 task=data.task if s.objective in LABELLED else '', labels=data.labels if s.objective in LABELLED else [],
+                 settings=dataclasses.asdict(s), **state, **extra)
 
     def write_latest():
         write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict())
@@ -967,7 +1044,8 @@ def start(given):
     folder = find_dataset(s.dataset, machine)
     data, val = (open_data(folder, split, s.seed) for split in SPLITS)
     val.tokenizer = data.tokenizer
-    task = '' if data.task == 'lm' or s.objective in ('causal_lm', 'masked_lm') else data.task
+    task = '' if data.task == 'lm' or s.objective in ('causal_lm', 'masked_lm', 'span_corruption') else data.task
+    head = '' if task == 'seq2seq' else task  # text to text needs none
     goes_on = resume or (path is not None and s.eval_only)
     if not goes_on:
         advice = recipe(task or 'lm', s.preset)
@@ -975,7 +1053,11 @@ def start(given):
         config_given = {**{key: advice[key] for key in advice if key not in names}, **config_given}
     if not s.eval_only:
         share(0, s, machine)  # raises where the processes cannot share a step
-    for name, there in (('task', task), ('n_labels', len(data.labels) if task else 0)):
+    arch = PRESETS[s.preset].arch if path is None else model.config.arch
+    if head and arch == 'encdec':
+        raise ValueError(f"{folder} is for {head}: an encoder-decoder answers with text, so prepare it as --task seq2seq or "
+                         "choose another --preset")
+    for name, there in (('task', head), ('n_labels', len(data.labels) if head else 0)):
         if config_given.setdefault(name, there) != there:
             raise ValueError(f"--{name} {config_given[name]}: {folder} has {name}={there!r}: leave the flag out")
     if path is None:
@@ -992,25 +1074,43 @@ def start(given):
             raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
                              "with --tokenizer and the data folder of that training")
         torch.manual_seed(s.seed)
-        model = with_head(model, checkpoint, path, task, data, machine, goes_on, config_given)
-    s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config))
-    if s.objective != 'supervised' and (s.objective == 'masked_lm') != (model.config.arch == 'bert'):
-        raise ValueError(f"--objective {s.objective}: a {model.config.arch} "
-                         + ("would see the answer, since every token sees all others: use masked_lm"
-                            if s.objective == 'causal_lm' else "sees only the past: use causal_lm, or --preset bert"))
-    if s.objective == 'masked_lm' and model.config.block_size < 8:
-        raise ValueError(f"--block_size {model.config.block_size}: [CLS] A [SEP] B [SEP] needs at least 8")
-    if s.objective == 'supervised' and not task:
-        raise ValueError(f"--objective supervised: {folder} has no labels: prepare labelled data, or leave the flag out")
+        model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
+    s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
+    check_objective(s, model.config, task, folder)
+    if s.objective in ('masked_lm', 'span_corruption') and model.config.block_size < 8:
+        raise ValueError(f"--block_size {model.config.block_size}: {s.objective} needs at least 8")
     for split in (data, val):
-        split.check_length(model.config.block_size)
+        split.check_length(model.config.block_size, whole=s.objective == 'completion')
     freeze(model, s.freeze)
     return model, s, data.tokenizer, data, val, checkpoint if resume else None, machine
 
 
-def usual_objective(config):
-    """What a model is trained on unless a flag says otherwise."""
-    return 'supervised' if config.task else 'masked_lm' if config.arch == 'bert' else 'causal_lm'
+def usual_objective(config, task=''):
+    """What a model is trained on unless a flag says otherwise. task: what the data is for, '' if it is plain text."""
+    if task == 'seq2seq' and config.arch != 'encdec':
+        return 'completion'
+    if task or config.task:
+        return 'supervised'
+    return {'bert': 'masked_lm', 'encdec': 'span_corruption'}.get(config.arch, 'causal_lm')
+
+
+def check_objective(s, config, task, folder):
+    """Raise ValueError where a model cannot be trained on an objective, or the data has not what it needs."""
+    asks = f"--objective {s.objective}"
+    if s.objective in LABELLED and not task:
+        raise ValueError(f"{asks}: {folder} has no labels: prepare labelled data, or leave the flag out")
+    if s.objective in LABELLED and (s.objective == 'completion') != (task == 'seq2seq' and config.arch != 'encdec'):
+        raise ValueError(f"{asks}: does not fit {folder} and a {config.arch}: leave the flag out")
+    if task == 'seq2seq' and config.arch == 'bert':
+        raise ValueError(f"{folder} asks for texts, and a bert cannot write: choose another --preset, such as transformer")
+    if s.best_by not in ('', 'loss') and not (task == 'seq2seq' and s.objective in LABELLED):
+        raise ValueError(f"--best_by {s.best_by}: only text to text has that score: leave the flag out")
+    fits = {'causal_lm': ('gpt', 'lstm'), 'masked_lm': ('bert',), 'span_corruption': ('encdec',)}.get(s.objective)
+    if fits and config.arch not in fits:
+        raise ValueError(f"{asks} is not for a {config.arch}" + (
+            ", which would see the answer, since every token sees all others: use masked_lm" if config.arch == 'bert' else
+            ", which sees only the past: use causal_lm, or --preset bert" if config.arch in ('gpt', 'lstm') else
+            ": use span_corruption"))
 
 
 def with_head(model, checkpoint, path, task, data, machine, fixed, config_given):
@@ -1083,7 +1183,7 @@ def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
     if signals:
         return 128 + signals[0]
     machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation "
-                f"{METRICS.get(model.config.task, 'loss')} {state['best']:.4f}. "
+                f"{s.best_by or METRICS.get(model.config.task, 'loss')} {state['best']:.4f}. "
                 f"Ask the model: python sample.py --out_dir {s.out_dir} --start \"...\"")
     return 0
 

@@ -32,12 +32,14 @@ from model import (
     Attention,
     Block,
     Config,
+    EncoderDecoder,
     Stack,
     TaskModel,
     attention,
     attention_weights,
     build,
     cross_entropy,
+    distance_buckets,
     load,
     make_norm,
     never_blind,
@@ -50,9 +52,12 @@ from model import (
 )
 
 V, T = 50, 16  # vocabulary and block_size of the tiny models
-ROWS = [name for name in PRESETS if name not in ('bert-base', 'gpt2-124m')]  # made tiny, these two equal their row
+SAME = ('bert-base', 'gpt2-124m', 'transformer-base', 't5-small')  # made tiny, these equal their row
+PAIRS = [name for name in PRESETS if PRESETS[name].arch == 'encdec' and name not in SAME]  # a source and a target go in
+ROWS = [name for name in PRESETS if name not in (*SAME, *PAIRS)]  # one text goes in
 every_preset = pytest.mark.parametrize('preset', ROWS)
 every_decoder = pytest.mark.parametrize('preset', [name for name in ROWS if PRESETS[name].arch != 'bert'])
+every_pair = pytest.mark.parametrize('preset', PAIRS)
 every_gpt = pytest.mark.parametrize('preset', [name for name in ROWS if PRESETS[name].arch == 'gpt'])
 
 
@@ -107,9 +112,10 @@ cuts_of_a_sequence = st.sets(st.integers(1, T - 1))
 
 
 @pytest.mark.parametrize('preset, millions', [('gpt2-124m', 124.439808), ('llama-7b', 6738.415616), ('palm-8b', 8632.0128),
-                                              ('bert-base', 110.106428)])
+                                              ('bert-base', 110.106428), ('transformer-base', 63.082496),
+                                              ('t5-small', 60.506624)])
 def test_published_sizes_have_the_published_number_of_parameters(preset, millions):
-    """Counted without memory for them: 124M for GPT-2, 6.7B for LLaMA, 8.63B for PaLM, 110M for BERT."""
+    """Counted without memory for them: 124M for GPT-2, 6.7B for LLaMA, 8.63B for PaLM, 110M for BERT, 60M for T5."""
     with torch.device('meta'):
         model = build(PRESETS[preset])
     assert sum(p.numel() for p in model.parameters()) == round(millions * 1e6)
@@ -146,6 +152,21 @@ def test_rows_of_the_table_fix_what_history_chose():
     for name in ('gpt2', 'palm', 'llama', 'nano'):
         embed = m[name].decoder.embed
         assert embed.segments is None and type(embed.norm) is nn.Identity and m[name].output.bias is None, name
+    for name in ('transformer', 't5'):
+        pair, first = m[name], name == 't5'
+        assert type(pair) is EncoderDecoder and not pair.encoder.causal and pair.decoder.causal, name
+        assert pair.config.norm_first == first and pair.config.activation == 'relu' and not pair.decoder.blocks[0].parallel
+        assert pair.output.weight is pair.tokens.weight and pair.output.bias is None, name
+        assert (pair.output.scale, pair.encoder.embed.scale) == ((32 ** -0.5, 1.0) if first else (1.0, 32 ** 0.5)), name
+        for stack in (pair.encoder, pair.decoder):
+            assert stack.embed.tokens is pair.tokens and not hasattr(stack.embed, 'positions') and not hasattr(stack, 'cos')
+            assert hasattr(stack, 'distances') == first != hasattr(stack.embed, 'sinusoids'), name
+            assert all(type(norm) is (nn.RMSNorm if first else nn.LayerNorm) and norm.eps == (1e-6 if first else 1e-5)
+                       for block in stack.blocks for norm in (block.attn_norm, block.mlp_norm)), name
+            assert type(stack.norm) is (nn.RMSNorm if first else nn.Identity), name
+            assert all(block.attn.scale == (1.0 if first else None) for block in stack.blocks), name
+    assert not any('bias' in key for key, _ in m['t5'].named_parameters()) and m['t5'].config.head_dim == 12
+    assert (PRESETS['transformer'].dropout, PRESETS['transformer'].label_smoothing) == (0.1, 0.1)
     assert type(m['lstm']) is LSTM and not any(isinstance(part, Attention) for part in m['lstm'].modules())
 
 
@@ -164,6 +185,12 @@ def test_rows_of_the_table_fix_what_history_chose():
     ({'dropout': '0.1'}, "dropout='0.1' float"), ({'norm': None}, 'norm=None str'),
     ({'arch': 'bert', 'segments': -1}, 'segments=-1'), ({'n_labels': -1}, 'n_labels=-1'),
     ({'task': 'tag'}, 'task=tag n_labels'), ({'task': 'classify'}, 'task=classify n_labels'),
+    ({'label_smoothing': 1.0}, 'label_smoothing=1.0'), ({'label_smoothing': -0.1}, 'label_smoothing=-0.1'),
+    ({'label_smoothing': math.nan}, 'label_smoothing=nan'), ({'scale_attention': 0}, 'scale_attention=0 bool'),
+    ({'positions': 'relative', 'buckets': 3}, 'buckets=3'), ({'positions': 'relative', 'buckets': 0}, 'buckets=0'),
+    ({'positions': 'relative', 'buckets': 258}, 'buckets=258 max_distance=128'), ({'buckets': 8.0}, 'buckets=8.0 int'),
+    ({'positions': 'relative', 'max_distance': 0}, 'max_distance=0'), ({'arch': 'encdec', 'segments': 2}, 'segments=2'),
+    ({'arch': 'encdec', 'positions': 'sinusoids', 'n_embd': 9, 'n_head': 3}, 'n_embd=9'),
     ({'n_labels': 2.0}, 'n_labels=2.0 int'), ({'task': None}, 'task=None str')])
 def test_config_refuses_what_cannot_be_built_and_names_it(changes, words):
     """One line that names the value, before anything is built; replace() checks again."""
@@ -553,7 +580,7 @@ def test_rows_padded_on_the_left_decode_as_each_row_alone(preset, lengths, cuts)
                 close(logits[i], alone[i][keep[i, :end].sum() - 1], 1e-4)
 
 
-@every_preset
+@pytest.mark.parametrize('preset', [*ROWS, *PAIRS])
 @given(st.integers(1, T), st.integers(0, 99))
 def test_padding_is_invisible_wherever_it_lies(preset, length, seed):
     """Right, left, in holes: real tokens give what they give alone, and the ids under padding do not matter (b3, b10)."""
@@ -569,7 +596,7 @@ def test_padding_is_invisible_wherever_it_lies(preset, length, seed):
         close(h[i, keep[i]], model.hidden(ids[i:i + 1, keep[i]])[0], 1e-4)
 
 
-@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary', 'none'])
+@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary', 'relative', 'none'])
 @given(st.integers(1, T), st.integers(0, 99))
 def test_padding_is_invisible_to_an_encoder(positions, length, seed):
     """Where everything sees everything, only the mask keeps padding out, on the axis of the keys (b3)."""
@@ -654,7 +681,7 @@ def test_without_positions_an_encoder_does_not_know_the_order(order):
         assert (decoder(ids)[:, order] - decoder(ids[:, order])).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary'])
+@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary', 'relative'])
 def test_every_kind_of_position_tells_the_order(positions):
     """An encoder that is told positions answers the same tokens differently in another order."""
     stack, ids = awake(Stack(tiny('gpt2', positions=positions), nn.Embedding(V, 32), causal=False)), some(2, 9)
@@ -1075,7 +1102,7 @@ def of_both_classes(model, **batch):
 
 @pytest.mark.parametrize('kind, arguments', [
     (GPT, 'keep targets counts'), (LSTM, 'keep targets counts'), (BERT, 'segments keep targets next_targets counts'),
-    (TaskModel, 'segments keep targets counts')])
+    (EncoderDecoder, 'keep decoder_ids targets counts'), (TaskModel, 'segments keep targets counts')])
 def test_forward_takes_the_arguments_of_the_contract(kind, arguments):
     """Examples are dicts of these names, so a name is an interface; all but ids may be left out."""
     parameters = list(inspect.signature(kind.forward).parameters.values())
@@ -1503,6 +1530,503 @@ def test_optimizer_groups_of_a_task_put_its_head_beside_the_tables(task, preset)
     if preset == 'bert':
         layers = model.trunk.is_next, model.trunk.pooler[0], model.trunk.transform[0]
         assert [group_of[id(layer.weight)] for layer in layers] == ['embeddings', 'matrices', 'matrices']
+
+# -----------------------------------------------------------------------------
+# Encoder-decoders: the source is seen whole, the target up to now
+
+
+def pair_of(preset, **changes):
+    """A tiny encoder-decoder in which no part is silent."""
+    return awake(build(tiny(preset, **changes)))
+
+
+def bucket(distance, both_sides, buckets=32, max_distance=128):
+    """The rule of T5 for one distance, key - query, in plain numbers."""
+    right = buckets // 2 if both_sides and distance > 0 else 0
+    n, share = (abs(distance), buckets // 2) if both_sides else (max(0, -distance), buckets)
+    exact = share // 2
+    if n < exact:
+        return right + n
+    return right + min(share - 1, exact + int(math.log(n / exact) / math.log(max_distance / exact) * (share - exact) + 1e-6))
+
+
+@pytest.mark.parametrize('both_sides, known', [
+    (True, {0: 0, -1: 1, -7: 7, -8: 8, -11: 8, -12: 9, -15: 9, -16: 10, -90: 14, -91: 15, -128: 15, -500: 15, 1: 17, 7: 23,
+            8: 24, 16: 26, 90: 30, 91: 31, 500: 31}),
+    (False, {0: 0, -1: 1, -15: 15, -16: 16, -18: 16, -19: 17, -112: 30, -113: 31, -128: 31, -9999: 31, 1: 0, 500: 0})])
+def test_distances_fall_into_the_buckets_of_t5(both_sides, known):
+    """32 buckets to a distance of 128: one by one while near, then by logarithm; an encoder halves them by side (b16)."""
+    ours = distance_buckets(torch.tensor([list(known)]), both_sides)[0].tolist()
+    assert dict(zip(known, ours, strict=True)) == known
+    ours = distance_buckets(torch.arange(-300, 301)[None], both_sides)[0].tolist()
+    assert ours == [bucket(d, both_sides) for d in range(-300, 301)]
+    assert set(ours) == set(range(32)) - ({16} if both_sides else set()), 'all are used but "to the right at distance 0"'
+
+
+@given(st.integers(4, 64), st.integers(2, 300), st.booleans())
+@example(4, 2, False)
+@example(256, 128, False)
+def test_farther_is_never_a_lower_bucket_and_every_config_fits_its_table(buckets, max_distance, both_sides):
+    """Whatever Config accepts: buckets rise by at most 1 a step near by, stay inside the table, and far is the last one."""
+    try:
+        Config(positions='relative', buckets=buckets, max_distance=max_distance)
+    except ValueError as e:
+        assert buckets >= 2 * max_distance and f'buckets={buckets}' in str(e), e
+        return
+    found = distance_buckets(-torch.arange(2 * max_distance)[None], both_sides, buckets, max_distance)[0]
+    share = buckets // 2 if both_sides else buckets
+    assert 0 <= found.min() and found.max() < buckets, f'{found.min()} to {found.max()} of {buckets}'
+    assert found.diff().min() >= 0 and found[max_distance:].eq(share - 1).all(), found.tolist()
+    assert found[:share // 2].tolist() == list(range(share // 2))
+    right = distance_buckets(torch.arange(1, 2 * max_distance)[None], both_sides, buckets, max_distance)[0]
+    same(right, found[1:] + share if both_sides else torch.zeros_like(right))
+
+
+@settings(max_examples=15)
+@given(st.booleans(), st.sampled_from(['relu', 'gelu']), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_the_transformer_equals_torchs_own_encoder_and_decoder(norm_first, activation, S, length, seed):
+    """Both norm orders (b5), cross-attention and padding of the source (b3): logits, loss and the gradient of the table."""
+    model = pair_of('transformer', norm_first=norm_first, activation=activation, mlp_dim=48, n_layer=2)
+    theirs = []
+    for stack, layer, whole in ((model.encoder, nn.TransformerEncoderLayer, nn.TransformerEncoder),
+                                (model.decoder, nn.TransformerDecoderLayer, nn.TransformerDecoder)):
+        last = nn.LayerNorm(32) if norm_first else None
+        one = layer(32, 4, 48, 0.0, activation, batch_first=True, norm_first=norm_first)
+        more = {'enable_nested_tensor': False} if stack is model.encoder else {}
+        theirs.append(awake(whole(one, 2, last, **more)).train())  # in eval mode a fused road writes zeros under padding
+        for its, block in zip(theirs[-1].layers, stack.blocks, strict=True):
+            copy_torch_layer(its, block, cross=stack is model.decoder)
+        if norm_first:
+            stack.norm.load_state_dict(last.state_dict())
+    encoder, decoder = theirs
+    torch.manual_seed(seed)
+    ids, decoder_ids, targets = some(2, S), some(2, length), some(2, length)
+    keep = torch.arange(S) < torch.tensor([[S], [S // 2 + 1]])
+    enter = lambda t: model.tokens.weight[t] * 32 ** 0.5 + sinusoids(T, 32)[:t.size(1)]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    memory = encoder(enter(ids), src_key_padding_mask=~keep)
+    close(model.hidden(ids, keep)[keep], memory[keep], 1e-4)
+    wanted = decoder(enter(decoder_ids), memory, tgt_mask=future, memory_key_padding_mask=~keep) @ model.tokens.weight.T
+    logits, loss = model(ids, keep, decoder_ids, targets)
+    close(logits, wanted, 2e-4)
+    wanted = F.cross_entropy(wanted.flatten(0, 1), targets.flatten())
+    close(loss, wanted, 1e-4)
+    a, b = (torch.autograd.grad(y, model.tokens.weight)[0] for y in (loss, wanted))
+    close(a / b.abs().max(), b / b.abs().max(), 1e-4)
+
+
+def t5_by_hand(model, ids, keep, decoder_ids):
+    """Logits of T5 from its weights by name, head by head: biases of distance in self-attention alone, nothing scaled."""
+    w, D = model.state_dict(), 12
+    rms = lambda x, name: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[name + '.weight']
+
+    def attend(x, source, name, biases, hidden):
+        q, k, v = w[name + '.qkv.weight'].split(4 * D)                                 # 3 x (H D, C)
+        heads = []
+        for h in range(4):
+            rows = slice(h * D, (h + 1) * D)
+            scores = (x @ q[rows].T) @ (source @ k[rows].T).transpose(1, 2)            # (B, T, S)
+            scores = scores if biases is None else scores + biases[..., h]
+            heads.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ (source @ v[rows].T))
+        return torch.cat(heads, dim=-1) @ w[name + '.proj.weight'].T
+
+    def run(stack, ids, hidden, memory=None):
+        table, far, places = w[stack + '.distances.weight'], model.config.max_distance, range(ids.size(1))
+        biases = torch.stack([torch.stack([table[bucket(j - i, memory is None, len(table), far)] for j in places])
+                              for i in places])                                        # (T, T, H)
+        x = w['tokens.weight'][ids]
+        for i in range(2):
+            name = f'{stack}.blocks.{i}'
+            h = rms(x, name + '.attn_norm')
+            x = x + attend(h, h, name + '.attn', biases, hidden)
+            if memory is not None:
+                x = x + attend(rms(x, name + '.cross_norm'), memory, name + '.cross', None, ~keep[:, None])
+            h = rms(x, name + '.mlp_norm')
+            x = x + F.relu(h @ w[name + '.mlp.fc.weight'].T) @ w[name + '.mlp.proj.weight'].T
+        return rms(x, stack + '.norm')
+
+    future = torch.ones(decoder_ids.size(1), decoder_ids.size(1), dtype=torch.bool).triu(1)
+    h = run('decoder', decoder_ids, future, run('encoder', ids, ~keep[:, None]))
+    return h * 32 ** -0.5 @ w['tokens.weight'].T
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([(32, 128), (8, 20), (16, 33)]), st.integers(0, 99))
+@example(40, 40, (8, 20), 0)
+def test_t5_equals_the_formula_written_out(S, length, ranges, seed):
+    """One table of distances for all blocks of a stack, none across (b16); unscaled scores; tied output over sqrt(C)."""
+    model = pair_of('t5', block_size=40, buckets=ranges[0], max_distance=ranges[1]).double()
+    torch.manual_seed(seed)
+    ids, decoder_ids = some(2, S), some(2, length)
+    keep = torch.arange(S) < torch.tensor([[S], [S // 2 + 1]])
+    close(model(ids, keep, decoder_ids)[0], t5_by_hand(model, ids, keep, decoder_ids), 1e-9)
+
+
+def test_the_distances_of_t5_are_one_table_a_stack_and_the_source_has_no_order_across():
+    """Not one a block, none in cross-attention: a decoder cannot tell in which order it is handed the memory (b16)."""
+    model = pair_of('t5')
+    tables = [name for name, p in model.named_parameters() if p.shape == (32, 4)]
+    assert tables == ['encoder.distances.weight', 'decoder.distances.weight']
+    ids, memory, order = some(2, 7), torch.randn(2, 9, 32), torch.randperm(9)
+    close(model.decoder(ids, memory=memory[:, order]), model.decoder(ids, memory=memory), 1e-4)
+    h = model.hidden(ids)
+    with torch.no_grad():
+        model.encoder.distances.weight[bucket(-3, True)] += 2.0
+    moved = (model.hidden(ids) - h).abs().amax(dim=(0, 2)) > 1e-4
+    assert moved[3:].all(), f'what has a key three to its left does not feel its number: {moved.tolist()}'
+
+
+@settings(max_examples=15)
+@given(st.integers(2, 9), st.integers(0, 6), st.integers(0, 99))
+def test_where_a_text_stands_does_not_matter_to_t5(length, shift, seed):
+    """Only distances are told: padding on the left moves source and target on, and changes nothing."""
+    model = pair_of('t5')
+    torch.manual_seed(seed)
+    ids, decoder_ids = some(2, length), some(2, length)
+    keep = torch.arange(length + shift)[None].expand(2, -1) >= shift
+    plain = model.decode(decoder_ids, cache=model.read(ids))
+    far = [torch.cat([some(2, shift), t], dim=1) for t in (ids, decoder_ids)]
+    close(model.decode(far[1], keep, model.read(far[0], keep)), plain, 1e-4)
+    bias = model.encoder.with_distances(None, False, torch.arange(length)[None], 0, None)[0]  # (H, T, S)
+    same(bias[:, 1:, 1:], bias[:, :-1, :-1])
+
+
+@every_pair
+@settings(max_examples=15)
+@given(st.integers(2, T), st.integers(1, 9), st.integers(1, 7), st.data())
+def test_a_target_sees_neither_its_future_nor_the_padding_of_its_source(preset, length, S, pads, data):
+    """Change target token j, or what lies under the padding: all before j is equal bit for bit; j itself changes (b3)."""
+    model, j = pair_of(preset), data.draw(st.integers(1, length - 1))
+    ids, decoder_ids = some(2, S + pads), some(2, length)
+    keep = (torch.arange(S + pads) < S).expand(2, -1)
+    before = model(ids, keep, decoder_ids)[0]
+    changed = decoder_ids.clone()
+    changed[:, j:] = (decoder_ids[:, j:] + 1 + some(2, length - j) % (V - 1)) % V
+    other = torch.where(keep, ids, (ids + 1) % V)
+    after = model(other, keep, changed)[0]
+    same(after[:, :j], before[:, :j])
+    same(model(other, keep, decoder_ids)[0], before)
+    assert not torch.equal(after[:, j], before[:, j]), 'the changed token does not matter at all'
+
+
+@every_pair
+def test_the_whole_source_reaches_every_position_of_the_target(preset):
+    """By autograd: target t depends on every real source token, on the target up to t, and on nothing else (b3)."""
+    model, seen = pair_of(preset), []
+    model.tokens.register_forward_hook(lambda module, args, y: seen.append(y.requires_grad_()))
+    keep = torch.arange(9)[None] < 6
+    for t in (0, 3, 6):
+        seen.clear()
+        logits = model(some(1, 9), keep, some(1, 7))[0]
+        source, target = torch.autograd.grad(logits[0, t].square().sum(), seen)
+        reached = [(g[0].abs().sum(dim=-1) > 0).tolist() for g in (source, target)]
+        assert reached == [[True] * 6 + [False] * 3, [i <= t for i in range(7)]], (t, reached)
+
+
+@every_pair
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 8), min_size=2, max_size=4), st.integers(0, 5), st.sampled_from(['left', 'right', 'holes']))
+def test_a_pair_in_a_batch_is_translated_as_it_is_alone(preset, lengths, more, side):
+    """Batch-mates, amount and side of padding, ids under it: nothing matters to logits or loss of a row (b3, b10)."""
+    model, total = pair_of(preset), max(lengths) + more
+    n = torch.tensor(lengths)[:, None]
+    keep = {'right': torch.arange(total) < n, 'left': torch.arange(total) >= total - n,
+            'holes': torch.rand(len(n), total) < 0.5}[side]
+    keep[:, total // 2] |= ~keep.any(dim=1)
+    ids, decoder_ids, targets = some(len(n), total), some(len(n), 6), some(len(n), 6)
+    logits, loss = model(ids, keep, decoder_ids, targets)
+    alone = [model(ids[i:i + 1, keep[i]], None, decoder_ids[i:i + 1], targets[i:i + 1]) for i in range(len(n))]
+    close(logits, torch.cat([row for row, _ in alone]), 2e-4)
+    close(loss, torch.stack([one for _, one in alone]).mean(), 1e-4)
+
+
+@every_pair
+@given(cuts_of_a_sequence, st.integers(1, T))
+def test_decoding_with_a_cache_reads_the_source_once_and_changes_nothing(preset, cuts, length):
+    """Any pieces up to block_size: the logits of forward. Each block projects the memory once, and never looks again."""
+    model, reads = pair_of(preset), []
+    for i, block in enumerate(model.decoder.blocks):
+        rest = block.cross.sizes[0] * block.cross.sizes[2]                             # keys and values come after H D rows
+        def project(x, rows, cross=block.cross, i=i, rest=rest):
+            reads.extend([i] if rows.start == rest else [])
+            return Attention.project(cross, x, rows)
+        block.cross.project = project
+    model.encoder.register_forward_hook(lambda *_: reads.append('encoder'))
+    ids, decoder_ids, keep = some(2, 5), some(2, length), torch.arange(5) < torch.tensor([[3], [5]])
+    whole = model(ids, keep, decoder_ids)[0]
+    reads.clear()
+    cache = model.read(ids, keep)
+    for start, end in chunks(cuts, length):
+        close(model.decode(decoder_ids[:, start:end], cache=cache), whole[:, end - 1], 2e-4)
+        cache['memory'] = torch.full_like(cache['memory'], math.nan)
+    assert reads == ['encoder', 0, 1], f'read by {reads}'
+
+
+@every_pair
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=3), cuts_of_a_sequence)
+def test_targets_padded_on_the_left_decode_as_each_alone(preset, lengths, cuts):
+    """The masks of source and target are two: a cache keeps both, whole or in pieces (b3, b10)."""
+    model, total = pair_of(preset), max(lengths) + 3
+    keep = torch.arange(total) >= total - 3 - torch.tensor(lengths)[:, None]
+    ids, decoder_ids = some(len(lengths), 7), some(len(lengths), total)
+    source = torch.arange(7) < torch.tensor([[7], [2], [4]])[:len(lengths)]
+    cache = model.read(ids, source)
+    for start, end in chunks({*cuts, total - 3}, total):
+        logits = model.decode(decoder_ids[:, start:end], None if start >= total - 3 else keep[:, start:end], cache)
+    for i in range(len(lengths)):
+        alone = model(ids[i:i + 1, source[i]], None, decoder_ids[i:i + 1, keep[i]])[0][:, -1]
+        close(logits[i:i + 1], alone, 2e-4)
+
+
+@every_pair
+def test_source_and_target_each_have_block_size_tokens(preset):
+    """Both full: fine. One more on either side: a line that names block_size, also in the middle of decoding (b10)."""
+    model = pair_of(preset)
+    model(some(1, T), None, some(1, T))
+    cache = model.read(some(1, T))
+    model.decode(some(1, T), cache=cache)
+    for call in (lambda: model(some(1, T + 1), None, some(1, 2)), lambda: model(some(1, 2), None, some(1, T + 1)),
+                 lambda: model.decode(some(1, 1), cache=cache)):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert f'block_size={T}' in one_line(error) and str(T + 1) in str(error.value), error.value
+
+
+@every_pair
+@pytest.mark.parametrize('tied', [True, False])
+def test_source_target_and_output_share_one_matrix(preset, tied):
+    """One table for all three, counted once; with an output of its own, only the tokens that occur have a gradient (b5)."""
+    model = pair_of(preset, tied=tied)
+    assert [name for name, p in model.named_parameters() if p.shape == (V, 32)] == \
+        ['tokens.weight'] + ([] if tied else ['output.weight'])
+    assert model.encoder.embed.tokens is model.decoder.embed.tokens is model.tokens
+    assert (model.output.weight is model.tokens.weight) == tied
+    model(torch.full((1, 4), 7), None, torch.full((1, 3), 8), torch.full((1, 3), 9))[1].backward()
+    rows = (model.tokens.weight.grad.abs().sum(dim=1) > 0).nonzero().flatten().tolist()
+    assert rows == (list(range(V)) if tied else [7, 8]), rows
+
+
+@every_pair
+def test_every_weight_of_an_encoder_decoder_has_a_gradient(preset):
+    """Shapes, and a gradient that is finite and not 0 for every weight, in both stacks and between them."""
+    model = pair_of(preset, dropout=0.1).train()
+    logits, loss = model(some(3, 9), torch.arange(9) < torch.tensor([[9], [4], [1]]), some(3, 6), some(3, 6))
+    assert logits.shape == (3, 6, V) and loss.shape == () and model(some(1, 2), None, some(1, 3))[1] is None
+    assert model.hidden(some(3, 5)).shape == (3, 5, 32)
+    assert model.decode(some(3, 4), cache=model.read(some(3, 5))).shape == (3, V)
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), f'{name} has no gradient'
+
+
+@every_pair
+@pytest.mark.parametrize('half', [False, True])
+def test_a_source_of_nothing_but_padding_poisons_nothing(preset, half):
+    """All padding in one row, in float32 and bfloat16: everything finite, and the loss that of the other rows (b3)."""
+    model = pair_of(preset, dropout=0.0).train()
+    keep, targets = torch.arange(6) < torch.tensor([[0], [3], [6]]), some(3, 5)
+    targets[0] = IGNORE
+    ids, decoder_ids = some(3, 6), some(3, 5)
+    with torch.autocast('cpu', torch.bfloat16, enabled=half):
+        logits, loss = model(ids, keep, decoder_ids, targets)
+        everything = model(ids, keep, decoder_ids, some(3, 5))[1]
+        exact = model(ids[1:], keep[1:], decoder_ids[1:], targets[1:])[1]
+    assert loss.dtype == torch.float32 and logits.isfinite().all() and model.decode(
+        decoder_ids, cache=model.read(ids, keep)).isfinite().all()
+    close(loss, exact, 0.02 if half else 1e-5)
+    (loss + everything).backward()
+    for name, p in model.named_parameters():
+        assert p.grad.isfinite().all(), f'{name} has a gradient that is not finite'
+
+
+@every_pair
+def test_a_pair_that_asks_nothing_costs_nothing(preset):
+    """All targets ignored, while smoothing: the loss is 0 and so is its gradient (b13)."""
+    model = pair_of(preset, label_smoothing=0.1).train()
+    _, loss = model(some(2, 5), None, some(2, 4), torch.full((2, 4), IGNORE))
+    loss.backward()
+    assert loss.item() == 0.0 and all(p.grad.count_nonzero() == 0 for p in model.parameters()), loss
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.sets(st.integers(0, 17)), st.sampled_from([0.0, 0.1, 0.5]), st.booleans())
+def test_a_smoothed_target_shares_some_of_its_probability(B, length, ignored, smoothing, counted):
+    """(1 - e) at the target and e/V at each class, by hand and by F.cross_entropy; IGNORE costs nothing (b13)."""
+    logits, targets = torch.randn(B, length, V) * 3, some(B, length)
+    targets.view(-1)[[i for i in ignored if i < B * length]] = IGNORE
+    asked = targets != IGNORE
+    wanted = F.one_hot(targets[asked], V) * (1 - smoothing) + smoothing / V            # (N, V)
+    total = -(wanted * logits[asked].log_softmax(-1)).sum()
+    close(cross_entropy(logits, targets, 40 if counted else None, smoothing),
+          total / (40 if counted else max(1, int(asked.sum()))), 1e-4)
+    if asked.any():
+        close(cross_entropy(logits, targets, None, smoothing),
+              F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=smoothing), 1e-5)
+
+
+@every_pair
+def test_labels_are_smoothed_only_while_training(preset):
+    """A validation loss is that of the plain targets, so that it can be compared; both divide by counts (b1, b13)."""
+    model = pair_of(preset, dropout=0.0, label_smoothing=0.3)
+    ids, decoder_ids, targets = some(2, 5), some(2, 4), some(2, 4)
+    targets[0, 2:] = IGNORE
+    for training, smoothing in ((True, 0.3), (False, 0.0)):
+        logits, loss = model.train(training)(ids, None, decoder_ids, targets)
+        flat = logits.flatten(0, 1), targets.flatten()
+        close(loss, F.cross_entropy(*flat, label_smoothing=smoothing), 1e-5)
+        total = F.cross_entropy(*flat, label_smoothing=smoothing, reduction='sum')
+        close(model(ids, None, decoder_ids, targets, {'targets': 40})[1], total / 40, 1e-5)
+
+
+@pytest.mark.parametrize('preset, task', [('gpt2', ''), ('bert', ''), ('lstm', ''), ('bert', 'tag')])
+def test_label_smoothing_is_refused_where_no_loss_reads_it(preset, task):
+    """--label_smoothing 0.3 elsewhere: an error at once, or it matters; nothing in silence (b13)."""
+    ids = some(2, 6)
+    targets, losses = ids % L, []
+    for smoothing in (0.0, 0.3):
+        try:
+            model = awake(build(tiny(preset, task=task, n_labels=L if task else 0, label_smoothing=smoothing))).train()
+        except ValueError as e:
+            assert 'label_smoothing=0.3' in str(e), e
+            return
+        losses.append(model(ids, targets=targets)[1].item())
+    assert abs(losses[0] - losses[1]) > 1e-3, f'the loss is {losses[0]} with smoothing and without'
+
+
+@every_pair
+@settings(max_examples=10)
+@given(st.integers(1, 4), st.integers(0, 99))
+def test_micro_batches_of_pairs_add_up_to_one_big_batch(preset, size, seed):
+    """Losses and gradients, smoothed, with rows of very unequal numbers of asked targets (b1)."""
+    model = pair_of(preset, dropout=0.0, label_smoothing=0.1).train()
+    torch.manual_seed(seed)
+    batch = {'ids': some(5, 7), 'keep': torch.arange(7) < torch.randint(1, 8, (5, 1)), 'decoder_ids': some(5, 8),
+             'targets': some(5, 8)}
+    batch['targets'][torch.rand(5, 8) < torch.rand(5, 1)] = IGNORE
+    count, total = {'targets': max(1, int((batch['targets'] != IGNORE).sum()))}, []
+    for step in (5, size):
+        model.zero_grad()
+        losses = [model(**{key: t[i:i + step] for key, t in batch.items()}, counts=count if step < 5 else None)[1]
+                  for i in range(0, 5, step)]
+        sum(losses).backward()
+        total.append([sum(losses).detach()] + [p.grad.clone() for p in model.parameters()])
+    for big, small in zip(*total, strict=True):
+        close(big, small, 1e-4 * max(1.0, big.abs().max().item()))
+
+
+@every_pair
+def test_dropout_of_a_pair_acts_in_training_and_never_at_evaluation(preset):
+    """In source and in target; evaluated twice it is equal bit for bit, and decoding too (b2)."""
+    model, ids, decoder_ids = pair_of(preset, dropout=0.5), some(2, 9), some(2, 5)
+    same(model(ids, None, decoder_ids)[0], model(ids, None, decoder_ids)[0])
+    same(model.decode(decoder_ids, cache=model.read(ids)), model.decode(decoder_ids, cache=model.read(ids)))
+    model.encoder.train()
+    assert (model(ids, None, decoder_ids)[0] - model(ids, None, decoder_ids)[0]).abs().max() > 1e-2
+    model.eval().decoder.train()
+    assert (model(ids, None, decoder_ids)[0] - model(ids, None, decoder_ids)[0]).abs().max() > 1e-2
+
+
+@every_pair
+def test_a_new_encoder_decoder_knows_nothing_yet(preset):
+    """Its first loss is a little above ln V: logits of about size 1, neither silent nor sure."""
+    model = build(tiny(preset, vocab_size=2000, n_embd=64)).eval()
+    with torch.no_grad():
+        batch = [torch.randint(2000, (4, T)) for _ in range(3)]
+        logits, loss = model(batch[0], None, *batch[1:])
+    excess = loss.item() - math.log(2000)
+    assert 0.1 < excess < 1.5 and 0.5 < logits.std() < 2, f'{excess:.4f} above ln V, logits of size {logits.std():.2f}'
+
+
+@every_pair
+def test_attention_of_a_new_pair_is_undecided(preset, monkeypatch):
+    """Scores of size 1 or so: a softmax that starts nearly one-hot learns slowly. Without 1/sqrt(D), queries start small."""
+    sizes = []
+
+    def spy(q, k, v, mask, causal, scale, dropout):
+        sizes.append((q @ k.transpose(-2, -1) * (scale or q.size(-1) ** -0.5)).std().item())
+        return attention(q, k, v, mask, causal, scale, dropout)
+
+    monkeypatch.setattr('model.attention', spy)
+    build(tiny(preset, n_embd=128, head_dim=32)).eval()(some(2, T), None, some(2, T))
+    assert len(sizes) == 6 and max(sizes) < 3, [round(size, 2) for size in sizes]
+
+
+def test_the_weights_of_the_published_pairs_add_up():
+    """By reasoning: an encoder block has one attention and one MLP, a decoder block two attentions; one table for all."""
+    C, attention_, mlp = 512, 4 * 512 * 512, 2 * 512 * 2048
+    t5 = 32128 * C + 6 * (attention_ + mlp + 2 * C) + 6 * (2 * attention_ + mlp + 3 * C) + 2 * C + 2 * 32 * 8
+    attention_, mlp, norm = attention_ + 4 * C, mlp + 2048 + C, 2 * C  # biases
+    base = 37000 * C + 6 * (attention_ + mlp + 2 * norm) + 6 * (2 * attention_ + mlp + 3 * norm)
+    for name, wanted in (('t5-small', t5), ('transformer-base', base)):
+        with torch.device('meta'):
+            found = sum(p.numel() for p in build(PRESETS[name]).parameters())
+        assert found == wanted == {'t5-small': 60506624, 'transformer-base': 63082496}[name], (name, found, wanted)
+
+
+@every_pair
+def test_a_pair_comes_back_from_its_file_as_it_was(preset, tmp_path):
+    """Configuration, weights, tying and sharing, logits, labels in any script; block_size may shrink (b10)."""
+    model, path = pair_of(preset), tmp_path / '翻译 🙂 e\u0301.pt'
+    save(path, model, words=['猫', '🙂', 'e\u0301'])
+    again, checkpoint = load(path)
+    assert type(again) is EncoderDecoder and again.config == model.config and checkpoint['words'] == ['猫', '🙂', 'e\u0301']
+    assert again.output.weight is again.tokens.weight
+    assert again.encoder.embed.tokens is again.decoder.embed.tokens is again.tokens
+    for name, p in model.state_dict().items():
+        same(p, again.state_dict()[name])
+    ids, decoder_ids = some(2, 7), some(2, 7)
+    same(model(ids, None, decoder_ids)[0], again.eval()(ids, None, decoder_ids)[0])
+    shorter = load(path, block_size=7)[0].eval()
+    close(shorter(ids, None, decoder_ids)[0], model(ids, None, decoder_ids)[0], 1e-5)
+    with pytest.raises(ValueError, match='block_size=7'):
+        shorter(some(1, 8), None, some(1, 2))
+    content = torch.load(path, weights_only=True)
+    del content['model']['decoder.blocks.1.cross.qkv.weight']
+    torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert 'decoder.blocks.1.cross.qkv.weight' in one_line(error) and 'missing' in str(error.value)
+
+
+@every_pair
+def test_optimizer_groups_of_a_pair_hold_each_weight_once(preset):
+    """The shared table once (b5); distances lie beside it: one row a bucket is no matrix that Muon may turn."""
+    model = build(tiny(preset))
+    groups = {group['name']: group for group in optimizer_groups(model, 0.3)}
+    ids = [id(p) for group in groups.values() for p in group['params']]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    tables = [model.tokens.weight]
+    if preset == 't5':
+        tables += [model.encoder.distances.weight, model.decoder.distances.weight]
+    assert {id(p) for p in groups['embeddings']['params']} == {id(p) for p in tables}
+    for name, group in groups.items():
+        assert group['weight_decay'] == (0.0 if name == 'vectors' else 0.3), name
+        assert all((p.dim() < 2) == (name == 'vectors') for p in group['params']), name
+
+
+@every_pair
+def test_an_encoder_decoder_learns_to_turn_a_text_round(preset):
+    """Four padded pairs by heart, then written greedily from the start token alone: nothing was seen in advance (b3, b4)."""
+    torch.manual_seed(3)
+    model = build(tiny(preset, n_layer=1, n_embd=16, n_head=2, head_dim=8, mlp_dim=32, dropout=0.0))
+    texts = 2 + torch.randperm(V - 2)[:20].view(4, 5)
+    keep = torch.arange(7)[None].expand(4, -1) < 5
+    ids, targets = torch.cat([texts, some(4, 2)], dim=1), texts.flip(1)
+    start = torch.zeros(4, 1, dtype=torch.long)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, 0.0), lr=0.02)
+    for _ in range(60):
+        loss = model(ids, keep, torch.cat([start, targets[:, :-1]], dim=1), targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    cache, token, written = model.read(ids, keep), start, []
+    for _ in range(5):
+        token = model.decode(token, cache=cache).argmax(dim=1, keepdim=True)
+        written.append(token)
+    right = torch.cat(written, dim=1) == targets
+    assert right.all(), f'{right.sum()} of 20 tokens right, loss {loss:.3f}'
+
 
 # -----------------------------------------------------------------------------
 # Optimizer groups, and the examples in the docstrings

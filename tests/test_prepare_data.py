@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import doctest
 import functools
+import gzip
 import hashlib
 import http.server
 import inspect
@@ -1779,11 +1780,193 @@ def test_every_data_set_is_for_a_task_and_listed(tmp_path, monkeypatch):
     """What each is for is one of --task, those that need no network among them; the flag offers all."""
     assert {name: task for name, (task, _) in prepare_data.DATASETS.items()}.items() >= {
         'pydoc': 'lm', 'shakespeare': 'lm', 'tang': 'lm', 'pytopics': 'classify', 'rotten_tomatoes': 'classify',
-        'pytokens': 'tag', 'wnut17': 'tag'}.items()
+        'pytokens': 'tag', 'wnut17': 'tag', 'numbers': 'seq2seq', 'multi30k': 'seq2seq'}.items()
     assert all(task in ('lm', *TASKS) for task, _ in prepare_data.DATASETS.values())
     with pytest.raises(ValueError, match='choose one of') as error:
         prepare(Settings(dataset='none'))
     assert all(name in str(error.value) for name in prepare_data.DATASETS), error.value
+
+# -----------------------------------------------------------------------------
+# Text to text
+
+LINES = st.text(st.characters(codec='utf-8', exclude_characters='\t\n\r\ufeff'), min_size=1, max_size=20).filter(str.strip)
+
+
+@given(pairs=st.lists(st.tuples(LINES, LINES), min_size=1, max_size=6), end=st.sampled_from(['\n', '\r\n']),
+       marked=st.booleans(), last=st.booleans())
+@example(pairs=[('e\u0301 😀', ' 二十一 '), ('a', 'b\u2028c\x85d\x0b')], end='\r\n', marked=True, last=False)
+def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, marked, last):
+    """TSV with any line ends and maybe a mark at its beginning, or JSONL: source, target, file and line."""
+    folder = tmp_path_factory.mktemp('pairs')
+    tsv = write(folder / 'a.tsv', marked * '\ufeff' + end.join('\t'.join(pair) for pair in pairs) + last * end)
+    jsonl = write(folder / 'a.jsonl', '\n'.join(json.dumps({'target': b, 'source': a}) for a, b in pairs))
+    for path in (tsv, jsonl):
+        assert list(TASKS['seq2seq'].read(path)) == [{'where': f'{path}, line {n}', 'source': a, 'target': b}
+                                            for n, (a, b) in enumerate(pairs, 1)]
+
+
+@given(source=st.text('ab人 é', max_size=12), target=st.text('ab人 é', max_size=12), block_size=st.integers(8, 20))
+@example(source='twenty one', target='21', block_size=11)
+@example(source='aaa', target='', block_size=8)
+@example(source='', target='aaaaaaa', block_size=8)
+def test_a_target_is_asked_for_one_token_ahead_and_with_its_end(source, target, block_size):
+    """The decoder begins with <|endoftext|> and is to end with it; what does not fit is refused, nothing is cut."""
+    # b14
+    tokenizer = prepare_data.byte_tokenizer()
+    special = tokenizer._special_tokens
+    end_id, row = special['<|endoftext|>'], {'source': source, 'target': target}
+    assert end_id != special['[PAD]'], 'an end that looks like padding is never learned'
+    long = [name for name in row if len(row[name].encode()) + 1 > block_size]
+    if long:
+        n = len(row[long[0]].encode()) + 1
+        with pytest.raises(ValueError, match=f'the {long[0]} .* has {n} tokens with its end, more than --block_size'):
+            prepare_data.seq2seq_examples(tokenizer, row, [], block_size)
+        return
+    [made] = prepare_data.seq2seq_examples(tokenizer, row, [], block_size)
+    assert made['ids'] == [*source.encode(), end_id]
+    assert made['decoder_ids'] == [end_id, *target.encode()] and made['targets'] == [*target.encode(), end_id]
+    assert made['about'] == row
+    [asked] = prepare_data.seq2seq_examples(tokenizer, {'source': source}, [], block_size)
+    assert asked == {'ids': made['ids'], 'about': {'source': source}}, 'a row to be answered has no target'
+
+
+def test_a_prepared_folder_of_pairs_holds_examples_that_a_model_reads(tmp_path):
+    """Readable JSON, no labels, in the order of the rows; the loss of each on an encoder-decoder is a number."""
+    text = ''.join(f'第{i} 句\t{i}\n' for i in range(10))
+    path = write(tmp_path / 'a.tsv', text)
+    _, meta = prepare(Settings(input=[path], val=[path], task='seq2seq', tokenizer='char', block_size=8,
+                               out_dir=str(tmp_path / 'out')))
+    assert sorted(contents(tmp_path / 'out')) == ['meta.json', 'tokenizer.json', 'train.jsonl', 'val.jsonl']
+    assert (meta['task'], meta['labels'], meta['block_size']) == ('seq2seq', [], 8), meta
+    assert meta['counts']['train']['rows'] == meta['counts']['train']['examples'] == 10
+    net = model.build(dataclasses.replace(model.PRESETS['transformer'], n_layer=1, n_head=2, n_embd=8, block_size=8,
+                                          vocab_size=meta['vocab_size']))
+    lines = (tmp_path / 'out/train.jsonl').read_text('utf-8').splitlines()
+    for i, line in enumerate(lines):
+        made = json.loads(line)
+        assert made.pop('about') == {'source': f'第{i} 句', 'target': str(i), 'row': i} and '句' in line
+        _, loss = net(**{key: torch.tensor([value]) for key, value in made.items()})
+        assert torch.isfinite(loss), f'{made}: loss {loss}'
+
+
+PAIRS = {
+    'a missing tab': ({'a.tsv': '一\t1\nno tab\n'}, [], 'a.tsv, line 2: ',
+                      "'no tab' must be source<TAB>target, and has 1 column"),
+    'an empty line': ({'a.tsv': '一\t1\n\n二\t2\n'}, [], 'a.tsv, line 2: ', 'source<TAB>target'),
+    'an empty line at the end': ({'a.tsv': '一\t1\n\n'}, [], 'a.tsv, line 2: ', 'source<TAB>target'),
+    'three columns': ({'a.tsv': '一\t1\t2\n'}, [], 'a.tsv, line 1: ', 'has 3 columns'),
+    'no source': ({'a.tsv': '一\t1\n \t1\n'}, [], 'a.tsv, line 2: ', 'has an empty one'),
+    'no target': ({'a.tsv': '一\t1\n一\t\u3000\n'}, [], 'a.tsv, line 2: ', 'has an empty one'),
+    'in validation': ({'a.tsv': '一\t1\n', 'v.tsv': '一\t1\n一 1\n'}, ['--val', 'v.tsv'], 'v.tsv, line 2: ', '1 column'),
+    'a long source': ({'a.tsv': '一\t1\n' + 'x' * 9 + '\t1\n', 'v.tsv': '一\t1\n'}, ['--val', 'v.tsv', '--block_size', '9'],
+                      'a.tsv, line 2: ', "the source 'xxxxxxxxx' has 10 tokens with its end, more than --block_size 9"),
+    'a long target': ({'a.tsv': '一\t1\n', 'v.tsv': '一\t1\n一\t' + 'x' * 9}, ['--val', 'v.tsv', '--block_size', '9'],
+                      'v.tsv, line 2: ', "the target 'xxxxxxxxx' has 10 tokens"),
+    'JSON without a target': ({'a.jsonl': '{"source": "一", "target": "1"}\n{"source": "一"}\n'}, [], 'a.jsonl, line 2: ',
+                              '"target"'),
+    'JSON without a source': ({'a.jsonl': '{"target": "一"}\n'}, [], 'a.jsonl, line 1: ',
+                              '{"source": "two", "target": "2"}'),
+    'a target that is a number': ({'a.jsonl': '{"source": "一", "target": 1}\n'}, [], 'a.jsonl, line 1: ', '"target"'),
+    'half a character': ({'a.jsonl': '{"source": "\\ud83d", "target": "1"}\n'}, [], 'a.jsonl, line 1: ', ''),
+    'nothing': ({'a.tsv': ''}, [], 'a.tsv', 'no rows'),
+}
+
+
+@pytest.mark.parametrize('name', PAIRS)
+def test_a_malformed_pair_is_named_with_its_file_and_line(tmp_path, monkeypatch, capsys, name):
+    """One line, status 2, and nothing is left behind."""
+    files, flags, where, says = PAIRS[name]
+    for path, text in files.items():
+        write(tmp_path / path, text)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path), sorted(os.listdir())
+    monkeypatch.setattr(sys, 'argv', ['prepare_data.py', '--task', 'seq2seq', '--input', next(iter(files)), '--tokenizer',
+                                      'char', '--out_dir', 'out', *flags])
+    with pytest.raises(SystemExit) as end:
+        prepare_data.run(prepare_data.main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, '') and err.count('\n') == 1 and err.startswith('prepare_data.py: error: '), err
+    assert where in err and says in err, err
+    assert (contents(tmp_path), sorted(os.listdir())) == before
+
+
+SMALL = dict(zip('one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen '
+                 'seventeen eighteen nineteen'.split(), range(1, 20)))
+SMALL |= dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(), range(20, 100, 10)))
+
+
+def read_number(words):
+    """Number words -> the number, word by word."""
+    total, group = 0, 0
+    for word in words.replace('-', ' ').split(' '):
+        if word == 'hundred':
+            group *= 100
+        elif word in ('thousand', 'million'):
+            total, group = total + group * {'thousand': 1000, 'million': 10 ** 6}[word], 0
+        else:
+            group += SMALL[word]
+    return total + group
+
+
+@given(st.integers(1, 10 ** 9 - 1))
+@example(999_999)
+def test_numbers_in_words_can_be_read_back(n):
+    """All below a billion, without a space too many."""
+    words = prepare_data.in_words(n)
+    assert read_number(words) == n and words == ' '.join(words.split()), words
+
+
+@pytest.mark.parametrize('n, words', [(1, 'one'), (10, 'ten'), (19, 'nineteen'), (20, 'twenty'), (21, 'twenty-one'),
+                                      (100, 'one hundred'), (101, 'one hundred one'), (110, 'one hundred ten'),
+                                      (1000, 'one thousand'), (40_013, 'forty thousand thirteen'),
+                                      (999_999, 'nine hundred ninety-nine thousand nine hundred ninety-nine')])
+def test_numbers_in_words_by_hand(n, words):
+    """As one says them."""
+    assert prepare_data.in_words(n) == words
+
+
+def test_every_row_of_numbers_is_right():
+    """20,000 different rows: all below 1,000, and of four to six digits; the same every time, in no order of size."""
+    text = prepare_data.numbers()
+    rows = [line.split('\t') for line in text.removesuffix('\n').split('\n')]
+    assert text.endswith('\n') and text == prepare_data.numbers() and len(rows) == 20_000
+    for words, digits in rows:
+        assert digits == str(read_number(words)), (words, digits)
+    found = [int(digits) for _, digits in rows]
+    assert len(set(found)) == 20_000 and set(range(1, 1000)) <= set(found) and max(found) < 10 ** 6
+    lengths = {n: sum(len(digits) == n for _, digits in rows) for n in range(1, 7)}
+    assert min(lengths[n] for n in (4, 5, 6)) > 4000, lengths
+    assert sum(a < b for a, b in zip(found, found[1:])) < 11_000, 'the rows stand in an order of size'
+
+
+def test_multi30k_is_downloaded_unpacked_and_paired(tmp_path, monkeypatch):
+    """Four packed files through --mirror; sides are paired line by line, and space within a caption is a single one."""
+    sides = {('train', 'en'): ['Two  dogs\trun .', 'A  man .'] * 3,
+             ('train', 'de'): ['Zwei Hunde  laufen .', 'Ein Mann .'] * 3,
+             ('val', 'en'): ['A girl.'], ('val', 'de'): ['Ein Mädchen.\u2028']}
+    digests = {}
+    for (split, language), lines in sides.items():
+        data = gzip.compress('\n'.join([*lines, '']).encode())
+        write(tmp_path / 'mirror' / prepare_data.MULTI30K.format(split, language), data)
+        digests[split, language] = hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr(prepare_data, 'MULTI30K_SHA256', digests)
+    flags = dict(dataset='multi30k', mirror=str(tmp_path / 'mirror'), tokenizer='byte')
+    _, meta = prepare(Settings(**flags, out_dir=str(tmp_path / 'out')))
+    assert (meta['task'], meta['source']) == ('seq2seq', 'multi30k')
+    pairs = 'Two dogs run .\tZwei Hunde laufen .\nA man .\tEin Mann .\n' * 3
+    assert (tmp_path / 'out/source.txt').read_text('utf-8') == pairs
+    assert (tmp_path / 'out/source.val.txt').read_text('utf-8') == 'A girl.\tEin Mädchen.\n'
+    assert {split: c['rows'] for split, c in meta['counts'].items()} == {'train': 6, 'val': 1}
+    monkeypatch.setitem(digests, ('val', 'de'), '0' * 64)
+    with pytest.raises(ValueError, match=r'val\.de\.gz is not the expected file.*--mirror'):
+        prepare(Settings(**flags, out_dir=str(tmp_path / 'out2')))
+    assert not (tmp_path / 'out2').exists()
+
+
+def test_a_data_set_knows_its_task(tmp_path):
+    """numbers for another task is refused; the flag may be left out."""
+    with pytest.raises(ValueError, match='--task lm: numbers is for seq2seq'):
+        prepare(Settings(dataset='numbers', task='lm', out_dir=str(tmp_path / 'out')))
 
 # -----------------------------------------------------------------------------
 # Flags

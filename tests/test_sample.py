@@ -4,12 +4,14 @@ write, what a score is, and the command.
 
 Models here are tiny and random, with weights wide enough that no two logits come close to each other. Where a model would
 only blur the question, one that knows its answers by heart (`ByHeart`) takes its place. Scores are compared with seqeval,
-scikit-learn, and the published definition of SQuAD's, written out here.
+scikit-learn, sacrebleu, rouge_score, and the published definition of SQuAD's, written out here. What beams find is compared
+with trying everything.
 """
 
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -22,10 +24,14 @@ import warnings
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 from conftest import ROOT, command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 from seqeval.metrics import f1_score as entity_f1
 from seqeval.metrics import precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
@@ -36,7 +42,19 @@ import prepare_data
 import sample
 from model import IGNORE, PRESETS, build, save
 from prepare_data import bpe_tokenizer, byte_tokenizer, char_tokenizer, encode, encode_rows, tokenizer_to_dict
-from sample import Settings, TextStream, choose, forbidden_tokens, generate, score_file, text_loss, text_scores, write
+from sample import (
+    Settings,
+    TextStream,
+    beam_search,
+    choose,
+    forbidden_tokens,
+    generate,
+    score_file,
+    text_loss,
+    text_scores,
+    write,
+    write_targets,
+)
 
 NAMES = ['gpt2', 'palm', 'llama', 'nano', 'lstm']
 VERSE = '人之初，性本善。\n性相近，习相远。\n'
@@ -62,7 +80,7 @@ class ByHeart:
         self.logits, self.fed = logits, []
         self.config = dataclasses.replace(PRESETS['gpt2'], block_size=block_size)
 
-    def decode(self, ids, cache=None):
+    def decode(self, ids, keep=None, cache=None):
         self.fed.append(ids.size(1))
         return self.logits(len(self.fed) - 1)
 
@@ -1268,7 +1286,7 @@ def test_no_flag_vanishes_unnoticed(ask):
     """--help shows every flag that people have in their scripts, on standard output."""
     status, out, err = ask('--help')
     flags = {'start', 'out_dir', 'init_from', 'num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'stop',
-             'seed', 'stream', 'score', 'json', 'device', 'dtype'}
+             'seed', 'stream', 'score', 'json', 'device', 'dtype', 'num_beams', 'length_penalty'}
     assert status == 0 and err == '' and flags <= set(re.findall(r'--(\w+)', out)), out
 
 
@@ -1563,7 +1581,7 @@ def test_a_score_is_that_of_the_answers_to_questions_whose_answers_are_unknown(t
     (tmp_path / 'squad.json').write_text(json.dumps({'data': [{'paragraphs': [{'context': context, 'qas': [question]}]}]}))
     rows = encode_rows(WORD_BPE, 'qa', [{'question': '?', 'context': context}], [], 32)
     [found], _, _ = sample.answer(model, rows, 'qa', [], WORD_BPE._special_tokens['[PAD]'])
-    scores, expected = score_file(model, WORD_BPE, str(tmp_path / 'squad.json')), squad_score(found['answer'], [right])
+    scores, expected = score_file(model, WORD_BPE, str(tmp_path / 'squad.json'), 'qa'), squad_score(found['answer'], [right])
     assert (scores['exact_match'], scores['f1']) == pytest.approx(expected), f'{scores}, but it answers {found}'
 
 
@@ -1612,3 +1630,438 @@ def test_answers_come_from_a_process_of_its_own(answerers, tmp_path):
                      env=environment, input='安 Merkel\n\n😀\n')
     lines = result.stdout.split('\n')
     assert len(lines) == 4 and lines[0].startswith('安/') and lines[1] == '' and lines[2].startswith('😀/'), result.stdout
+
+# -----------------------------------------------------------------------------
+# Text to text: beams
+
+WRITERS = [*NAMES, 'transformer', 't5']
+
+
+def stepwise(model, prompt, texts, source):
+    """log P of every next token behind prompt + text, for texts of one length: (N, V). Nothing is cached."""
+    ids = torch.tensor([[*prompt, *text] for text in texts])
+    with torch.no_grad():
+        if source is None:
+            return model(ids)[0][:, -1].log_softmax(dim=-1)
+        return model(torch.tensor([source] * len(ids)), decoder_ids=ids)[0][:, -1].log_softmax(dim=-1)
+
+
+def every_text(model, prompt, source, n, V, penalty):
+    """All that can be written with n tokens: [(score, tokens)], best first. Token 0 is the end."""
+    found, live = [], [((), 0.0)]
+    for length in range(1, n + 1):
+        rows = stepwise(model, prompt, [text for text, _ in live], source).tolist()
+        found += [((log_p + row[0]) / length ** penalty, list(text)) for (text, log_p), row in zip(live, rows)]
+        live = [((*text, t), log_p + row[t]) for (text, log_p), row in zip(live, rows) for t in range(1, V)]
+    found += [(log_p / n ** penalty, list(text)) for text, log_p in live]
+    return sorted(found, key=lambda pair: -pair[0])
+
+
+def searched(model, prompt, source, beams, n, penalty=1.0, **more):
+    """beam_search for one prompt; source: what an encoder reads, None for a decoder alone."""
+    cache = None
+    if source is not None:
+        with torch.inference_mode():
+            cache = model.read(torch.tensor([source]))
+    return beam_search(model, torch.tensor([prompt]), beams, n, penalty, end_id=0, cache=cache, **more)[0]
+
+
+def same_texts(found, expected, about=''):
+    """The same tokens in the same order, with the same scores up to rounding."""
+    assert [t for _, t in found] == [t for _, t in expected], f'{about}: {found}, not {expected}'
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-4), f'{about}: {found}, not {expected}'
+
+
+@pytest.mark.parametrize('preset', WRITERS)
+@settings(max_examples=8)
+@given(prompt=st.lists(st.integers(0, 3), min_size=1, max_size=3), beams=st.sampled_from([12, 13, 40]),
+       penalty=st.sampled_from([0.0, 0.5, 1.0, 2.0]), seed=st.integers(0, 99))
+def test_a_wide_beam_finds_what_trying_everything_finds(preset, prompt, beams, penalty, seed):
+    """Four tokens, three steps, 40 texts: the best of them in order, with their scores, ended or not."""
+    model = tiny(preset, 4, 8, seed)
+    source = [2, *prompt, 1] if hasattr(model, 'read') else None
+    expected = every_text(model, prompt, source, 3, 4, penalty)
+    assert len(expected) == 40
+    same_texts(searched(model, prompt, source, beams, 3, penalty), expected[:beams], (prompt, penalty))
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'transformer'])
+@settings(max_examples=10)
+@given(penalties=st.lists(st.floats(0, 4), min_size=2, max_size=4), seed=st.integers(0, 99))
+def test_a_larger_length_penalty_never_prefers_the_shorter(preset, penalties, seed):
+    """Of all texts the best gets longer, or stays, as the penalty grows; the end counts as a token."""
+    # b11
+    model = tiny(preset, 4, 8, seed)
+    source = [1, 2] if hasattr(model, 'read') else None
+    best = [searched(model, [0], source, 40, 3, penalty)[0] for penalty in sorted(penalties)]
+    lengths = [min(3, len(tokens) + 1) for _, tokens in best]
+    assert lengths == sorted(lengths), f'{sorted(penalties)}: {best}'
+
+
+def test_scores_of_beams_by_hand():
+    """
+    Two beams: 'a' then the end, .6 x .5 = .3; the end at once, .1; 'b' then the end, .3 x .9 = .27. The length counts new
+    tokens and the end, and not the prompt.
+    """
+    # b11
+    steps = [[[.1, .6, .3]] * 2, [[.5, .3, .2], [.9, .05, .05]], [[.98, .01, .01]] * 2]
+    for prompt in ([0], [1, 2, 1, 2, 1]):
+        for penalty in (0.0, 1.0, 2.0):
+            model = ByHeart(lambda step: torch.tensor(steps[step][:1 if step == 0 else 2]).log())
+            found = beam_search(model, torch.tensor([prompt]), 2, 2, penalty, end_id=0)[0]
+            # at two tokens: 'aa' .18, and .3, .27 of what has ended with length 2; '' has length 1
+            scores = {(1,): math.log(.3) / 2 ** penalty, (2,): math.log(.27) / 2 ** penalty, (): math.log(.1),
+                      (1, 1): math.log(.18) / 2 ** penalty}
+            expected = sorted(((s, list(t)) for t, s in scores.items()), key=lambda pair: -pair[0])[:2]
+            same_texts(found, expected, (prompt, penalty))
+
+
+def test_a_search_ends_when_what_grows_is_worse_now_and_not_before():
+    """After two sure ends the model is not asked again; while what grows would still score better, it is."""
+    sure = [[[.9, .05, .05]], [[.98, .01, .01]] * 2] + [[[.4, .3, .3]] * 2] * 6
+    model = ByHeart(lambda step: torch.tensor(sure[step]).log(), 20)
+    found = beam_search(model, torch.tensor([[0]]), 2, 8, 0.0, end_id=0)[0]
+    assert found[0] == (pytest.approx(math.log(.9)), []) and len(model.fed) <= 3, f'{found} after {model.fed}'
+    # two have ended, [] and [1]; but [2, 2, ...] is already better than [1], goes on almost surely, and ends as the best
+    late = [[[.3, .1, .6]], [[.01, .01, .98], [.98, .01, .01]]] + [[[.001, .001, .998]] * 2] * 5 + [[[.998, .001, .001]] * 2]
+    model = ByHeart(lambda step: torch.tensor(late[step]).log(), 20)
+    found = beam_search(model, torch.tensor([[0]]), 2, 8, 1.0, end_id=0)[0]
+    p = math.log(.6) + math.log(.98) + 5 * math.log(.998) + math.log(.998)
+    assert found[0] == (pytest.approx(p / 8, abs=1e-5), [2] * 7), f'{found} after {len(model.fed)} steps'
+
+
+def test_equal_texts_have_equal_scores_in_any_row():
+    """Where all tokens are as likely, a score depends on the length alone, and every row of the batch gets the same list."""
+    # b11
+    for rows in (1, 3):
+        model = ByHeart(lambda step: torch.zeros(rows if step == 0 else rows * 4, 5), 20)
+        found = beam_search(model, torch.zeros(rows, 1, dtype=torch.long), 4, 3, 0.5, end_id=0)
+        for row in found:
+            assert row == found[0] and len({tuple(tokens) for _, tokens in row}) == 4, row
+            for score, tokens in row:
+                n = min(3, len(tokens) + 1)
+                assert score == pytest.approx(-n * math.log(5) / n ** 0.5, abs=1e-5), (score, tokens)
+
+
+@pytest.mark.parametrize('preset', WRITERS)
+@settings(max_examples=5)
+@given(sources=st.lists(st.text('ab人', min_size=1, max_size=12), min_size=2, max_size=6), beams=st.integers(1, 4),
+       data=st.data())
+def test_mates_in_a_batch_and_their_order_change_no_answer(preset, sources, beams, data):
+    """Sources of any lengths together, padded, are answered as each alone, whatever the order; scores, too."""
+    # b11
+    tokenizer = char_tokenizer(set('ab人'))
+    model = tiny(preset, tokenizer.n_vocab, 32, seed=4)
+    how = Settings(num_beams=beams, max_new_tokens=8, length_penalty=0.7)
+    rows = lambda texts: encode_rows(tokenizer, 'seq2seq', [{'source': text} for text in texts], [], 32)
+    order = data.draw(st.permutations(range(len(sources))))
+    together = write_targets(model, tokenizer, rows([sources[i] for i in order]), how)
+    for i, found in zip(order, together):
+        [expected] = write_targets(model, tokenizer, rows([sources[i]]), how)
+        assert found['target'] == expected['target'], f'{sources[i]!r} among {sources}: {found}, not {expected}'
+        for a, b in zip(found.get('n_best', []), expected.get('n_best', []), strict=True):
+            assert a['text'] == b['text'] and a['score'] == pytest.approx(b['score'], abs=1e-4), f'{found}, not {expected}'
+        assert ('n_best' in found) == (beams > 1)
+
+
+def test_a_long_neighbour_leaves_a_prompt_its_room():
+    """A decoder's prompt and answer share block_size: how much there is for an answer depends on its own prompt alone."""
+    # b11
+    tokenizer, longest = char_tokenizer(set('ab')), 0
+    rows = lambda *texts: encode_rows(tokenizer, 'seq2seq', [{'source': text} for text in texts], [], 24)
+    for beams, seed in itertools.product((1, 3), range(4)):
+        model, how = tiny('gpt2', tokenizer.n_vocab, 24, seed), Settings(num_beams=beams, max_new_tokens=12)
+        [expected] = write_targets(model, tokenizer, rows('ab'), how)
+        both = write_targets(model, tokenizer, rows('ab', 'ab' * 10), how)
+        longest = max(longest, len(expected['target']))
+        assert both[0]['target'] == expected['target'], f'{both[0]} beside a long prompt, {expected} alone'
+    assert longest > 4, 'the test would not notice'
+
+
+def test_a_drawn_answer_does_not_depend_on_the_other_lines():
+    """With --temperature a line has draws of its own: another text in another line changes nothing."""
+    # b11
+    tokenizer = char_tokenizer(set('ab人'))
+    how = Settings(temperature=1.0, max_new_tokens=8, seed=3)
+    for preset in ('transformer', 'gpt2'):
+        model = tiny(preset, tokenizer.n_vocab, 32, seed=4)
+        answers = [write_targets(model, tokenizer, encode_rows(tokenizer, 'seq2seq', [
+            {'source': text} for text in ('abab', other)], [], 32), how)[0]['target'] for other in ('a', '人' * 9)]
+        assert answers[0] == answers[1], f'{preset}: {answers}'
+
+
+class Forgetful:
+    """A model whose cache holds nothing but the ids so far, which are read again at every step."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+
+    def decode(self, ids, keep=None, cache=None):
+        cache['ids'] = torch.cat([cache['ids'], ids], dim=1) if 'ids' in cache else ids
+        if 'source' in cache:
+            return self.model(cache['source'], decoder_ids=cache['ids'])[0][:, -1]
+        return self.model(cache['ids'])[0][:, -1]
+
+
+@pytest.mark.parametrize('preset', WRITERS)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 99), beams=st.integers(2, 5), rows=st.integers(1, 3))
+def test_beams_with_a_cache_are_beams_without(preset, seed, beams, rows):
+    """Also where beams die and others are doubled: all that a step keeps moves with its beam."""
+    # b10, b11
+    model = tiny(preset, 7, 12, seed)
+    ids = torch.from_numpy(np.random.default_rng(seed).integers(7, size=(rows, 4)))
+    first, cache, plain = ids, {}, {}
+    if hasattr(model, 'read'):
+        first = ids[:, :1]
+        with torch.inference_mode():
+            cache, plain = model.read(ids), {'source': ids}
+    found = beam_search(model, first, beams, 7, 0.8, end_id=0, cache=cache)
+    for a, b in zip(found, beam_search(Forgetful(model), first, beams, 7, 0.8, end_id=0, cache=plain), strict=True):
+        same_texts(a, b)
+
+
+def test_pick_rows_moves_every_kind_of_cache():
+    """Tensors by their first dimension, the state of an LSTM by its second, dicts within; numbers and None stay."""
+    keys, state = torch.arange(12).view(3, 2, 2), (torch.arange(6).view(2, 3), torch.arange(6, 12).view(2, 3))
+    old = {'length': 5, 'memory_keep': None, 'keep': keys > 4, 0: {'k': keys}, 'state': state}
+    new = sample.pick_rows(old, torch.tensor([2, 0, 0, 2]))
+    assert new['length'] == 5 and new['memory_keep'] is None and isinstance(new['state'], tuple)
+    assert torch.equal(new[0]['k'], keys[[2, 0, 0, 2]]) and torch.equal(new['keep'], (keys > 4)[[2, 0, 0, 2]])
+    assert [t.tolist() for t in new['state']] == [[[2, 0, 0, 2], [5, 3, 3, 5]], [[8, 6, 6, 8], [11, 9, 9, 11]]]
+    assert torch.equal(old[0]['k'], keys), 'the old one has changed'
+
+
+@pytest.mark.parametrize('preset', WRITERS)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 99), n=st.integers(1, 8))
+def test_a_single_beam_is_greedy(preset, seed, n):
+    """One beam takes the likeliest token, and ends where that is the end."""
+    model = tiny(preset, 6, 12, seed)
+    source = [1, 2, 3] if hasattr(model, 'read') else None
+    with torch.inference_mode():
+        cache = model.read(torch.tensor([source])) if source else None
+    steps = [int(t) for t in generate(model, torch.tensor([[2]]), n, temperature=0, end_id=0, cache=cache)]
+    expected = steps[:steps.index(0)] if 0 in steps else steps
+    [(_, tokens)] = searched(model, [2], source, 1, n)
+    assert tokens == expected, f'{tokens}, greedy {steps}'
+
+
+def test_forbidden_tokens_are_in_no_beam():
+    """However likely: neither special tokens nor rows that no token has."""
+    model, forbidden = tiny('gpt2', 9, 12, seed=1), torch.tensor([False] * 5 + [True] * 4)
+    free, tied = (searched(model, [2], None, 6, 6, forbidden=f) for f in (None, forbidden))
+    assert max(t for _, tokens in free for t in tokens) > 4, 'the test would not notice'
+    assert all(t < 5 and t for _, tokens in tied for t in tokens) and len(tied) == 6, tied
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'palm', 'llama', 'lstm'])
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=5), seed=st.integers(0, 99))
+def test_prompts_padded_on_the_left_go_on_as_each_alone(preset, lengths, seed):
+    """keep marks what is real: the tokens are those of every prompt by itself."""
+    # b10, b11
+    model, rng = tiny(preset, 11, 24, seed), np.random.default_rng(seed)
+    prompts, longest = [rng.integers(11, size=n).tolist() for n in lengths], max(lengths)
+    ids = torch.tensor([[7] * (longest - len(p)) + p for p in prompts])
+    keep = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts])
+    together = torch.stack(list(generate(model, ids, 12, temperature=0, keep=keep)), dim=1).tolist()
+    for prompt, found in zip(prompts, together):
+        by_itself = [int(t) for t in generate(model, torch.tensor([prompt]), 12, temperature=0)]
+        assert found == by_itself, f'{prompt} of {lengths}: {found}, alone {by_itself}'
+
+
+@pytest.mark.parametrize('beams', [1, 3])
+def test_a_text_ends_at_its_end_token_and_it_is_not_part_of_it(beams):
+    """A model that has learned one answer by heart writes it and no more, whatever room is left."""
+    tokenizer = char_tokenizer(set('ab人'))
+    end_id, answer = tokenizer._special_tokens['<|endoftext|>'], encode(tokenizer, '人ba').tolist()
+
+    class Knows(torch.nn.Module):
+        config = dataclasses.replace(PRESETS['transformer'], block_size=32, vocab_size=tokenizer.n_vocab)
+
+        def parameters(self):
+            return iter([torch.zeros(1)])
+
+        def read(self, ids, keep=None):
+            return {'step': 0}
+
+        def decode(self, ids, keep=None, cache=None):
+            logits = torch.full((len(ids), tokenizer.n_vocab), -5.0)
+            logits[:, [*answer, *[end_id] * 40][cache['step']]] = 5.0
+            cache['step'] += 1
+            return logits
+
+    rows = encode_rows(tokenizer, 'seq2seq', [{'source': 'a'}, {'source': 'abb'}], [], 32)
+    found = write_targets(Knows(), tokenizer, rows, Settings(num_beams=beams, max_new_tokens=30))
+    assert [f['target'] for f in found] == ['人ba'] * 2, found
+
+# -----------------------------------------------------------------------------
+# Text to text: scores
+
+PLAIN = st.lists(st.sampled_from(
+    ['the', 'cat', 'Cat', 'sat', 'mat.', '3.14', '1,000', "don't", 'x-ray', '5-', 'a,b', '(on)', '&quot;', '&amp;amp;', 'é',
+     '$5', 'e.g.', 'end', '.', '-', '<skipped>', '“q”', '😀', 'İ', '٣,٤', '…', 'ein', 'Straße']), max_size=12).map(' '.join)
+CHINESE = st.text('人之初性本善。，、the 3.5-!（）「」😀é', max_size=14)
+
+
+@given(st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=6))
+@example([('the cat sat on the mat.', 'the cat sat on the mat.')])
+@example([('the cat', 'the cat')])
+@example([('', 'the cat')])
+@example([('the the the the', 'the cat sat mat.')])
+def test_bleu_is_that_of_sacrebleu(pairs):
+    """Its defaults: 13a tokens, exponential smoothing, one reference."""
+    guesses, rights = [list(texts) for texts in zip(*pairs)]
+    expected = sacrebleu.corpus_bleu(guesses, [rights]).score
+    assert sample.bleu(guesses, rights) == pytest.approx(expected, abs=1e-6), f'{guesses} against {rights}'
+
+
+@given(st.lists(st.tuples(CHINESE, CHINESE), min_size=1, max_size=6))
+@example([('人之初，性本善。', '人之初，性本善。')])
+@example([('人之初', '人之初性本善')])
+@example([('3-3ひ人', 'ひ人 a')])
+@example([('“人”…—→', '“人”…—→初')])
+def test_bleu_of_chinese_is_that_of_sacrebleu(pairs):
+    """Where a reference holds CJK: its zh tokens, for all texts; else 13a."""
+    guesses, rights = [list(texts) for texts in zip(*pairs)]
+    wide = any(re.search('[人之初性本善ひ]', right) for right in rights)
+    expected = sacrebleu.corpus_bleu(guesses, [rights], tokenize='zh' if wide else '13a').score
+    assert sample.bleu(guesses, rights) == pytest.approx(expected, abs=1e-6), f'{guesses} against {rights}, wide {wide}'
+
+
+def test_every_character_is_a_token_where_sacrebleu_says_so():
+    """All of the first 2^16 characters, between letters, by both rules."""
+    for name, wide in (('13a', False), ('zh', True)):
+        tokenize = {'13a': Tokenizer13a, 'zh': TokenizerZh}[name]()
+        text = ' '.join(f'a{chr(i)}b {chr(i)}1{chr(i)}2' for i in range(1, 0x10000) if not 0xd800 <= i <= 0xdfff)
+        theirs, ours = tokenize(text).split(), sample.bleu_words(text, wide)
+        wrong = [(a, b) for a, b in zip(theirs, ours) if a != b]
+        assert theirs == ours, f'{name}: {wrong[:5]}, {len(theirs)} and {len(ours)} tokens'
+
+
+@given(PLAIN, PLAIN)
+@example('the cat sat on the mat', 'the mat sat on the cat')
+@example('', '')
+@example('!', 'a')
+def test_rouge_is_that_of_rouge_score(guess, right):
+    """F of rouge1, rouge2, rougeL without stems, for texts without CJK."""
+    scores = RougeScorer(['rouge1', 'rouge2', 'rougeL']).score(right, guess)
+    expected = [scores[name].fmeasure for name in ('rouge1', 'rouge2', 'rougeL')]
+    assert sample.rouge(guess, right) == pytest.approx(expected), f'{guess!r} against {right!r}'
+
+
+@pytest.mark.parametrize('guess, right, expected', [
+    ('人之初', '人之初', [1, 1, 1]),
+    ('初之人', '人之初', [1, 0, 1 / 3]),
+    ('人 之！', '人之初', [0.8, 2 / 3, 0.8]),                # 2 of 2 and 2 of 3; 1 of 1 and 1 of 2
+    ('the 人', 'The人', [1, 1, 1]),
+    ('x', '人', [0, 0, 0])])
+def test_rouge_of_chinese_by_hand(guess, right, expected):
+    """Each CJK character is a word."""
+    assert sample.rouge(guess, right) == pytest.approx(expected)
+
+
+def test_scores_of_texts_by_hand():
+    """BLEU of all together, ROUGE and exact match as means; white space around an answer does not count."""
+    guesses, rights = [' two\n', 'twenty one', '人之'], ['two', 'twenty-two', '人之初']
+    answers, golds = [{'target': g} for g in guesses], [[{'about': {'target': r}}] for r in rights]
+    found = sample.text_to_text_scores(answers, golds)
+    means = np.mean([sample.rouge(a, b) for a, b in zip(guesses, rights)], axis=0)
+    assert list(found) == ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']
+    assert found['exact_match'] == pytest.approx(1 / 3)
+    assert [found[name] for name in ('rouge1', 'rouge2', 'rougeL')] == pytest.approx(means.tolist())
+    assert means[0] == pytest.approx((1 + 0.5 + 0.8) / 3)
+    assert found['bleu'] == pytest.approx(sacrebleu.corpus_bleu(guesses, [rights], tokenize='zh').score)
+    assert json.loads(json.dumps(found)) == found, 'plain numbers'
+
+# -----------------------------------------------------------------------------
+# Text to text: the command
+
+
+@pytest.fixture(scope='session')
+def writers(tmp_path_factory):
+    """Checkpoints of text to text: transformer.pt, gpt2.pt, lstm.pt, of bytes."""
+    folder, tokenizer = tmp_path_factory.mktemp('writers'), byte_tokenizer()
+    for name in ('transformer', 'gpt2', 'lstm'):
+        save(folder / f'{name}.pt', tiny(name, tokenizer.n_vocab, 40, seed=2, dropout=0.5),
+             tokenizer=tokenizer_to_dict(tokenizer), task='seq2seq', labels=[])
+    return folder
+
+
+@pytest.mark.parametrize('name', ['transformer', 'gpt2', 'lstm'])
+def test_each_source_is_answered_by_a_line(ask, writers, name):
+    """Lines in order, empty ones stay; --json has the target, and n_best with scores, best first, where beams were asked."""
+    flags = ['--init_from', writers / f'{name}.pt', '--max_new_tokens', 9]
+    sources = ['twenty one', '', '人之初', 'a b ||| c']
+    status, out, err = ask(*flags, '--start', '-', stdin='\n'.join(sources).encode())
+    assert status == 0 and out.count('\n') == 4 and out.split('\n')[1] == '' and err.count('\n') == 1, (out, err)
+    assert ask(*flags, '--start', '\n'.join(sources))[1] == out, 'without a temperature the likeliest is taken'
+    rows = [json.loads(line) for line in ask(*flags, '--start', sources[0], '--json')[1].splitlines()]
+    assert [list(row) for row in rows] == [['text', 'target']] and rows[0]['text'] == sources[0], rows
+    assert ' '.join(rows[0]['target'].split()) == out.split('\n')[0]
+    [row] = [json.loads(line) for line in ask(*flags, '--start', sources[2], '--json', '--num_beams', 3)[1].splitlines()]
+    scores = [found['score'] for found in row['n_best']]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and scores[0] < 0, row
+    assert row['target'] == row['n_best'][0]['text'] and [*row['n_best'][0]] == ['text', 'score'], row
+    flags += ['--start', sources[2], '--json', '--num_beams', 3, '--length_penalty']
+    low, high = (json.loads(ask(*flags, penalty)[1])['n_best'] for penalty in (0, 5))
+    assert low != high, 'the penalty changes nothing'
+
+
+def test_a_temperature_draws_targets_with_the_seed(ask, writers):
+    """The same seed the same text, another another; 0 is the likeliest."""
+    flags = ['--init_from', writers / 'transformer.pt', '--start', 'abc', '--max_new_tokens', 12, '--json']
+    said = lambda *more: ask(*flags, *more)[1]
+    assert said('--temperature', 1, '--seed', 1) == said('--temperature', 1, '--seed', 1)
+    assert said('--temperature', 1, '--seed', 1) != said('--temperature', 1, '--seed', 2)
+    assert said('--temperature', 0) == said()
+
+
+@pytest.mark.parametrize('name', ['transformer', 'gpt2'])
+def test_a_score_of_texts_is_that_of_the_answers(ask, writers, tmp_path, name):
+    """--score reads TSV or JSONL and scores what --start would have answered, with beams where those are asked for."""
+    sources, flags = ['twenty one', '人之初', 'abc'], ['--init_from', writers / f'{name}.pt', '--max_new_tokens', 9]
+    for more in ([], ['--num_beams', 2]):
+        said = [json.loads(row)['target']
+                for row in ask(*flags, *more, '--start', '\n'.join(sources), '--json')[1].splitlines()]
+        rights = [' '.join((said[0] + ' x').split()) or 'x', '人', 'b b']
+        (tmp_path / 'a.tsv').write_text(''.join(f'{a}\t{b}\n' for a, b in zip(sources, rights)), encoding='utf-8')
+        (tmp_path / 'a.jsonl').write_text(''.join(json.dumps({'source': a, 'target': b}) + '\n'
+                                                  for a, b in zip(sources, rights)))
+        expected = sample.text_to_text_scores([{'target': t} for t in said], [[{'about': {'target': t}}] for t in rights])
+        for file in ('a.tsv', 'a.jsonl'):
+            found = json.loads(ask(*flags, *more, '--score', tmp_path / file, '--json')[1])
+            assert [*found] == ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'] and found == pytest.approx(expected)
+        status, out, err = ask(*flags, *more, '--score', tmp_path / 'a.tsv')
+        assert (status, err) == (0, '') and out.startswith(f"bleu {expected['bleu']:.2f}, rouge1 "), (out, err)
+
+
+@pytest.mark.parametrize('file, text, words', [
+    ('a.tsv', 'a\tb\nno tab\n', ['line 2', 'source<TAB>target', '1 column']),
+    ('a.tsv', 'a\tb\n\nc\td\n', ['line 2', 'source<TAB>target']),
+    ('a.tsv', 'a\t \n', ['line 1', 'empty']),
+    ('a.tsv', 'a\tb\n' + '长' * 14 + '\tb\n', ['line 2', 'source', '43 tokens', '40']),
+    ('a.tsv', '\n', ['line 1']),
+    ('a.tsv', '', ['no rows']),
+    ('a.jsonl', '{"source": "a", "target": "b"}\n{"source": "a"}\n', ['line 2', '"target"'])], ids=str)
+def test_a_file_of_texts_that_cannot_be_scored_is_one_line(ask, writers, tmp_path, file, text, words):
+    """Named with file and line."""
+    (tmp_path / file).write_text(text, encoding='utf-8')
+    assert is_one_line(ask('--init_from', writers / 'gpt2.pt', '--score', tmp_path / file), file, *words)
+
+
+@pytest.mark.parametrize('start, words', [
+    ('长' * 14, ['43 tokens', '40']), ('a\nb\n' + '长' * 14, ['line 3', '43 tokens']), ('', ['--start is empty']),
+    ('\n\n', ['--start is empty'])], ids=str)
+def test_a_source_that_cannot_be_answered_is_one_line(ask, writers, start, words):
+    """Longer than the model reads, or nothing; nothing is answered before all are read."""
+    for name in ('transformer', 'gpt2'):
+        assert is_one_line(ask('--init_from', writers / f'{name}.pt', '--start', start), *words)
+
+
+@pytest.mark.parametrize('flags, words', [(['--num_beams', 0], ['--num_beams 0']),
+                                          (['--length_penalty', -1], ['--length_penalty -1'])], ids=str)
+def test_beams_have_bounds(ask, writers, flags, words):
+    """One line."""
+    assert is_one_line(ask('--init_from', writers / 'gpt2.pt', '--start', 'a', *flags), *words)

@@ -1032,11 +1032,11 @@ def test_a_damaged_line_of_examples_is_named(tmp_path, split, pattern, instead, 
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_an_example_longer_than_block_size_is_refused(folders, split):
     """Both numbers and the remedies, before training; as long as block_size is not too long."""
-    longest = train.Examples(str(folders / 'tag'), split).lengths.max()
+    longest = train.Examples(str(folders / 'tag'), split).longest
     train.start({**TINY, 'dataset': str(folders / 'tag'), 'block_size': int(longest)})
     with pytest.raises(ValueError, match=rf'\.jsonl has an example of {longest} tokens, more than block_size={longest - 1}'):
         train.Examples(str(folders / 'tag'), split).check_length(longest - 1)
-    with pytest.raises(ValueError, match=f'more than block_size={longest - 1}: prepare'):
+    with pytest.raises(ValueError, match=f'more than block_size={longest - 1}: .*--block_size'):
         train.start({**TINY, 'dataset': str(folders / 'tag'), 'block_size': int(longest) - 1})
 
 # -----------------------------------------------------------------------------
@@ -1361,9 +1361,9 @@ def test_a_task_is_scored_on_all_of_its_validation_data(folders, task):
 
 @pytest.mark.parametrize('task, metric', [('classify', 'accuracy'), ('tag', 'f1'), ('qa', 'f1')])
 def test_best_pt_of_a_task_has_its_best_metric_and_not_its_lowest_loss(folders, tmp_path, monkeypatch, task, metric):
-    """The loss goes on falling; what counts is best at step 2. As good a score later is better only with a lower loss."""
+    """The lowest loss comes later; what counts is best at step 2, and a number as good with a higher loss is not better."""
     scores = iter({'loss': loss, metric: np.float64(score)} for loss, score in
-                  [(9, 0.9), (5, 0.2), (9, 0.9), (4, 0.7), (9, 0.9), (4, 0.7), (9, 0.9), (2, 0.6), (9, 0.9), (1, 0.8)])
+                  [(9, 0.9), (5, 0.2), (9, 0.9), (3, 0.7), (9, 0.9), (4, 0.7), (9, 0.9), (2, 0.6), (9, 0.9), (1, 0.8)])
     monkeypatch.setattr(train, 'estimate', lambda *args: next(scores))  # train, val of steps 0, 2, 4, 6; then 8
     fit(str(folders / task), tmp_path, eval_interval=2, max_iters=6, lr_decay_iters=8, **WIDE)
     best = read(tmp_path / 'best.pt')  # weights_only: a number of numpy would not load
@@ -1484,9 +1484,9 @@ def test_init_from_a_path_takes_its_weights_and_architecture_and_begins_anew(dat
 def test_every_recipe_is_good_settings():
     """Of what is trained, and of the preset: names and values are those of the flags."""
     assert train.recipe('lm', 'nano')['optimizer'] == 'muon'
-    assert set(train.RECIPES) == {'pretrain', *models.TASKS}
+    assert set(train.RECIPES) == {'pretrain', *prepare_data.TASKS}
     assert set().union(*train.RECIPES.values()) <= {'', *models.PRESETS}
-    for task in ('lm', *models.TASKS):
+    for task in ('lm', *prepare_data.TASKS):
         for name in models.PRESETS:
             values = train.recipe(task, name)
             own = {key: values[key] for key in values if hasattr(models.Config, key)}
@@ -1530,7 +1530,7 @@ def refused(argv, capsys, monkeypatch):
     ('--vocab_size 10', '--vocab_size 10: the data has'),
     ('--block_size 100000', 'fewer than block_size + 1 = 100001'),
     ('--optimizer sgd', '--optimizer sgd: choose one of adamw, muon'),
-    ('--preset gpt5', '--preset gpt5: choose one of bert, gpt2, palm'),
+    ('--preset gpt5', '--preset gpt5: choose one of transformer, bert, gpt2, t5, palm'),
     ('--compile maybe', '--compile: maybe is neither True nor False'),
     ('--device cuda', '--device cuda: '),
     ('--init_from elsewhere/ckpt.pt', 'there is no checkpoint elsewhere/ckpt.pt'),
@@ -1543,10 +1543,11 @@ def refused(argv, capsys, monkeypatch):
     ('--freeze trunk', '--freeze trunk: nothing is left to train'),
     ('--freeze 5', '--freeze 5: the model has 4 blocks'),
     ('--freeze 1 --preset lstm', '--freeze 1: the model has no blocks'),
-    ('--objective skipgram', '--objective skipgram: choose one of causal_lm, masked_lm, supervised'),
-    ('--objective masked_lm', '--objective masked_lm: a gpt sees only the past'),
-    ('--objective masked_lm --preset lstm', '--objective masked_lm: a lstm sees only the past'),
-    ('--objective causal_lm --preset bert', '--objective causal_lm: a bert would see the answer'),
+    ('--objective skipgram', '--objective skipgram: choose one of causal_lm, masked_lm, span_corruption, supervised, '
+        'completion'),
+    ('--objective masked_lm', '--objective masked_lm is not for a gpt, which sees only the past'),
+    ('--objective masked_lm --preset lstm', '--objective masked_lm is not for a lstm, which sees only the past'),
+    ('--objective causal_lm --preset bert', '--objective causal_lm is not for a bert, which would see the answer'),
     ('--objective supervised', '--objective supervised: '),
     ('--preset bert --block_size 2', 'block_size'),  # [CLS] and [SEP], and no room for text
     ('--task classify', '--task classify: '),
@@ -1679,16 +1680,17 @@ def test_a_first_run_without_data_prepares_pydoc(tmp_path, monkeypatch, capsys):
 
 FLAGS = {
     'train.py': """
-        dataset preset init_from out_dir eval_only objective batch_size gradient_accumulation_steps max_iters eval_interval
-        eval_iters log_interval sample_tokens patience target_loss optimizer learning_rate muon_learning_rate min_lr
+        dataset preset init_from out_dir eval_only objective best_by batch_size gradient_accumulation_steps max_iters
+        eval_interval eval_iters log_interval sample_tokens patience target_loss optimizer learning_rate muon_learning_rate
+        min_lr
         warmup_iters lr_decay_iters lr_schedule weight_decay beta1 beta2 grad_clip freeze adversarial seed device dtype
         compile backend
         arch task n_labels vocab_size block_size n_layer n_head n_kv_head n_embd head_dim mlp_dim norm norm_eps norm_weight
-        norm_first qk_norm parallel activation bias segments embedding_norm positions rope_theta scale_embedding
-        scale_output tied logit_cap init dropout""",
+        norm_first qk_norm parallel activation scale_attention bias segments embedding_norm positions rope_theta buckets
+        max_distance scale_embedding scale_output tied logit_cap init dropout label_smoothing""",
     'sample.py': """
-        start out_dir init_from num_samples max_new_tokens temperature top_k top_p stop seed stream score json device
-        dtype""",
+        start out_dir init_from num_samples max_new_tokens temperature num_beams length_penalty top_k top_p stop seed stream
+        score json device dtype""",
     'prepare_data.py': 'dataset input val task tokenizer vocab_size val_fraction block_size out_dir mirror',
 }
 OF_SCRIPT = {'train.py': (train.main, train.Settings, models.Config), 'sample.py': (sample.main, sample.Settings),
@@ -1798,8 +1800,10 @@ def test_the_head_of_another_task_is_replaced_and_that_of_the_same_is_kept(train
     ('--init_from resume --out_dir out-classify --dataset text', 'was trained for classify'),
     ('--init_from resume --out_dir out-bert --dataset classify --objective supervised', 'was trained for pre-training'),
     ('--eval_only --out_dir out-classify --dataset tag', 'was trained for classify with the labels'),
-    ('--init_from out-bert --dataset tag --objective causal_lm', '--objective causal_lm: a bert would see the answer'),
-    ('--init_from out-gpt2 --dataset text --objective masked_lm', '--objective masked_lm: a gpt sees only the past'),
+    ('--init_from out-bert --dataset tag --objective causal_lm',
+     '--objective causal_lm is not for a bert, which would see the answer'),
+    ('--init_from out-gpt2 --dataset text --objective masked_lm',
+     '--objective masked_lm is not for a gpt, which sees only the past'),
     ('--init_from out-gpt2 --dataset text --objective supervised', '--objective supervised: text has no labels'),
     ('--init_from out-bert --dataset tag --n_labels 9', '--n_labels 9'),
     ('--init_from out-bert --dataset tag --preset gpt2', '--preset gpt2'),
@@ -1854,6 +1858,262 @@ def test_from_text_to_answers_in_four_commands(tmp_path):
     before, after = (read(tmp_path / name / 'ckpt.pt') for name in ('out-bert', 'out'))
     assert after['labels'] == ['bad', 'good']
     assert torch.equal(before['model']['tokens.weight'], after['model']['trunk.tokens.weight'])
+
+# -----------------------------------------------------------------------------
+# Text to text
+
+
+NUMERALS = 'one two three four five six seven eight nine ten eleven twelve'.split()
+
+
+@pytest.fixture(scope='module')
+def pairs(folders):
+    """A folder with twelve number words and their digits, in the bytes of `text`; the same to train and to validate."""
+    rows = ''.join(f'{word}\t{n}\n' for n, word in enumerate(NUMERALS, 1))
+    (folders / 'pairs.tsv').write_text(rows, encoding='utf-8')
+    prepare_data.prepare(prepare_data.Settings(task='seq2seq', input=[f'{folders}/pairs.tsv'], val=[f'{folders}/pairs.tsv'],
+                                               tokenizer='byte', block_size=16, out_dir=f'{folders}/pairs'))
+    return str(folders / 'pairs')
+
+
+SHORT = dict(block_size=16)
+
+
+@given(first=st.integers(0, 50), n=st.integers(1, 9))
+def test_completion_asks_for_the_target_alone_and_for_its_end(pairs, first, n):
+    """source [SEP] target; asked are the tokens of the target and <|endoftext|>, each where the one before it stands."""
+    # b4, b14
+    data, rows = train.open_data(pairs, 'train'), range(first, first + n)
+    special = data.tokenizer._special_tokens
+    end_id, sep, pad_id = (special[name] for name in ('<|endoftext|>', '[SEP]', '[PAD]'))
+    assert len({end_id, sep, pad_id}) == 3
+    for made, row in zip(train.completion(data, rows, 16), train.supervised(data, rows, 16), strict=True):
+        source, target = [*row['about']['source'].encode()], [*row['about']['target'].encode()]
+        assert made['ids'] == [*source, sep, *target], made
+        assert made['targets'] == [models.IGNORE] * len(source) + [*target, end_id], made
+    batch = train.get_batch(data, 'completion', 16, first, n, pad_id)
+    assert (batch['targets'] == end_id).sum() == n, 'every row is to end'
+    if 'keep' in batch:
+        assert (batch['targets'][~batch['keep']] == models.IGNORE).all(), 'padding is asked for'
+        assert (batch['ids'][~batch['keep']] == pad_id).all()
+
+
+def restored(example, special):
+    """Source and target of span_corruption put together again: (the text, which of it was hidden)."""
+    sentinels = [special[f'<extra_{i}>'] for i in range(100)]
+    runs, now = {}, None
+    for t in example['targets'][:-1]:
+        if t in sentinels:
+            now = runs.setdefault(t, [])
+        else:
+            now.append(t)
+    text, hidden = [], []
+    for t in example['ids'][:-1]:
+        text += runs.get(t, [t])
+        hidden += [t in runs] * len(runs.get(t, [t]))
+    return text, hidden, list(runs)
+
+
+@given(T=st.integers(8, 90), first=st.integers(0, 300), n=st.integers(1, 6), seed=st.integers(0, 3))
+@example(T=8, first=0, n=2, seed=0)
+@example(T=9, first=0, n=2, seed=0)
+def test_hiding_runs_loses_no_token_and_keeps_their_order(folders, T, first, n, seed):
+    """Source and target together are the window; sentinels in order; nothing is longer than the model."""
+    data = train.open_data(f'{folders}/d', 'train', seed)
+    special, starts = data.tokenizer._special_tokens, data.window_starts(range(first, first + n), T)
+    for made, at in zip(train.span_corruption(data, range(first, first + n), T), starts, strict=True):
+        end_id, (text, hidden, sentinels) = special['<|endoftext|>'], restored(made, special)
+        assert text == data.tokens[at:at + T].tolist(), f'{text} was not there'
+        assert sentinels == [special[f'<extra_{i}>'] for i in range(len(sentinels))] and sentinels
+        assert [t for t in made['ids'] if t in sentinels] == sentinels, 'a sentinel comes twice, or too late'
+        assert made['ids'][-1] == made['targets'][-1] == made['decoder_ids'][0] == end_id
+        assert made['decoder_ids'][1:] == made['targets'][:-1], 'the decoder is not to be shown what it is asked'
+        assert sum(hidden) == max(2, round(0.15 * T)), f'{sum(hidden)} of {T}'
+        assert not hidden[0], 'a run must follow some text'
+        assert len(made['ids']) <= T and len(made['targets']) <= T, \
+            f'{len(made["ids"])} and {len(made["targets"])} tokens, block_size {T}'
+
+
+def test_15_percent_are_hidden_in_runs_of_three_that_lie_anywhere(folders):
+    """In windows of 100: 15 tokens in 5 runs of every length from 1 to 11, in every place but the first, drawn anew."""
+    data, lengths, places = train.open_data(f'{folders}/d', 'train'), collections.Counter(), np.zeros(100)
+    special = data.tokenizer._special_tokens
+    made = train.span_corruption(data, range(2000), 100)
+    for e in made:
+        _, hidden, sentinels = restored(e, special)
+        assert (sum(hidden), len(sentinels)) == (15, 5), e
+        runs = [len(list(run)) for key, run in itertools.groupby(hidden) if key]
+        assert len(runs) == 5, 'runs touch each other'
+        lengths.update(runs)
+        places += hidden
+    assert min(lengths) == 1 and max(lengths) >= 9 and sum(n * k for n, k in lengths.items()) / lengths.total() == 3, lengths
+    # 15 cut into 5: the first run has length 1 in C(13, 3) / C(14, 4) = 286 of 1001 ways
+    assert sigmas(lengths[1], lengths.total(), 286 / 1001) < 4.5, lengths
+    assert places[0] == 0 and (places[1:] > 0).all(), places
+    assert sigmas(places[:50].sum(), 2000 * 50, places.sum() / 2000 / 100) < 30, 'one half is hidden more often'
+
+
+@given(first=st.integers(0, 500), n=st.integers(2, 9), cut=st.integers(1, 8), dataset=st.sampled_from(['d', 'classify']))
+def test_hidden_runs_are_the_same_however_rows_are_shared(folders, first, n, cut, dataset):
+    """Eight rows are two times four, and eight times one, whatever was read before."""
+    cut, fresh = min(cut, n - 1), lambda seed=3: train.open_data(f'{folders}/{dataset}', 'train', seed)
+    whole, used = plain(train.span_corruption(fresh(), range(first, first + n), 32)), fresh()
+    later = plain(train.span_corruption(used, range(first + cut, first + n), 32))
+    assert plain(train.span_corruption(used, range(first, first + cut), 32)) + later == whole
+    assert [plain(train.span_corruption(used, range(row, row + 1), 32))[0] for row in range(first, first + n)] == whole
+    assert plain(train.span_corruption(fresh(4), range(first, first + n), 32)) != whole, 'another seed, the same rows'
+
+
+@pytest.mark.parametrize('arch, task, expected', [
+    ('gpt', '', 'causal_lm'), ('lstm', '', 'causal_lm'), ('bert', '', 'masked_lm'), ('encdec', '', 'span_corruption'),
+    ('gpt', 'seq2seq', 'completion'), ('lstm', 'seq2seq', 'completion'), ('encdec', 'seq2seq', 'supervised'),
+    ('gpt', 'tag', 'supervised'), ('bert', 'classify', 'supervised')])
+def test_a_model_has_a_usual_objective(arch, task, expected):
+    """What the data asks, and how this model can answer; it passes its own check."""
+    config = models.Config(arch=arch, task='' if task == 'seq2seq' else task, n_labels=2)
+    assert train.usual_objective(config, task) == expected
+    train.check_objective(train.Settings(objective=expected), config, task, 'folder')
+
+
+@pytest.mark.parametrize('flags, named', [
+    ('--dataset pairs --preset bert', 'asks for texts, and a bert cannot write'),
+    ('--dataset pairs --preset gpt2 --objective supervised', '--objective supervised: does not fit'),
+    ('--dataset pairs --preset transformer --objective completion', '--objective completion: does not fit'),
+    ('--dataset text --preset gpt2 --objective completion', '--objective completion: text has no labels'),
+    ('--dataset text --preset gpt2 --objective span_corruption', '--objective span_corruption is not for a gpt'),
+    ('--dataset text --preset bert --objective span_corruption', '--objective span_corruption is not for a bert'),
+    ('--dataset text --preset t5 --objective causal_lm', '--objective causal_lm is not for a encdec: use span_corruption'),
+    ('--dataset text --preset t5 --objective masked_lm', '--objective masked_lm is not for a encdec: use span_corruption'),
+    ('--dataset classify --preset transformer', 'an encoder-decoder answers with text'),
+    ('--dataset text --preset t5 --block_size 3', 'span_corruption needs at least 8'),
+    ('--dataset pairs --preset transformer --block_size 6', 'has an example of 7 tokens, more than block_size=6'),
+    ('--dataset pairs --preset gpt2 --block_size 7', 'more than block_size=7'),
+    ('--dataset pairs --preset transformer --best_by accuracy', '--best_by accuracy: choose one of loss, bleu, rouge1'),
+    ('--dataset text --preset gpt2 --best_by bleu', '--best_by bleu'),
+    ('--dataset classify --preset bert --best_by bleu', '--best_by bleu')])
+def test_text_to_text_that_does_not_fit_is_one_line(pairs, folders, tmp_path, capsys, monkeypatch, flags, named):
+    """Exit status 2, and nothing is written."""
+    monkeypatch.chdir(folders)
+    tiny = [f'--{key}={value}' for key, value in {**TINY, **WIDE}.items() if f'--{key}' not in flags]
+    capsys.readouterr()
+    err = refused([*tiny, f'--out_dir={tmp_path}/out', *flags.split()], capsys, monkeypatch)
+    assert named in err, f'{err!r} does not say {named!r}'
+    assert not (tmp_path / 'out').exists()
+
+
+def test_source_and_target_together_must_fit_into_a_decoder(pairs):
+    """An encoder-decoder needs room for each of them, a decoder for both."""
+    data = train.open_data(pairs, 'train')
+    assert data.longest == 7 and data.lengths.max() == len('eleven') + 1 + len('11') + 1
+    data.check_length(7)
+    data.check_length(10, whole=True)
+    for n, whole in ((6, False), (8, True)):
+        with pytest.raises(ValueError, match=f'more than block_size={n}'):
+            data.check_length(n, whole=whole)
+
+
+@pytest.mark.parametrize('preset', ['transformer', 'gpt2'])
+def test_mean_loss_and_evaluation_are_those_of_every_row_alone(pairs, preset):
+    """The mean over all asked tokens, not over batches, without dropout or smoothing; scores of greedy texts; mode kept."""
+    # b1, b2
+    model, s, _, _, val, _, machine = train.start({**TINY, **SHORT, 'dataset': pairs, 'preset': preset, 'dropout': 0.5,
+                                                   'label_smoothing': 0.3, 'batch_size': 5, 'best_by': 'bleu'})
+    calm, nats, asked = copy.deepcopy(model).eval(), 0.0, 0
+    for i in range(len(val)):
+        [e] = train.OBJECTIVES[s.objective](val, range(i, i + 1), 16)
+        with torch.no_grad():
+            logits = calm(**{key: torch.tensor([e[key]]) for key in ('ids', 'decoder_ids') if key in e})[0][0]
+        targets = torch.tensor(e['targets'])
+        nats += F.cross_entropy(logits, targets, ignore_index=models.IGNORE, reduction='sum').item()
+        asked += int((targets != models.IGNORE).sum())
+    found = train.evaluate(model, val, s, machine)
+    assert asked == sum(len(str(n)) + 1 for n in range(1, 13)), asked
+    assert found['loss'] == pytest.approx(nats / asked, rel=1e-4), f'{found}, {nats} / {asked}'
+    assert list(found) == ['loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']
+    assert all(m.training for m in model.modules()), 'the mode was not restored'
+    assert train.mean_loss(model, model, val, dataclasses.replace(s, batch_size=12), machine, 0, 1) == pytest.approx(
+        nats / asked, rel=1e-4)
+    estimated = train.estimate(model, model, val, s, machine, 0)
+    assert estimated['bleu'] == found['bleu']
+    assert list(train.estimate(model, model, val, dataclasses.replace(s, best_by=''), machine, 0)) == ['loss']
+
+
+@pytest.mark.parametrize('best_by, step, best', [('', 4, 1.0), ('loss', 4, 1.0), ('bleu', 4, 30.0), ('rouge1', 2, 0.5),
+                                                 ('exact_match', 6, 0.9)])
+def test_best_by_says_what_makes_a_checkpoint_the_best(pairs, tmp_path, monkeypatch, best_by, step, best):
+    """The lowest loss, or the highest score, of equal ones that of the lower loss; a resumed run remembers."""
+    rows = [(9.0, 0.0, 0.4, 0.0), (2.0, 30.0, 0.5, 0.1), (1.0, 30.0, 0.0, 0.2), (3.0, 10.0, 0.5, 0.9)]  # steps 0, 2, 4, 6
+    scores = iter(dict(zip(('loss', 'bleu', 'rouge1', 'exact_match'), map(np.float64, numbers)))
+                  for row in rows for numbers in [(0.5, 99.0, 1.0, 1.0), row])  # those of train do not count
+    monkeypatch.setattr(train, 'estimate', lambda *args: next(scores))
+    flags = {'best_by': best_by} if best_by else {}
+    fit(pairs, tmp_path, preset='transformer', eval_interval=2, max_iters=6, stop_at=3, **SHORT, **flags)
+    fit(pairs, tmp_path, init_from='resume')
+    found = read(tmp_path / 'best.pt')
+    assert (found['step'], found['best'], type(found['best'])) == (step, best, float), found['best']
+
+
+@pytest.mark.parametrize('preset', ['transformer', 'gpt2', 'lstm'])
+def test_number_words_are_learned_from_the_command_line(pairs, tmp_path, capsys, preset):
+    """Twelve pairs by heart: the score of the best checkpoint is that of --eval_only, and of sample.py."""
+    # b3, b14: an end that is never asked for, or a target that sees itself, would not get there
+    flags = {**TINY, **SHORT, 'n_embd': 32, 'mlp_dim': 64, 'batch_size': 12, 'max_iters': 200, 'eval_interval': 100,
+             'learning_rate': 0.01, 'lr_schedule': 'linear', 'preset': preset, 'dataset': pairs, 'out_dir': tmp_path,
+             'best_by': 'exact_match', 'label_smoothing': 0.0}
+    train.main([f'--{key}={value}' for key, value in flags.items()])
+    out = capsys.readouterr().out
+    best = float(re.search(r'best validation exact_match (\S+)\. ', out)[1])
+    assert best > 0.9 and 'exact match' in out, out
+    train.main([f'--out_dir={tmp_path}', '--eval_only'])
+    assert f'exact match {best:.4f}' in capsys.readouterr().out
+    saved = read(tmp_path / 'best.pt')
+    assert (saved['task'], saved['labels']) == ('seq2seq', [])
+    sample.main([f'--out_dir={tmp_path}', '--device=cpu', f'--score={pairs}.tsv', '--json'])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']
+    assert found['exact_match'] == pytest.approx(best, abs=1e-4), found
+
+
+def test_a_t5_learns_from_text_and_is_then_tuned(pairs, folders, tmp_path, capsys):
+    """span_corruption on plain text lowers the loss; from there seq2seq begins with all weights as they were."""
+    flags = dict(SHORT, preset='t5', max_iters=40, eval_interval=20, learning_rate=0.01)
+    fit(f'{folders}/text', tmp_path / 't5', **flags)
+    losses = [float(row[1]) for row in log_rows(tmp_path / 't5')[1:]]
+    assert losses[-1] < losses[0] - 0.3, losses
+    saved = read(tmp_path / 't5/ckpt.pt')
+    assert saved['task'] == '' and saved['settings']['objective'] == 'span_corruption'
+    tuned, s, *_, checkpoint, _ = train.start({**TINY, 'dataset': pairs, 'init_from': f'{tmp_path}/t5/ckpt.pt'})
+    assert different(tuned, saved['model']) == [] and s.objective == 'supervised' and checkpoint is None
+    fit(pairs, tmp_path / 'tuned', init_from=f'{tmp_path}/t5/ckpt.pt', block_size=16, max_iters=3)
+    assert read(tmp_path / 'tuned/ckpt.pt')['task'] == 'seq2seq'
+    train.main([f'--out_dir={tmp_path}/t5', '--eval_only'])
+    assert re.fullmatch(r'val loss \d+\.\d{4}\n', capsys.readouterr().out.splitlines(True)[-1])
+
+
+@pytest.mark.parametrize('preset', ['transformer', 'gpt2', 't5'])
+def test_a_resumed_run_of_text_to_text_is_the_unbroken_one(pairs, tmp_path, preset):
+    """Bit for bit, across an epoch."""
+    # b1, b12
+    flags = dict(SHORT, preset=preset, dropout=0.2, max_iters=6)
+    whole, _ = fit(pairs, tmp_path / 'a', **flags)
+    fit(pairs, tmp_path / 'b', stop_at=3, **flags)
+    resumed, _ = fit(pairs, tmp_path / 'b', init_from='resume')
+    assert different(whole, resumed) == []
+
+
+@pytest.mark.parametrize('preset', ['transformer', 'gpt2'])
+def test_from_pairs_to_answers_on_the_command_line(tmp_path, preset):
+    """Prepare, train, ask by a pipe, score: as a user types them."""
+    (tmp_path / 'numbers.tsv').write_text(''.join(f'{word} 二\t{n}\n' for n, word in enumerate(NUMERALS)), encoding='utf-8')
+    run = lambda *words, **more: command(*words, cwd=tmp_path, env=ONE_THREAD, **more).stdout
+    run('prepare_data.py', '--task', 'seq2seq', '--input', 'numbers.tsv', '--tokenizer', 'char', '--val_fraction', '0.2',
+        '--block_size', '24')
+    said = run('train.py', '--dataset', 'numbers', '--preset', preset, '--max_iters', '3', '--n_layer=1', '--n_embd=16',
+               '--n_head=2', '--batch_size=4', '--device=cpu', '--block_size=24', '--best_by=bleu')
+    assert 'best validation bleu' in said, said
+    assert len(run('sample.py', '--start', '-', '--device=cpu', input='one 二\n\ntwo\n').split('\n')) == 4
+    scores = json.loads(run('sample.py', '--score', 'numbers.tsv', '--json', '--num_beams=2', '--device=cpu'))
+    assert list(scores) == ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'], scores
 
 # -----------------------------------------------------------------------------
 # On a GPU
