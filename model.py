@@ -573,6 +573,17 @@ def cross_entropy(logits, targets, count=None, smoothing=0.0):
     return loss / ((targets != IGNORE).sum().clamp(min=1) if count is None else count)
 
 
+def loss_of(model, logits, targets, counts):
+    """The cross entropy that forward() returns beside its logits: None without targets, smoothed while training."""
+    smoothing = model.config.label_smoothing if model.training else 0.0
+    return None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'), smoothing)
+
+
+def take(x, where):
+    """One position of each row: x (B, T, C), where (B,) -> (B, C)."""
+    return x[torch.arange(len(x), device=x.device), where]
+
+
 def init_weights(model, config):
     """
     Weights start as normal draws around 0, with these standard deviations:
@@ -640,8 +651,7 @@ class GPT(nn.Module):
         ids[b, t], already shifted. counts: {'targets': number of targets asked in the whole global batch}.
         """
         logits = self.output(self.hidden(ids, keep))                                   # (B, T, V)
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'), smoothing)
+        return logits, loss_of(self, logits, targets, counts)
 
     def decode(self, ids, keep=None, cache=None):
         """Logits of the token after the last one, (B, V): all that generation needs. Pads stand on the left."""
@@ -713,7 +723,7 @@ class BERT(nn.Module):
     def pool(self, x, keep=None):
         """Hidden states -> what [CLS], the first real token, has gathered: (B, T, C) -> (B, C)."""
         first = torch.zeros(len(x), dtype=torch.long, device=x.device) if keep is None else keep.int().argmax(dim=1)
-        return self.pooler(x[torch.arange(len(x), device=x.device), first])
+        return self.pooler(take(x, first))
 
     def follows(self, x, keep=None):
         """Hidden states -> whether B follows A: (B, T, C) -> (B, 2), class 1 for yes."""
@@ -763,8 +773,7 @@ class EncoderDecoder(nn.Module):
         """
         x = self.decoder(decoder_ids, memory=self.hidden(ids, keep), memory_keep=keep)  # (B, T, C)
         logits = self.output(x)                                                        # (B, T, V)
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'), smoothing)
+        return logits, loss_of(self, logits, targets, counts)
 
     def read(self, ids, keep=None):
         """Encode the source once: a cache to `decode` with."""
@@ -810,13 +819,13 @@ class TaskModel(nn.Module):
             else:
                 real = torch.ones_like(ids) if keep is None else keep.int()
                 last = (real * torch.arange(ids.size(1), device=ids.device)).argmax(dim=1)
-                x = x[torch.arange(len(x), device=x.device), last]                     # (B, C)
+                x = take(x, last)                                                      # (B, C)
         logits = self.head(self.drop(x))
         if self.config.task == 'qa':
             logits = logits.transpose(1, 2)                                            # (B, 2, T)
             if keep is not None:
                 logits = logits.masked_fill(~keep[:, None], torch.finfo(logits.dtype).min)  # no answer in the padding
-        return logits, None if targets is None else cross_entropy(logits, targets, (counts or {}).get('targets'))
+        return logits, loss_of(self, logits, targets, counts)
 
 # -----------------------------------------------------------------------------
 # From a configuration to a model, to a file, and back

@@ -860,6 +860,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     context, room = row['context'], block_size - 3 - len(question)
     ids, spans = encode_spans(tokenizer, context)
     held = None                                        # the first and last token of the answer
+    holds = lambda begin: held is not None and begin <= held[0] and held[1] < begin + room
     if row.get('answers'):
         start, text = row['answers'][0]
         stop = start + len(text)
@@ -875,7 +876,7 @@ def qa_examples(tokenizer, row, labels, block_size):
                              f"window of --block_size {block_size} holds beside its question: raise --block_size (the model "
                              "needs the same), or leave the question out")
     begins = [*range(0, max(0, len(ids) - room), max(1, room // 2)), max(0, len(ids) - room)]
-    if held is not None and not any(begin <= held[0] and held[1] < begin + room for begin in begins):
+    if held is not None and not any(map(holds, begins)):
         begins.append(int(held[0]))
     examples = []
     for begin in sorted(set(begins)):
@@ -886,8 +887,7 @@ def qa_examples(tokenizer, row, labels, block_size):
                  'offsets': (offsets - low).tolist()}
         example = {'ids': framed, 'segments': segments, 'about': about}
         if 'answers' in row:
-            inside = held is not None and begin <= held[0] and held[1] < begin + room
-            example['targets'] = (held - begin + about['first']).tolist() if inside else [0, 0]
+            example['targets'] = (held - begin + about['first']).tolist() if holds(begin) else [0, 0]
             about |= {'id': row['id'], 'answers': [text for _, text in row['answers']]}
         examples.append(example)
     return examples

@@ -305,26 +305,33 @@ def collate(examples, pad_id):
     return batch
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model):
+    """No dropout and no gradients inside; then as before."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
 def ask(model, examples, pad_id, take=lambda example, logits: logits, rows=64):
     """
     Examples -> (what `take` wants of the logits of each, given as float32 numpy; the sum of their losses, in nats; the
     number of targets asked). Batches hold examples of about one length, and the answers have the order of the examples.
     """
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    taken, nats, asked = [None] * len(examples), 0.0, 0
+    device, taken, nats, asked = next(model.parameters()).device, [None] * len(examples), 0.0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
     for at in range(0, len(order), rows):
         progress(f"{at:,} of {len(order):,}")
         chosen = order[at:at + rows]
         batch = {key: t.to(device) for key, t in collate([examples[i] for i in chosen], pad_id).items()}
-        out, loss = model(**batch, counts={'targets': 1})
+        with evaluating(model):
+            out, loss = model(**batch, counts={'targets': 1})
         if loss is not None:
             nats, asked = nats + loss.item(), asked + int((batch['targets'] != IGNORE).sum())
         for i, row in zip(chosen, out.float().cpu().numpy()):
             taken[i] = take(examples[i], row)
-    model.train(was_training)
     progress('')
     return taken, nats, asked
 
@@ -414,28 +421,24 @@ def write_targets(model, tokenizer, examples, settings):
     for chosen in (group[at:at + size] for group in groups for at in range(0, len(group), size)):
         progress(f"{sum(a is not None for a in answers):,} of {len(order):,} texts")
         sources = [examples[i]['ids'] for i in chosen]
-        longest = max(map(len, sources))
-        if not encoder:
-            sources = [[*ids[:-1], special['[SEP]']] for ids in sources]
-        pads = [[pad_id] * (longest - len(ids)) for ids in sources]                    # behind a source, before a prompt
-        ids = torch.tensor([[*s, *p] if encoder else [*p, *s] for s, p in zip(sources, pads)], device=device)
-        keep = torch.tensor([[True] * len(s) + [False] * len(p) if encoder else [False] * len(p) + [True] * len(s)
-                             for s, p in zip(sources, pads)], device=device)
-        first, cache, room = ids, None, block_size - longest
         if encoder:
+            batch = {key: t.to(device) for key, t in collate([{'ids': ids} for ids in sources], pad_id).items()}
             with torch.inference_mode():
-                cache, keep, room = model.read(ids, keep), None, block_size
-            first = torch.full((len(ids), 1), end_id, device=device)
+                cache = model.read(**batch)
+            prompt, room = torch.full((len(sources), 1), end_id, device=device), block_size
+        else:
+            cache, prompt = None, torch.tensor([[*ids[:-1], special['[SEP]']] for ids in sources], device=device)
+            room = block_size - prompt.size(1)
         room = max(1, min(settings.max_new_tokens, room))
         if settings.num_beams > 1:
-            n_best = beam_search(model, first, settings.num_beams, room, settings.length_penalty, forbidden, end_id, keep,
-                                 cache)
+            n_best = beam_search(model, prompt, settings.num_beams, room, settings.length_penalty, forbidden, end_id,
+                                 cache=cache)
             for i, found in zip(chosen, n_best):
                 texts = [{'text': tokenizer.decode(tokens), 'score': score} for score, tokens in found]
                 answers[i] = {'target': texts[0]['text'], 'n_best': texts}
             continue
-        steps = list(generate(model, first, room, settings.temperature or 0.0, settings.top_k, settings.top_p,
-                              max(0, settings.seed), chosen, forbidden, end_id, keep, cache))
+        steps = list(generate(model, prompt, room, settings.temperature or 0.0, settings.top_k, settings.top_p,
+                              max(0, settings.seed), chosen, forbidden, end_id, cache=cache))
         for i, tokens in zip(chosen, torch.stack(steps, dim=1).tolist()):
             answers[i] = {'target': tokenizer.decode(tokens[:tokens.index(end_id)] if end_id in tokens else tokens)}
     progress('')
@@ -657,7 +660,7 @@ def hidden_scores(model, tokenizer, ids, positions=4096):
     right, nats, n = ask(model, examples, special['[PAD]'], lambda e, logits: logits.argmax() == max(e['targets']))  # (V,)
     return {'masked_accuracy': float(np.mean(right)), 'pseudo_perplexity': math.exp(min(nats / n, 700))}
 
-@torch.no_grad()
+
 def text_loss(model, tokens, block_size=0, rank=0, world=1, context=contextlib.nullcontext):
     """
     How well a model predicts a row of ids (n,), in windows of block_size that do not overlap: (nats, predictions). Every
@@ -666,19 +669,16 @@ def text_loss(model, tokens, block_size=0, rank=0, world=1, context=contextlib.n
     """
     T = block_size or model.config.block_size
     rows = max(1, min(64, 2 ** 25 // (T * model.config.vocab_size)))  # what the logits of a batch may take in memory
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    nats, predictions = 0.0, 0
+    device, nats, predictions = next(model.parameters()).device, 0.0, 0
     starts = list(range(0, len(tokens) - 1, T))
     whole = [s for s in starts if s + T < len(tokens)]
     batches = [whole[i:i + rows] for i in range(0, len(whole), rows)] + [[s] for s in starts[len(whole):]]
     for batch in batches[rank::world]:
         window = np.stack([tokens[s:s + T + 1].astype(np.int64) for s in batch])       # (rows, T + 1)
         window = torch.from_numpy(window).to(device)
-        with context():
+        with evaluating(model), context():
             _, loss = model(window[:, :-1], targets=window[:, 1:], counts={'targets': 1})
         nats, predictions = nats + loss.item(), predictions + window[:, 1:].numel()
-    model.train(was_training)
     return nats, predictions
 
 
@@ -716,7 +716,7 @@ def score_file(model, tokenizer, path, task='', labels=(), settings=None):
     """Score a file in the format that prepare_data.py reads for what the model was trained for. Raises ValueError."""
     if not task:
         ids, size = read_text(tokenizer, path)
-        if hasattr(model, 'decode') and not hasattr(model, 'read'):
+        if hasattr(model, 'decode'):
             return text_scores(*text_loss(model, ids), size)
         return hidden_scores(model, tokenizer, ids[ids != tokenizer._special_tokens['<|endoftext|>']])
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
@@ -860,15 +860,17 @@ def print_answers(model, tokenizer, prompt, task, labels, settings):
     for n in asked:  # all are read before the first is answered
         try:
             if task:
-                rows.append(encode_rows(tokenizer, task, [read_line(task, lines[n])], labels, model.config.block_size))
+                made = encode_rows(tokenizer, task, [read_line(task, lines[n])], labels, model.config.block_size)
             else:
-                rows.append([masked_text(tokenizer, lines[n], model.config.block_size)])
+                made = [masked_text(tokenizer, lines[n], model.config.block_size)]
         except ValueError as e:
             raise ValueError(f"line {n + 1}: {e}" if len(lines) > 1 else str(e)) from None
+        for example in made:
+            example['about']['row'] = n
+        rows.append(made)
     printed = 0
     for at in range(0, len(asked), 1024):
-        part, answers = rows[at:at + 1024], []
-        examples = [dict(example, about={**example['about'], 'row': i}) for i, row in enumerate(part) for example in row]
+        examples = [example for row in rows[at:at + 1024] for example in row]
         if task == 'seq2seq':
             answers = write_targets(model, tokenizer, examples, settings)
         elif task:

@@ -29,8 +29,8 @@ References:
     [3] Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon
     [4] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
     [5] Miyato et al. 2017, Adversarial Training Methods for Text Classification, https://arxiv.org/abs/1605.07725
-    [7] Raffel et al. 2019, T5, https://arxiv.org/abs/1910.10683
     [6] Goodfellow et al. 2015, Explaining and Harnessing Adversarial Examples, https://arxiv.org/abs/1412.6572
+    [7] Raffel et al. 2019, T5, https://arxiv.org/abs/1910.10683
 """
 
 import contextlib
@@ -116,30 +116,29 @@ class Settings:
 
 
 # Good values where they differ from the defaults: first by what is trained, then by preset ('': any).
-SMALL = dict(max_iters=1000, batch_size=32, optimizer='muon', learning_rate=2e-3, muon_learning_rate=3e-3, min_lr=0.0,
-             warmup_iters=100, lr_schedule='linear')
+MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
+PAIRS = dict(MUON, max_iters=2000, learning_rate=3e-3, muon_learning_rate=0.01, eval_interval=250)
+SMALL = dict(MUON, max_iters=1000, batch_size=32, learning_rate=2e-3, muon_learning_rate=3e-3)
 LARGE = dict(optimizer='adamw', learning_rate=3e-5, beta2=0.999, weight_decay=0.01, dropout=0.1)
 RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
         'palm': dict(learning_rate=1e-2),  # its embeddings start large, and move as slowly as all else under AdamW
-        't5': dict(max_iters=2000, batch_size=32, optimizer='muon', learning_rate=3e-3, muon_learning_rate=0.01, min_lr=0.0,
-                   warmup_iters=100, lr_schedule='linear', eval_interval=250),
+        't5': dict(PAIRS, batch_size=32),
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95, batch_size=12,
                           gradient_accumulation_steps=40, eval_interval=2000, eval_iters=200),
         'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03,
                      min_lr=0.0, warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
                      grad_clip=0.0),
         # one token in seven is asked for, so it needs many; Muon, and a learning rate that post-norm survives
-        'bert': dict(max_iters=2500, batch_size=64, optimizer='muon', learning_rate=6e-3, muon_learning_rate=0.01,
-                     min_lr=0.0, warmup_iters=100, lr_schedule='linear', eval_interval=500, log_interval=100),
+        'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3, muon_learning_rate=0.01, eval_interval=500,
+                     log_interval=100),
     },
     # heads on small trunks; large pre-trained ones want the small steps of [4], appendix A.3
     'classify': {'': dict(SMALL, dropout=0.3), 'bert-base': LARGE, 'gpt2-124m': LARGE},
     'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
     'qa': {'': dict(SMALL, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
-    'seq2seq': {'': dict(max_iters=2000, batch_size=64, optimizer='muon', learning_rate=3e-3, muon_learning_rate=0.01,
-                         min_lr=0.0, warmup_iters=100, lr_schedule='linear', eval_interval=250)},
+    'seq2seq': {'': dict(PAIRS, batch_size=64)},
 }
 
 
@@ -193,7 +192,8 @@ def sentence_pairs(data, u, room):
     for f, a, n, b, e, follow in zip(first, after, length, second, end, follows):
         text = data.tokens[starts[b]:e]
         stop = np.flatnonzero(text == end_id)  # white space may follow it: the next document begins with some
-        pairs.append((data.tokens[max(starts[f], starts[a] - n):starts[a]], text[:stop[0]] if len(stop) else text, follow))
+        before = data.tokens[max(starts[f], starts[a] - n):starts[a]]
+        pairs.append((before.tolist(), (text[:stop[0]] if len(stop) else text).tolist(), follow))
     return pairs
 
 
@@ -214,6 +214,7 @@ def masked_lm(data, rows, block_size):
     next_targets; so is text without sentences that follow each other.
     """
     u, special = data.uniforms(rows, 2 * block_size + 3), data.tokenizer._special_tokens
+    pairs = ()
     if isinstance(data, Examples):
         framed = [(example['ids'], example.get('segments', [0] * len(example['ids'])))
                   for example in supervised(data, rows, block_size)]
@@ -222,7 +223,8 @@ def masked_lm(data, rows, block_size):
         framed = [prepare_data.frame(data.tokenizer, a, b[:block_size - 3 - len(a)]) for a, b, _ in pairs]
     else:
         room = block_size - 2
-        framed = [prepare_data.frame(data.tokenizer, data.tokens[i:i + room]) for i in data.window_starts(rows, room)]
+        framed = [prepare_data.frame(data.tokenizer, data.tokens[i:i + room].tolist())
+                  for i in data.window_starts(rows, room)]
     ids = np.full((len(framed), block_size), special['[PAD]'])                         # (B, T)
     for row, (tokens, _) in zip(ids, framed):
         row[:len(tokens)] = tokens
@@ -242,9 +244,8 @@ def masked_lm(data, rows, block_size):
 
     examples = [{'ids': shown[i, :len(segments)], 'segments': segments, 'targets': targets[i, :len(segments)]}
                 for i, (_, segments) in enumerate(framed)]
-    if not isinstance(data, Examples) and data.has_pairs:
-        for example, (_, _, follow) in zip(examples, pairs):
-            example['next_targets'] = IS_NEXT if follow else 1 - IS_NEXT
+    for example, (_, _, follow) in zip(examples, pairs):
+        example['next_targets'] = IS_NEXT if follow else 1 - IS_NEXT
     return examples
 
 
@@ -253,8 +254,6 @@ def supervised(data, rows, block_size):
     return data.examples_of(rows)
 
 
-METRICS = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1'}  # what makes a checkpoint the best; else the loss
-LABELLED = ('supervised', 'completion')
 def completion(data, rows, block_size):
     """
     Text to text on a decoder alone: the source is a prompt, and only the target is asked for. Instruction tuning at its
@@ -303,6 +302,8 @@ def span_corruption(data, rows, block_size):
 
 OBJECTIVES = {'causal_lm': causal_lm, 'masked_lm': masked_lm, 'span_corruption': span_corruption, 'supervised': supervised,
               'completion': completion}
+LABELLED = ('supervised', 'completion')            # those that read labelled data as such
+METRICS = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1'}  # what makes a checkpoint the best; else the loss
 
 # -----------------------------------------------------------------------------
 # Data
@@ -363,6 +364,26 @@ class Data:
             raise ValueError(f"{self.folder} holds the id {highest} in {self.split}, but its vocabulary has only "
                              f"{self.vocab_size}: prepare the data again")
 
+    def window_starts(self, rows, block_size):
+        """
+        Where each of `rows` begins. An epoch takes all of n windows once, in an order drawn from (seed, split, epoch), and
+        begins at another offset than the epoch before, so that a token meets every position.
+        """
+        last = len(self.tokens) - 1  # a window has block_size + 1 tokens: the last one is only ever a target
+        if last < block_size:
+            raise ValueError(f"{self.folder}/{self.split}.bin has {last + 1} tokens, fewer than block_size + 1 = "
+                             f"{block_size + 1}: lower --block_size, or prepare more text")
+        n = max(1, last // block_size - 1)
+        starts = []
+        for row in rows:
+            epoch, k = divmod(int(row), n)
+            if self.epoch != (epoch, block_size):
+                rng = np.random.default_rng((self.seed, SPLITS[self.split], epoch))
+                self.offset = rng.integers(last - n * block_size + 1)  # rng.integers and permutation exclude the end
+                self.order, self.epoch = rng.permutation(n), (epoch, block_size)
+            starts.append(int(self.offset + self.order[k] * block_size))
+        return starts
+
 
 class Text(Data):
     """One long row of ids, to pre-train on."""
@@ -389,32 +410,14 @@ class Text(Data):
     def check_length(self, block_size, whole=False):
         self.window_starts([0], block_size)  # raises where it is too short
 
-    def window_starts(self, rows, block_size):
-        """
-        Where each of `rows` begins. An epoch takes all of n windows once, in an order drawn from (seed, split, epoch), and
-        begins at another offset than the epoch before, so that a token meets every position.
-        """
-        last = len(self.tokens) - 1  # a window has block_size + 1 tokens: the last one is only ever a target
-        if last < block_size:
-            raise ValueError(f"{self.folder}/{self.split}.bin has {last + 1} tokens, fewer than block_size + 1 = "
-                             f"{block_size + 1}: lower --block_size, or prepare more text")
-        n = max(1, last // block_size - 1)
-        starts = []
-        for row in rows:
-            epoch, k = divmod(int(row), n)
-            if self.epoch != (epoch, block_size):
-                rng = np.random.default_rng((self.seed, SPLITS[self.split], epoch))
-                self.offset = rng.integers(last - n * block_size + 1)  # rng.integers and permutation exclude the end
-                self.order, self.epoch = rng.permutation(n), (epoch, block_size)
-            starts.append(int(self.offset + self.order[k] * block_size))
-        return starts
-
 
 RUN, POOL = 64, 2048                               # examples of about equal length; those among which they are found
 
 
 class Examples(Data):
     """Labelled examples, a line of JSON each, to fine-tune on. Only their places and lengths are kept in memory."""
+
+    has_pairs = False  # no row follows another
 
     def read(self):
         self.path, n = os.path.join(self.folder, f'{self.split}.jsonl'), self.counts['examples']
@@ -482,8 +485,6 @@ class Examples(Data):
     def tokens(self):
         """All texts in one row of ids, for objectives that read text."""
         return np.concatenate([self[i]['ids'] for i in range(len(self))])
-
-    window_starts = Text.window_starts
 
 
 def open_data(folder, split, seed=0):
@@ -623,35 +624,31 @@ def count_targets(batches, machine):
     return {name: max(1, int(total)) for name, total in zip(names, totals)}
 
 
-@contextlib.contextmanager
-def evaluating(model):
-    """No dropout and no gradients inside; then as before."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
-
-
 def estimate(forward, model, data, s, machine, pad_id):
     """Scores of the same eval_iters batches every time, shared among the processes; of labelled validation data, of all."""
     if s.objective == 'masked_lm':
         return masked_scores(model, data, s.eval_iters * s.batch_size, s, machine)
     if s.objective == 'supervised' and data.split == 'val' and data.task != 'seq2seq':
         return evaluate(model, data, s, machine)
-    scores = {'loss': mean_loss(forward, model, data, s, machine, pad_id, s.eval_iters)}
+    scores = {'loss': mean_loss(forward, model, data, s, machine, pad_id, s.eval_iters * s.batch_size)}
     if data.split == 'val' and s.best_by not in ('', 'loss'):
-        with machine.precision():
-            scores |= sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+        scores |= task_scores(model, data, machine)
     return scores
 
 
-def mean_loss(forward, model, data, s, machine, pad_id, iters):
-    """The loss of the first `iters` batches, the mean over all targets."""
-    n, total, asked = s.batch_size, 0.0, 0
-    with evaluating(model), machine.precision():
-        for i in range(machine.rank, iters, machine.world):
-            batch = get_batch(data, s.objective, model.config.block_size, i * n, n, pad_id, machine.device)
+def task_scores(model, data, machine):
+    """What sample.py says of labelled data. Each process does all of it: few tokens, and their scores are not sums."""
+    with machine.precision():
+        return sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+
+
+def mean_loss(forward, model, data, s, machine, pad_id, n):
+    """The loss of the first n examples, the mean over all targets."""
+    total, asked = 0.0, 0
+    with sample.evaluating(model), machine.precision():
+        for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
+            batch = get_batch(data, s.objective, model.config.block_size, first, min(s.batch_size, n - first), pad_id,
+                              machine.device)
             total += forward(**batch, counts={'targets': 1})[1].item()
             asked += int((batch['targets'] != IGNORE).sum())
     total, asked = machine.sum(total, asked)
@@ -664,7 +661,7 @@ def masked_scores(model, data, n, s, machine):
     token, and of right answers to whether B follows A.
     """
     sums = np.zeros(7)
-    with evaluating(model), machine.precision():
+    with sample.evaluating(model), machine.precision():
         for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
             batch = get_batch(data, 'masked_lm', model.config.block_size, first, min(s.batch_size, n - first),
                               data.tokenizer._special_tokens['[PAD]'], machine.device)
@@ -689,14 +686,12 @@ def evaluate(model, data, s, machine):
     pad_id = data.tokenizer._special_tokens['[PAD]']
     if s.objective == 'span_corruption':
         windows = len(data.tokens) // model.config.block_size
-        return {'loss': mean_loss(model, model, data, s, machine, pad_id, windows // s.batch_size + 1)}
+        return {'loss': mean_loss(model, model, data, s, machine, pad_id, (windows // s.batch_size + 1) * s.batch_size)}
     if s.objective in LABELLED and data.task == 'seq2seq':
-        loss = mean_loss(model, model, data, dataclasses.replace(s, batch_size=1), machine, pad_id, len(data))
-        with machine.precision():
-            return {'loss': loss, **sample.task_scores(model, data, data.task, data.labels, data.tokenizer)}
-    if s.objective == 'supervised':  # each process does all of it: few tokens, and their scores are not sums
-        with machine.precision():
-            return sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+        loss = mean_loss(model, model, data, s, machine, pad_id, len(data))
+        return {'loss': loss, **task_scores(model, data, machine)}
+    if s.objective == 'supervised':
+        return task_scores(model, data, machine)
     if s.objective == 'masked_lm':
         return masked_scores(model, data, -(-len(data.tokens) // model.config.block_size), s, machine)
     data.check(data.tokens)
@@ -793,13 +788,11 @@ def freeze(model, what):
 
 def print_sample(model, tokenizer, s):
     """A few words of what the model would write now, so that one can watch it learn; nothing of one that does not write."""
-    if not s.sample_tokens or not hasattr(model, 'decode') or hasattr(model, 'read') or s.objective == 'completion':
+    if not s.sample_tokens or s.objective != 'causal_lm':
         return
     settings = sample.Settings(max_new_tokens=s.sample_tokens, seed=s.seed)
-    was_training = model.training
-    model.eval()
-    text = ''.join(text for _, text in sample.write(model, tokenizer, '', settings))
-    model.train(was_training)
+    with sample.evaluating(model):
+        text = ''.join(text for _, text in sample.write(model, tokenizer, '', settings))
     print(*(f'    | {line}' for line in text.splitlines() if line.strip()), sep='\n', flush=True)
 
 
@@ -1010,14 +1003,15 @@ def from_checkpoint(path, resume, s, settings_given, config_given):
     model, checkpoint = load(path, **{key: config_given[key] for key in free if key in config_given})
     saved = {key: value for key, value in checkpoint.get('settings', {}).items() if hasattr(s, key)}
     fixed = {key: getattr(model.config, key) for key in config_given}
-    fixed |= {key: saved[key] for key in ('preset', *(['optimizer', 'freeze'] if resume else [])) if key in saved}
+    of_optimizer = ('optimizer', 'freeze') if resume else ()
+    fixed |= {key: saved[key] for key in ('preset', *of_optimizer) if key in saved}
     for key, value in fixed.items():
         asked = {**settings_given, **config_given}.get(key, value)
         if asked != value:
             raise ValueError(f"--{key} {asked}: {path} has {key}={value}, which its weights "
-                             f"{'and optimizer ' if key in ('optimizer', 'freeze') else ''}are made for: leave the flag "
+                             f"{'and optimizer ' if key in of_optimizer else ''}are made for: leave the flag "
                              "out, or start "
-                             + (f"a new run with --init_from {path}" if key in ('optimizer', 'freeze') else "from scratch"))
+                             + (f"a new run with --init_from {path}" if key in of_optimizer else "from scratch"))
     if resume and 'optimizer' not in checkpoint:
         raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it with "
                          f"--init_from {path}")
@@ -1175,7 +1169,7 @@ def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
                 + f"; {data.folder}: {data.counts['tokens']:,} tokens, "
                 + (f"{len(data):,} examples, " if isinstance(data, Examples) else '') + f"vocabulary of {data.vocab_size:,}"
                 + (f"; resumed at step {checkpoint['step']}" if checkpoint else ''))
-    if s.objective == 'masked_lm' and not (isinstance(data, Text) and data.has_pairs):
+    if s.objective == 'masked_lm' and not data.has_pairs:
         machine.say(f"{data.folder} has no two documents with sentences that follow each other: trained without the "
                     "question whether the second text follows the first")
     signals = on_signal()

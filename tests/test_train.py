@@ -2031,7 +2031,7 @@ def test_mean_loss_and_evaluation_are_those_of_every_row_alone(pairs, preset):
     assert found['loss'] == pytest.approx(nats / asked, rel=1e-4), f'{found}, {nats} / {asked}'
     assert list(found) == ['loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']
     assert all(m.training for m in model.modules()), 'the mode was not restored'
-    assert train.mean_loss(model, model, val, dataclasses.replace(s, batch_size=12), machine, 0, 1) == pytest.approx(
+    assert train.mean_loss(model, model, val, dataclasses.replace(s, batch_size=12), machine, 0, 12) == pytest.approx(
         nats / asked, rel=1e-4)
     estimated = train.estimate(model, model, val, s, machine, 0)
     assert estimated['bleu'] == found['bleu']
