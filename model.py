@@ -10,6 +10,7 @@ The Transformer family in one file. Read it from top to bottom: every part is de
     GPT, LSTM, BERT, EncoderDecoder     ids -> logits, loss; TaskModel puts one Linear on any of them
     build, save, load   configuration -> model -> file -> model
     optimizer_groups    which weights decay, and which are matrices
+    FAMILIES            what Hugging Face calls all of this: from_huggingface, export_huggingface
 
 The models are one set of parts; a row of this table fixes the choices (PRESETS has them as code):
 
@@ -48,14 +49,20 @@ References, cited by number:
     [15] Raffel et al. 2019, T5, https://arxiv.org/abs/1910.10683
     [16] Shaw et al. 2018, Self-Attention with Relative Position Representations, https://arxiv.org/abs/1803.02155
     [17] Szegedy et al. 2015, Rethinking the Inception Architecture (label smoothing), https://arxiv.org/abs/1512.00567
+    [18] Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
+    [19] Grattafiori et al. 2024, The Llama 3 Herd of Models, https://arxiv.org/abs/2407.21783
 """
 
 import dataclasses
 import errno
+import functools
+import json
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -105,6 +112,7 @@ class Config:
     embedding_norm: bool = choice(False, 'normalise what enters the first block')
     positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'relative', 'none')
     rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
+    rope_scaling: str = choice('', 'rotary, stretched for long texts: linear FACTOR | llama3 FACTOR LOW HIGH LENGTH')
     buckets: int = choice(32, 'relative: how many distances are told apart')
     max_distance: int = choice(128, 'relative: from here on, all distances are one')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
@@ -145,6 +153,12 @@ class Config:
             raise ValueError(f"label_smoothing={self.label_smoothing}: only models that write read it")
         if self.task and self.arch == 'encdec':
             raise ValueError(f"task={self.task}: an encoder-decoder answers with text: choose another arch")
+        kind, *numbers = self.rope_scaling.split() or ['']
+        if {'': 0, 'linear': 1, 'llama3': 4}.get(kind) != len(numbers) or not all(
+                re.fullmatch(r'\d+(\.\d+)?(e[+-]?\d+)?', n) and 0 < float(n) < math.inf for n in numbers):
+            raise ValueError(f"rope_scaling={self.rope_scaling} must be linear FACTOR or llama3 FACTOR LOW HIGH LENGTH, all "
+                             "above 0")
+        self.rope_scaling = ' '.join([kind, *(str(float(n)) for n in numbers)])
         for name in ('norm_eps', 'rope_theta'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
@@ -207,15 +221,27 @@ def sinusoids(length, channels):
     PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same): section 3.5 of [1]. Fixed, not learned.
     Each pair of channels is the hand of a clock, from one turn every 2 pi positions to very slow. Returns (T, C).
     """
-    position = torch.arange(length)[:, None]                                           # (T, 1)
-    speed = 10000.0 ** (-torch.arange(0, channels, 2) / channels)                      # (C/2,)
+    position = torch.arange(length, device='cpu')[:, None]                             # (T, 1)
+    speed = 10000.0 ** (-torch.arange(0, channels, 2, device='cpu') / channels)        # (C/2,)
     return torch.stack([(position * speed).sin(), (position * speed).cos()], dim=2).flatten(1)
 
 
-def rotary_angles(length, channels, theta):
-    """How far each pair of channels has turned at each position, in radians: section 3.2 of [5]. Returns (T, D/2)."""
-    speed = theta ** (-torch.arange(0, channels, 2) / channels)                        # (D/2,)
-    return torch.arange(length)[:, None] * speed
+def rotary_angles(length, channels, theta, scaling=''):
+    """
+    How far each pair of channels has turned at each position, in radians: section 3.2 of [5]. Returns (T, D/2).
+    scaling lets a model read texts longer than those it was trained on: `linear f` turns all pairs f times slower; `llama3 f
+    low high length` only those that turn fewer than `low` times in `length` positions, and those that turn more than `high`
+    times not at all [19].
+    """
+    speed = theta ** (-torch.arange(0, channels, 2, device='cpu') / channels)          # (D/2,)
+    kind, *numbers = scaling.split() or ['']
+    if kind == 'linear':
+        speed = speed / float(numbers[0])
+    elif kind == 'llama3':
+        factor, low, high, trained = map(float, numbers)
+        keep = ((trained * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)    # 0: slowed down, 1: as it was
+        speed = (1 - keep) * speed / factor + keep * speed
+    return torch.arange(length, device='cpu')[:, None] * speed
 
 
 def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
@@ -249,6 +275,24 @@ def rotate(x, cos, sin):
 # Attention
 
 
+def dropout(x, p):
+    """
+    Zero each value with probability p and scale up the others, so that the mean stays [18]. A CPU draws one byte a value, so
+    there p is a multiple of 1/256: with that it takes a seventh of the time of F.dropout.
+    """
+    if not x.is_cpu or not p:
+        return F.dropout(x, p)
+    zeroed = max(1, min(255, round(256 * p)))                                          # of 256 bytes
+    eight = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2 ** 63, None)  # each number is eight draws
+    kept = eight.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
+    return x * kept * (256 / (256 - zeroed))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
 def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
     Who looks at whom: softmax(q kᵀ * scale) of equation 1 in [1], with scale = 1/sqrt(D) unless given. Each row of the
@@ -276,21 +320,23 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     return scores.softmax(dim=-1)
 
 
-def attention(q, k, v, mask=None, causal=False, scale=None, dropout=0.0):
+def attention(q, k, v, mask=None, causal=False, scale=None, p=0.0):
     """
     z_i = sum_j weight_ij v_j: attention_weights @ v, by whichever of two roads is faster; they agree up to rounding.
-    q (B, H, T, D), k and v (B, G, S, D), where each of the G key/value heads serves H/G query heads [7].
+    q (B, H, T, D), k and v (B, G, S, D), where each of the G key/value heads serves H/G query heads [7]; p: of
+    dropout, on the weights.
     """
     # Measured on a CPU with bfloat16 at 256 positions: the fused kernel's backward made a training step 1.3 times
-    # slower than the plain formula. Long sequences still need it: the plain formula stores all T x S weights.
-    plain = q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and k.size(2) <= 512
+    # slower than the plain formula, and with dropout it falls back to one that is slower still. Long sequences need it all
+    # the same: the plain formula stores all T x S weights.
+    plain = q.is_cpu and (q.dtype == torch.bfloat16 or p > 0) and torch.is_grad_enabled() and k.size(2) <= 512
     mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                                              dropout_p=dropout, enable_gqa=k.size(1) < q.size(1))
+                                              dropout_p=p, enable_gqa=k.size(1) < q.size(1))
     if k.size(1) < q.size(1):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))    # (B, H, S, D)
-    return F.dropout(attention_weights(q, k, mask, causal, scale), dropout) @ v
+    return dropout(attention_weights(q, k, mask, causal, scale), p) @ v
 
 
 def make_norm(config, channels):
@@ -361,7 +407,10 @@ class Attention(nn.Module):
                 k = self.k_norm(k)
                 if cache is not None:
                     cache.update(k=k, v=v)
+            # the beams of one source stand in neighbouring rows, and ask it together, as if they were positions
+            q = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)             # (B / beams, H, beams T, D)
         y = attention(q, k, v, mask, causal, self.scale, self.dropout if self.training else 0.0)
+        y = y.unflatten(2, (-1, x.size(1))).transpose(1, 2).flatten(0, 1)              # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))                                 # heads side by side
 
 # -----------------------------------------------------------------------------
@@ -413,7 +462,7 @@ class Block(nn.Module):
         if not self.parallel:  # else all read the stream through attn_norm
             self.mlp_norm = make_norm(config, config.n_embd)
             self.cross_norm = make_norm(config, config.n_embd) if cross else None
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def residual(self, x, norm, step):
         if self.norm_first:
@@ -450,7 +499,7 @@ class Embedding(nn.Module):
             self.register_buffer('sinusoids', sinusoids(config.block_size, config.n_embd), persistent=False)
         self.segments = nn.Embedding(config.segments, config.n_embd) if config.segments else None
         self.norm = make_norm(config, config.n_embd) if config.embedding_norm else nn.Identity()
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, ids, where, segments=None):
         """ids (B, T), where each token stands (1 or B, T), which text it is of (B, T; None: the first) -> (B, T, C)."""
@@ -489,7 +538,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd) if config.norm_first else nn.Identity()
         if config.positions == 'rotary':
-            angles = rotary_angles(config.block_size, config.head_size, config.rope_theta)
+            angles = rotary_angles(config.block_size, config.head_size, config.rope_theta, config.rope_scaling)
             self.register_buffer('cos', angles.cos(), persistent=False)
             self.register_buffer('sin', angles.sin(), persistent=False)
         elif config.positions == 'relative':
@@ -671,7 +720,7 @@ class LSTM(GPT):
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.lstm = nn.LSTM(config.n_embd, config.n_embd, config.n_layer, batch_first=True,
                             dropout=config.dropout if config.n_layer > 1 else 0.0)     # between its layers
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.output = Output(config, self.tokens)
         init_weights(self, config)
 
@@ -706,7 +755,8 @@ class BERT(nn.Module):
         C, self.config = config.n_embd, config
         self.tokens = nn.Embedding(config.vocab_size, C)
         self.encoder = Stack(config, self.tokens, causal=False)
-        self.transform = nn.Sequential(nn.Linear(C, C), nn.GELU(), make_norm(config, C))
+        self.transform, self.transform_norm = nn.Linear(C, C), make_norm(config, C)
+        self.act = ACTIVATIONS[config.activation]
         self.output = Output(config, self.tokens, bias=True)
         self.pooler = nn.Sequential(nn.Linear(C, C), nn.Tanh())
         self.is_next = nn.Linear(C, 2)  # class 1: B follows A. In Google's files 0 means that
@@ -718,7 +768,7 @@ class BERT(nn.Module):
 
     def fill(self, x):
         """Hidden states -> which token belongs there: (..., C) -> (..., V)."""
-        return self.output(self.transform(x))
+        return self.output(self.transform_norm(self.act(self.transform(x))))
 
     def pool(self, x, keep=None):
         """Hidden states -> what [CLS], the first real token, has gathered: (B, T, C) -> (B, C)."""
@@ -798,7 +848,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = build(dataclasses.replace(config, task='', n_labels=0))
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         self.head = nn.Linear(config.n_embd, 2 if config.task == 'qa' else config.n_labels)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -866,10 +916,14 @@ def save(path, model, **extra):
 
 def load(path, device='cpu', **changes):
     """
-    path -> (model, checkpoint). path is a checkpoint or an out folder (its best.pt, else its ckpt.pt). `changes` are
-    fields of Config that may differ from the file: dropout, or a smaller block_size. Raises FileNotFoundError where
-    there is nothing, ValueError where it is not a whole checkpoint of ours.
+    path -> (model, checkpoint). path is a checkpoint of ours or of nanoGPT, an out folder (its best.pt, else its ckpt.pt), a
+    Hugging Face folder, or the name of one on the hub. `changes` are fields of Config that may differ from the file:
+    dropout, or a smaller block_size. Raises FileNotFoundError where there is nothing, ValueError where it is not whole.
     """
+    path = on_disk(os.fspath(path))
+    if os.path.exists(os.path.join(path, 'config.json')):
+        model, checkpoint = from_huggingface(path)
+        return resized(model, path, **changes).to(device), checkpoint
     if os.path.isdir(path):
         files = [os.path.join(path, name) for name in ('best.pt', 'ckpt.pt')]
         found = [f for f in files if os.path.exists(f)]
@@ -878,39 +932,83 @@ def load(path, device='cpu', **changes):
                                     f"python train.py --out_dir {path}")
         path = found[0]
     checkpoint = read_checkpoint(path, device)
+    if 'model_args' in checkpoint:
+        model, checkpoint = from_nanogpt(checkpoint, path)
+        return resized(model, path, **changes).to(device), checkpoint
     try:
         trained = Config(**checkpoint['config'])
     except TypeError as e:
         raise ValueError(f"{path} has a configuration that this version does not know: {e!r}") from None
-    if changes.get('block_size', 0) > trained.block_size:
-        raise ValueError(f"block_size={changes['block_size']} is longer than the {trained.block_size} that {path} was "
-                         "trained with: choose at most that")
-    model = build(dataclasses.replace(trained, **changes)).to(device)
-    weights, expected = checkpoint['model'], model.state_dict()
-    for name, p in expected.items():
-        shape = (trained.block_size, p.size(1)) if name.endswith('.positions.weight') else tuple(p.shape)
+    model = with_weights(trained, checkpoint['model'], path)
+    return resized(model, path, **changes).to(device), checkpoint
+
+
+def on_disk(path):
+    """A name such as gpt2 or google/flan-t5-small -> its folder, fetched from the hub; a path on the disk stays as it is."""
+    if os.path.exists(path) or not re.fullmatch(r'([\w.-]+/)?\w[\w.-]*', path) or path.endswith('.pt'):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return path
+    try:
+        return snapshot_download(path, allow_patterns=['*.json', 'model*.safetensors', 'vocab.txt', 'merges.txt'])
+    except Exception:  # no network, or no such model there: what is not on the disk is not there
+        return path
+
+
+def with_weights(config, weights, path):
+    """
+    A model made of given tensors {name: tensor}, which become its parameters; nothing is copied, and no random weights are
+    drawn first. Raises ValueError naming the tensor that is missing, of another shape, or not part of the model.
+    """
+    if config.n_layer > len(weights):
+        raise ValueError(f"{path} does not fit its own configuration: n_layer={config.n_layer}, and {len(weights)} tensors")
+    with torch.device('meta'):  # shapes without memory
+        model = build(config)
+    made, state = {}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):  # a tied weight has several names
+        if id(p) in made:
+            state[name] = made[id(p)]
+            continue
         found = weights.get(name)
-        if not isinstance(found, torch.Tensor) or tuple(found.shape) != shape:
-            raise ValueError(f"{path} does not fit its own configuration: {name} should be a tensor of shape {shape}, and "
-                             f"is {tuple(found.shape) if isinstance(found, torch.Tensor) else 'missing'}")
-        weights[name] = found[:len(p)]  # a shorter block_size forgets the far positions
-    if unknown := [name for name in weights if name not in expected]:
+        if not isinstance(found, torch.Tensor) or found.shape != p.shape or not found.is_floating_point():
+            raise ValueError(f"{path} does not fit its own configuration: {name} should be a tensor of shape "
+                             f"{tuple(p.shape)}, and is "
+                             + (f'{tuple(found.shape)} of {found.dtype}' if isinstance(found, torch.Tensor) else 'missing'))
+        state[name] = made[id(p)] = nn.Parameter(found.float().contiguous())
+    if unknown := [name for name in weights if name not in state]:
         raise ValueError(f"{path} does not fit its own configuration: {unknown[0]!r} is not part of the model")
-    model.load_state_dict(weights)
-    return model, checkpoint
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def resized(model, path, **changes):
+    """The same weights under other fields of Config: a shorter block_size forgets the far positions."""
+    if not changes:
+        return model
+    if changes.get('block_size', 0) > model.config.block_size:
+        raise ValueError(f"block_size={changes['block_size']} is longer than the {model.config.block_size} that {path} was "
+                         "trained with: choose at most that")
+    config = dataclasses.replace(model.config, **changes)
+    weights = {name: p[:config.block_size] if name.endswith('.positions.weight') else p
+               for name, p in model.named_parameters(remove_duplicate=False)}
+    return with_weights(config, {name: p.detach() for name, p in weights.items()}, path)
 
 
 def read_checkpoint(path, device='cpu'):
     """Open a file that `save` wrote, without running any code from it. Raises as `load` does."""
     if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}: train a model first, with python train.py")
+        raise FileNotFoundError(f"there is no checkpoint {path}: train a model first, with python train.py. One of the hub "
+                                "is fetched where huggingface_hub is installed and online; else download config.json, "
+                                f"model.safetensors and the tokenizer from https://huggingface.co/{path} into a folder")
     with open(path, 'rb') as f, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
             checkpoint = torch.load(f, map_location=device, weights_only=True)
         except Exception as e:  # damaged bytes can make the reader fail in any way
             raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__}): choose another one") from None
-    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get('config'), dict)
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get('model_args', checkpoint.get('config')), dict)
             and isinstance(checkpoint.get('model'), dict)):
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'config' and 'model'")
     return checkpoint
@@ -929,3 +1027,359 @@ def optimizer_groups(model, weight_decay):
             groups['embeddings' if id(p) in tables else 'matrices' if p.dim() >= 2 else 'vectors'].append(p)
     return [{'name': name, 'params': params, 'weight_decay': 0.0 if name == 'vectors' else weight_decay}
             for name, params in groups.items() if params]
+
+# -----------------------------------------------------------------------------
+# Hugging Face's names for all of this. A family says what the fields of its config.json mean, and where each weight lies.
+# The same tables serve both directions.
+
+
+class Family(NamedTuple):
+    preset: str     # the row that makes the choices which no field makes
+    size: str       # the preset whose recipe suits to tune it
+    classes: dict   # architecture -> task; the first is the one that is exported
+    prefix: str     # stands before all names, except for what is on top of the trunk: `top`
+    top: str
+    fields: dict    # config.json -> (Config, value where the file says nothing)
+    acts: dict      # activation, as config.json calls it -> as Config does
+    names: dict     # module or weight of ours -> theirs; what ours has in one matrix may be several. {} is a block's number
+    dropped: str    # what files hold besides: copies, and constants
+    new: str = '$^'  # what a file may lack
+
+
+def in_blocks(ours, theirs, names):
+    """The names of one block's parts, with those of the block before them."""
+    spell = lambda name: tuple(theirs + n for n in name) if isinstance(name, tuple) else theirs + name
+    return {ours + key: spell(name) for key, name in names.items()}
+
+
+def t5_blocks(stack, steps):
+    """A T5 block is a list of layers; `steps` names ours in their order."""
+    names = {'attn': ('SelfAttention.q', 'SelfAttention.k', 'SelfAttention.v'), 'attn.proj': 'SelfAttention.o',
+             'cross': ('EncDecAttention.q', 'EncDecAttention.k', 'EncDecAttention.v'), 'cross.proj': 'EncDecAttention.o'}
+    found = {f'{stack}.norm': f'{stack}.final_layer_norm',
+             f'{stack}.distances': f'{stack}.block.0.layer.0.SelfAttention.relative_attention_bias'}
+    for i, step in enumerate(steps):
+        inside = {'mlp.fc': 'DenseReluDense.wi', 'mlp.proj': 'DenseReluDense.wo'} if step == 'mlp' else \
+            {f'{step}.qkv': names[step], f'{step}.proj': names[f'{step}.proj']}
+        found |= in_blocks(f'{stack}.blocks.{{}}.', f'{stack}.block.{{}}.layer.{i}.',
+                           {f'{step}_norm': 'layer_norm', **inside})
+    return found
+
+
+FAMILIES = {
+    'gpt2': Family(
+        'gpt2', 'gpt2-124m', {'GPT2LMHeadModel': '', 'GPT2Model': ''}, 'transformer.', 'lm_head',
+        {'vocab_size': ('vocab_size', 50257), 'n_positions': ('block_size', 1024), 'n_embd': ('n_embd', 768),
+         'n_layer': ('n_layer', 12), 'n_head': ('n_head', 12), 'n_inner': ('mlp_dim', None),
+         'activation_function': ('activation', 'gelu_new'), 'layer_norm_epsilon': ('norm_eps', 1e-5),
+         'scale_attn_weights': ('scale_attention', True), 'tie_word_embeddings': ('tied', True)},
+        {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu', 'relu2': 'relu2'},
+        {'tokens': 'wte', 'decoder.embed.positions': 'wpe', 'decoder.norm': 'ln_f', 'output': 'lm_head',
+         **in_blocks('decoder.blocks.{}.', 'h.{}.', {
+             'attn_norm': 'ln_1', 'attn.qkv': 'attn.c_attn', 'attn.proj': 'attn.c_proj', 'mlp_norm': 'ln_2',
+             'mlp.fc': 'mlp.c_fc', 'mlp.proj': 'mlp.c_proj'})},
+        r'h\.\d+\.attn\.(masked_)?bias|lm_head\.weight'),
+    'bert': Family(
+        'bert', 'bert-base', {
+            'BertForPreTraining': '', 'BertForMaskedLM': '', 'BertForNextSentencePrediction': '', 'BertModel': '',
+            'BertForSequenceClassification': 'classify', 'BertForTokenClassification': 'tag',
+            'BertForQuestionAnswering': 'qa'}, 'bert.', 'cls|classifier|qa_outputs',
+        {'vocab_size': ('vocab_size', 30522), 'max_position_embeddings': ('block_size', 512), 'hidden_size': ('n_embd', 768),
+         'num_hidden_layers': ('n_layer', 12), 'num_attention_heads': ('n_head', 12), 'intermediate_size': ('mlp_dim', 3072),
+         'hidden_act': ('activation', 'gelu'), 'layer_norm_eps': ('norm_eps', 1e-12), 'type_vocab_size': ('segments', 2),
+         'tie_word_embeddings': ('tied', True)},
+        {'gelu': 'gelu', 'relu': 'relu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'relu2': 'relu2'},
+        {'tokens': 'embeddings.word_embeddings', 'encoder.embed.positions': 'embeddings.position_embeddings',
+         'encoder.embed.segments': 'embeddings.token_type_embeddings', 'encoder.embed.norm': 'embeddings.LayerNorm',
+         **in_blocks('encoder.blocks.{}.', 'encoder.layer.{}.', {
+             'attn.qkv': ('attention.self.query', 'attention.self.key', 'attention.self.value'),
+             'attn.proj': 'attention.output.dense', 'attn_norm': 'attention.output.LayerNorm',
+             'mlp.fc': 'intermediate.dense', 'mlp.proj': 'output.dense', 'mlp_norm': 'output.LayerNorm'}),
+         'pooler.0': 'pooler.dense', 'transform': 'cls.predictions.transform.dense',
+         'transform_norm': 'cls.predictions.transform.LayerNorm', 'output.weight': 'cls.predictions.decoder.weight',
+         'output.bias': 'cls.predictions.bias', 'is_next': 'cls.seq_relationship', 'head': 'classifier'},
+        r'embeddings\.position_ids|cls\.predictions\.(decoder\.)?(weight|bias)', r'pooler\..*|cls\..*'),
+    't5': Family(
+        't5', 't5-small', {'T5ForConditionalGeneration': '', 'T5WithLMHeadModel': '', 'T5Model': ''}, '', 'lm_head',
+        {'vocab_size': ('vocab_size', 32128), 'n_positions': ('block_size', 512), 'd_model': ('n_embd', 512),
+         'd_kv': ('head_dim', 64), 'd_ff': ('mlp_dim', 2048), 'num_layers': ('n_layer', 6), 'num_heads': ('n_head', 8),
+         'relative_attention_num_buckets': ('buckets', 32), 'relative_attention_max_distance': ('max_distance', 128),
+         'layer_norm_epsilon': ('norm_eps', 1e-6), 'feed_forward_proj': ('activation', 'relu'),
+         'scale_decoder_outputs': ('scale_output', True)},
+        {'relu': 'relu', 'gated-gelu': 'geglu', 'gated-silu': 'swiglu', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu',
+         'relu2': 'relu2'},
+        {'tokens': 'shared', **t5_blocks('encoder', ['attn', 'mlp']), **t5_blocks('decoder', ['attn', 'cross', 'mlp']),
+         'output': 'lm_head'},
+        r'(en|de)coder\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight'),
+    'llama': Family(
+        'llama', 'llama-7b', {'LlamaForCausalLM': '', 'LlamaModel': ''}, 'model.', 'lm_head',
+        {'vocab_size': ('vocab_size', 32000), 'max_position_embeddings': ('block_size', 2048),
+         'hidden_size': ('n_embd', 4096), 'num_hidden_layers': ('n_layer', 32), 'num_attention_heads': ('n_head', 32),
+         'head_dim': ('head_dim', None), 'num_key_value_heads': ('n_kv_head', None), 'intermediate_size': ('mlp_dim', 11008),
+         'hidden_act': ('activation', 'silu'), 'rms_norm_eps': ('norm_eps', 1e-6), 'attention_bias': ('bias', False),
+         'rope_theta': ('rope_theta', 10000.0), 'tie_word_embeddings': ('tied', False)},
+        {'silu': 'swiglu', 'swish': 'swiglu', 'gelu_pytorch_tanh': 'geglu', 'gelu_new': 'geglu'},
+        {'tokens': 'embed_tokens', 'decoder.norm': 'norm', 'output': 'lm_head',
+         **in_blocks('decoder.blocks.{}.', 'layers.{}.', {
+             'attn_norm': 'input_layernorm', 'attn.qkv': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+             'attn.proj': 'self_attn.o_proj', 'mlp_norm': 'post_attention_layernorm',
+             'mlp.fc': ('mlp.gate_proj', 'mlp.up_proj'), 'mlp.proj': 'mlp.down_proj'})},
+        r'.*rotary_emb\.inv_freq|lm_head\.weight'),
+}
+# Fields of config.json that change nothing of what a model computes. One that stands neither here nor in its family is
+# refused, unless it is off (None, False, empty).
+HARMLESS = re.compile(
+    r'_.*|architectures|model_type|transformers_version|(torch_)?dtype|.*token_id|.*drop(out)?(_prob|_rate)?|initializer_\w+|'
+    r'use_cache|summary_\w+|task_specific_params|id2label|label2id|num_labels|finetuning_task|return_dict\w*|output_\w+|'
+    r'gradient_checkpointing|pooler_\w+|directionality|n_ctx|pretraining_tp|is_encoder_decoder|reorder_and_upcast_attn|'
+    r'(max|min)_length|do_sample|early_stopping|num_(beams|beam_groups|return_sequences)|temperature|top_[kp]|typical_p|'
+    r'(repetition|length|diversity)_penalty|(encoder_)?no_repeat_ngram_size|model_max_length|chunk_size_feed_forward|'
+    r'dense_act_fn|is_gated_act|tokenizer_class|prefix|attn_implementation|classifier_dropout|tf_legacy_loss|name_or_path')
+ROPE = {'default': [], 'linear': ['factor'],
+        'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings']}
+ONLY = {'position_embedding_type': 'absolute', 'partial_rotary_factor': 1.0, 'problem_type': 'single_label_classification'}
+
+
+def config_from(theirs, where):
+    """What a config.json means: (family, architecture, Config). Raises ValueError naming a field that cannot be honoured."""
+    def check(holds, name, remedy):
+        if not holds:
+            raise ValueError(f"{where}: {name}={theirs.get(name)!r} is not supported here: {remedy}")
+
+    check(isinstance(theirs.get('model_type'), str) and theirs['model_type'] in FAMILIES, 'model_type',
+          f"choose a folder of {', '.join(FAMILIES)}")
+    family = FAMILIES[theirs['model_type']]
+    named = theirs.get('architectures') or list(family.classes)
+    check(isinstance(named, list) and named[0] in family.classes, 'architectures',
+          f"choose one of {', '.join(family.classes)}")
+    values = {ours: default if theirs.get(name) is None else theirs[name] for name, (ours, default) in family.fields.items()}
+    values = {ours: 0 if value is None else value for ours, value in values.items()}
+    name = next(name for name, (ours, _) in family.fields.items() if ours == 'activation')
+    check(values['activation'] in family.acts, name, f"choose one of {', '.join(family.acts)}")
+    values['activation'] = family.acts[values['activation']]
+    special = set(family.fields)
+    if family.preset == 't5':
+        special |= {'tie_word_embeddings', 'num_decoder_layers'}
+        check(theirs.get('num_decoder_layers') in (None, values['n_layer']), 'num_decoder_layers', "as many as num_layers")
+        if 'scale_decoder_outputs' not in theirs:
+            values['scale_output'] = theirs.get('tie_word_embeddings') is not False
+    if family.preset == 'llama':
+        special |= {'rope_parameters', 'rope_scaling', 'mlp_bias'}
+        values['bias'] = bool(values['bias'] or theirs.get('mlp_bias'))  # those that a file lacks are 0
+        rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
+        kind, field = rope.get('rope_type', rope.get('type', 'default')), next(
+            (f for f in ('rope_parameters', 'rope_scaling') if theirs.get(f)), 'rope_parameters')
+        values['rope_theta'] = rope.get('rope_theta', values['rope_theta'])
+        check(kind in ROPE and all(n in rope for n in ROPE[kind]) and rope.get('partial_rotary_factor', 1.0) == 1.0,
+              field, f"choose one of {', '.join(ROPE)}")
+        values['rope_scaling'] = '' if kind == 'default' else ' '.join([kind, *(str(rope[n]) for n in ROPE[kind])])
+    for name, value in theirs.items():
+        check(name in special or HARMLESS.fullmatch(name) or value in (None, False, '', [], {}, ONLY.get(name)), name,
+              "leave it out if the weights do not need it")
+    return family, named[0], dataclasses.replace(PRESETS[family.preset], **values)
+
+
+def their_names(family, config, name):
+    """What a weight of ours is called there; of several names, ours holds all on top of each other."""
+    number = re.search(r'\.blocks\.(\d+)\.', name)
+    pattern = re.sub(r'\.blocks\.\d+\.', '.blocks.{}.', name.removeprefix('trunk.'))
+    module, _, end = pattern.rpartition('.')
+    found = family.names[pattern] if pattern in family.names else family.names[module]
+    names = [n if pattern in family.names else f'{n}.{end}' for n in ([found] if isinstance(found, str) else found)]
+    if config.activation in ('geglu', 'swiglu') and names[0].endswith('.wi.weight'):
+        names = [names[0].replace('.wi.', f'.wi_{i}.') for i in (0, 1)]
+    if config.task == 'qa':
+        names = [re.sub(r'^classifier\b', 'qa_outputs', n) for n in names]
+    if not config.tied:
+        names = [n.replace('cls.predictions.bias', 'cls.predictions.decoder.bias') for n in names]
+    return [n.replace('{}', number[1]) if number else n for n in names]
+
+
+def turned(family, name, p):
+    """GPT-2's files have the matrices of a block as (inputs, outputs); Google's class 0 of two texts is our class 1."""
+    if family.preset == 'gpt2' and re.search(r'\.c_\w+\.weight$', name):
+        return p.t()
+    return p.flip(0) if name.startswith('cls.seq_relationship') else p
+
+
+def open_tensors(folder):
+    """{name: function that reads the tensor} of all weights in a folder. Raises ValueError where they cannot be read."""
+    path = lambda name: os.path.join(folder, name)
+    found = {}
+    try:
+        if os.path.exists(path('model.safetensors.index.json')):
+            with open(path('model.safetensors.index.json'), encoding='utf-8') as f:
+                files = sorted(set(json.load(f)['weight_map'].values()))
+            if any(os.path.basename(name) != name for name in files):
+                raise ValueError(f"{folder}/model.safetensors.index.json names a file outside of the folder")
+        else:
+            files = [name for name in ('model.safetensors', 'pytorch_model.bin') if os.path.exists(path(name))][:1]
+        for name in files:
+            if name.endswith('.bin'):
+                weights = torch.load(path(name), map_location='cpu', weights_only=True, mmap=True)
+                found |= {key: functools.partial(weights.pop, key) for key in weights}
+                continue
+            try:
+                from safetensors import safe_open
+            except ImportError:
+                raise ValueError(f"{path(name)} needs one more package: pip install safetensors") from None
+            f = safe_open(path(name), framework='pt')
+            found |= {key: functools.partial(f.get_tensor, key) for key in f.keys()}
+    except ValueError:
+        raise
+    except Exception as e:  # damaged bytes can make the readers fail in any way
+        raise ValueError(f"{folder}: its weights cannot be read ({type(e).__name__}: {str(e)[:100]}): fetch them "
+                         "again") from None
+    if not found:
+        raise ValueError(f"{folder} has a config.json, but neither model.safetensors nor pytorch_model.bin: fetch the "
+                         "weights too")
+    return found
+
+
+def from_huggingface(folder):
+    """
+    A Hugging Face folder -> (model, checkpoint). The checkpoint's `dropped` lists the tensors that were left out on purpose,
+    `new` the weights of ours that the folder lacks: a bare BERT has no head for masked tokens. Raises ValueError naming the
+    field or tensor that does not fit.
+    """
+    where = os.path.join(folder, 'config.json')
+    try:
+        with open(where, encoding='utf-8') as f:
+            theirs = json.load(f)
+        theirs.get('model_type')
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{where} is damaged ({e}): fetch it again") from None
+    family, architecture, config = config_from(theirs, where)
+    task, labels = family.classes[architecture], []
+    spell = lambda name: name.removeprefix(family.prefix).replace('.gamma', '.weight').replace('.beta', '.bias')
+    files = {spell(name): read for name, read in open_tensors(folder).items()}
+    if family.preset == 't5':
+        config = dataclasses.replace(config, tied='lm_head.weight' not in files)
+    if 'cls.predictions.bias' in files:  # older files have it once
+        files.setdefault('cls.predictions.decoder.bias', files['cls.predictions.bias'])
+    if task in ('classify', 'tag'):
+        named = theirs.get('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
+        labels = [str(named[key]) for key in sorted(named, key=int)]
+    if task:
+        config = dataclasses.replace(config, task=task, n_labels=len(labels))
+    weights, new = {}, []
+    with torch.device('meta'):
+        if config.n_layer > len(files):
+            raise ValueError(f"{where}: n_layer={config.n_layer}, but there are only {len(files)} tensors")
+        expected = dict(build(config).named_parameters())
+    for name, p in expected.items():
+        names = their_names(family, config, name)
+        missing = [n for n in names if n not in files]
+        if missing and re.fullmatch(family.new, names[0]):
+            weights[name] = torch.empty(p.shape).normal_(std=0.02) if p.dim() > 1 else torch.full(
+                p.shape, float(name.endswith('norm.weight')))
+            new.append(name)
+            continue
+        if missing and name.endswith('.bias') and family.preset == 'llama':
+            weights[name] = torch.zeros(p.shape)
+            continue
+        if missing:
+            raise ValueError(f"{folder}: the tensor {missing[0]} is missing, of which {name} is made")
+        parts = [turned(family, n, files.pop(n)()) for n in names]
+        fits = all(part.dim() == p.dim() and part.shape[1:] == p.shape[1:] for part in parts)
+        if not fits or sum(len(part) for part in parts) != len(p):
+            raise ValueError(f"{folder}: {' + '.join(names)} should make {name} of shape {tuple(p.shape)}, and "
+                             f"{'is' if len(parts) == 1 else 'are'} {' + '.join(str(tuple(q.shape)) for q in parts)}")
+        weights[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if unexpected := [name for name in files if not re.fullmatch(family.dropped, name)]:
+        raise ValueError(f"{folder}: the tensor {unexpected[0]} is not part of a {architecture} as config.json describes it")
+    checkpoint = {'config': dataclasses.asdict(config), 'task': task, 'labels': labels, 'settings': {'preset': family.size},
+                  'dropped': sorted(files), 'new': new}
+    return with_weights(config, weights, folder), checkpoint
+
+
+def from_nanogpt(checkpoint, path):
+    """A ckpt.pt of nanoGPT -> (model, checkpoint). Its names are those of GPT-2's files, its matrices lie as ours."""
+    sizes, family = checkpoint['model_args'], FAMILIES['gpt2']
+    try:
+        config = dataclasses.replace(PRESETS['gpt2'], activation='gelu', **{
+            name: sizes[name] for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size')})
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path} looks like a checkpoint of nanoGPT, but its model_args are not whole ({e!r})") from None
+    found = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): p for name, p in checkpoint['model'].items()}
+    with torch.device('meta'):
+        expected = dict(build(config).named_parameters())
+    ours = {their_names(family, config, name)[0]: name for name in expected}
+    weights = {ours.get(name, name): p for name, p in found.items() if not re.fullmatch(family.dropped, name)}
+    return with_weights(config, weights, path), {'config': dataclasses.asdict(config), 'settings': {'preset': family.size}}
+
+
+def config_to(kind, config):
+    """A Config as the config.json of a family; what it cannot express is None, or lost: `config_from` tells."""
+    family, acts = FAMILIES[kind], {}
+    for theirs, ours in family.acts.items():
+        acts.setdefault(ours, theirs)
+    about = {'model_type': kind, 'dtype': 'float32',
+             'architectures': [next((name for name, task in family.classes.items() if task == config.task), None)]}
+    for theirs, (ours, _) in family.fields.items():
+        about[theirs] = acts.get(config.activation) if ours == 'activation' else getattr(config, ours)
+    if kind == 't5':
+        about |= {'num_decoder_layers': config.n_layer, 'is_encoder_decoder': True, 'tie_word_embeddings': config.tied}
+    if kind == 'llama':
+        scaling, *numbers = config.rope_scaling.split() or ['default']
+        about |= {'mlp_bias': config.bias, 'rope_parameters': {
+            'rope_type': scaling, 'rope_theta': config.rope_theta, **dict(zip(ROPE[scaling], map(float, numbers)))}}
+    return about
+
+
+def export_huggingface(model, folder, vocab_size=None, **fields):
+    """
+    Write a folder that the classes of transformers load: config.json and model.safetensors. Only the first vocab_size tokens
+    [all] go with it; `fields` go into config.json: ids of special tokens, id2label. Raises ValueError where no class there
+    computes what this model does, naming the choices that stand in the way, or where the folder holds something already.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ValueError("this needs one more package: pip install safetensors") from None
+    config = dataclasses.replace(model.config, n_kv_head=model.config.kv_heads, head_dim=model.config.head_size,
+                                 mlp_dim=model.config.mlp_dim or 4 * model.config.n_embd,
+                                 vocab_size=vocab_size or model.config.vocab_size)
+    obstacles = {}
+    for kind in FAMILIES:
+        try:
+            family, _, back = config_from(config_to(kind, config), kind)
+        except ValueError as e:
+            obstacles[kind] = [str(e)]
+            continue
+        back = dataclasses.replace(back, n_kv_head=back.kv_heads, head_dim=back.head_size, tied=config.tied)
+        free = {'dropout', 'label_smoothing', 'init', 'task', 'n_labels', *(['bias'] if kind in ('gpt2', 'bert') else [])}
+        obstacles[kind] = [f'{f.name}={getattr(config, f.name)}' for f in dataclasses.fields(Config)
+                           if f.name not in free and getattr(back, f.name) != getattr(config, f.name)]
+        if not obstacles[kind]:
+            break
+    else:
+        kind = min(obstacles, key=lambda kind: len(obstacles[kind]))
+        raise ValueError(f"no class of transformers computes what this model does: {kind} comes nearest, but for "
+                         + ', '.join(obstacles[kind]))
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f"{folder} exists and is not empty: choose another name")
+
+    tensors, have = {}, dict(model.named_parameters())
+    with torch.device('meta'):
+        expected = dict(build(dataclasses.replace(config, bias=back.bias)).named_parameters())
+    for name, shape in expected.items():
+        p = have[name].detach()[:len(shape)] if name in have else torch.zeros(shape.shape)  # no bias is one of 0
+        names = their_names(family, config, name)
+        if config.task and re.match(r'cls\.' if config.task == 'classify' else r'cls\.|pooler\.', names[0]):
+            continue  # a model with a head of its own has no other
+        rows = [len(p) // len(names)] * len(names)
+        if len(names) == 3:
+            rows = [config.head_size * n for n in (config.n_head, config.kv_heads, config.kv_heads)]
+        for theirs, part in zip(names, p.split(rows)):
+            full = theirs if re.match(family.top, theirs) else family.prefix + theirs
+            tensors[full] = turned(family, theirs, part).cpu().clone(memory_format=torch.contiguous_format)
+    about = config_to(kind, config)
+    if config.task in ('classify', 'tag'):
+        about['id2label'] = {str(i): f'LABEL_{i}' for i in range(config.n_labels)}
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, 'model.safetensors')
+    save_file(tensors, f'{path}.tmp', metadata={'format': 'pt'})
+    os.replace(f'{path}.tmp', path)
+    about = json.dumps(about | fields, ensure_ascii=False, indent=1).encode()
+    write_file(os.path.join(folder, 'config.json'), lambda f: f.write(about))

@@ -103,7 +103,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     """
     Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i draws from a generator of its
     own, (seed, first_row + i), so a sample does not depend on its neighbours; first_row may list the numbers of all.
-    forbidden (V,) marks tokens never chosen. A row that has chosen end_id goes on with it; when all have, it is over.
+    forbidden (V,) marks tokens never chosen. A row that has chosen end_id stays at it; when all have, it is over.
 
     The cache lets a step feed only the newest token. When the window is full, the newer half is read again from its
     first position, and the older half is forgotten. keep (B, T) is False at padding, on the left; cache: that of a source
@@ -111,7 +111,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     """
     rows = range(first_row, first_row + len(ids)) if isinstance(first_row, int) else first_row
     draws = [np.random.default_rng((seed, row)) for row in rows]
-    block_size, done = model.config.block_size, torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    block_size, active = model.config.block_size, torch.arange(len(ids), device=ids.device)  # rows that are still written
     window = new = ids[:, -block_size:]
     cache = {} if cache is None else cache
     for _ in range(max_new_tokens):
@@ -125,32 +125,32 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             logits = logits.cpu()
         uniform = torch.tensor([draw.random() for draw in draws], dtype=torch.float64, device=logits.device)
         token = choose(logits, uniform, temperature, top_k, top_p).to(ids.device)      # (B,)
+        yield token if len(active) == len(ids) else torch.full_like(ids[:, 0], end_id).index_put((active,), token)
         if end_id is not None:
-            token = token.masked_fill(done, end_id)
-            done = done | (token == end_id)
-        yield token
-        if end_id is not None and done.all():
-            return
+            going = (token != end_id).nonzero()[:, 0]
+            if not len(going):
+                return
+            if len(going) < len(active):
+                active, token, window = active[going], token[going], window[going]
+                cache, draws = pick_rows(cache, going, going), [draws[i] for i in going.tolist()]
         new = token[:, None]                                                           # (B, 1)
         window = torch.cat([window, new], dim=1)
 
 
-def pick_rows(cache, rows, leave=()):
+def pick_rows(cache, rows, sources=None):
     """
-    The cache of other rows: row i of the new one is rows[i] of the old one. Goes through dicts within; entries named in
-    `leave` stay as they are.
+    The cache of other rows: row i of the new one is rows[i] of the old one. Goes through dicts within. What it holds of an
+    encoder's source stays, since beams share it, unless other `sources` are picked.
     """
     def pick(key, value):
-        if key in leave or value is None or isinstance(value, int):
+        picked = sources if key in ('memory', 'memory_keep', 'cross') else rows
+        if picked is None or value is None or isinstance(value, int):
             return value
         if isinstance(value, dict):
-            return pick_rows(value, rows, leave)
-        return tuple(t[:, rows] for t in value) if isinstance(value, tuple) else value[rows]
+            return pick_rows(value, picked, picked if key == 'cross' else sources)
+        return tuple(t[:, picked] for t in value) if isinstance(value, tuple) else value[picked]
 
     return {key: pick(key, value) for key, value in cache.items()}
-
-
-SOURCE = ('memory', 'memory_keep', 'cross')        # what a cache holds of an encoder's source
 
 
 @torch.inference_mode()
@@ -165,21 +165,20 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, forbidden
     B, device = len(ids), ids.device
     cache = {} if cache is None else cache
     new, scores = ids, torch.zeros(B, 1, device=device)                                # one beam at first, (B, K)
-    tokens, done, best = [[[]] for _ in range(B)], [False] * B, [[] for _ in range(B)]
+    tokens, best, going = [[[]] for _ in range(B)], [[] for _ in range(B)], list(range(B))
     for length in range(1, max_new_tokens + 1):
         logits, keep = model.decode(new, keep, cache).float(), None                    # (B K, V)
         if forbidden is not None:
             logits = logits.masked_fill(forbidden, -math.inf)
-        total = scores[..., None] + logits.log_softmax(dim=-1).unflatten(0, (B, -1))   # (B, K, V)
+        total = scores[..., None] + logits.log_softmax(dim=-1).unflatten(0, (len(going), -1))  # (B, K, V)
         V = total.size(-1)
         top, at = total.flatten(1).topk(min(2 * beams, total[0].numel()))              # at most `beams` of them end
-        top, at = top.tolist(), at.tolist()
-        rows, chosen, kept = [], [], []
-        for b in range(B):
-            grown = []
-            for rank, (score, where) in enumerate(zip(top[b], at[b])):
+        rows, chosen, kept, on = [], [], [], []                                        # on: which rows go on
+        for i, (b, top_b, at_b) in enumerate(zip(going, top.tolist(), at.tolist())):
+            grown, done = [], False
+            for rank, (score, where) in enumerate(zip(top_b, at_b)):
                 k, token = divmod(where, V)
-                if score == -math.inf or done[b]:
+                if score == -math.inf:
                     continue
                 if token == end_id and rank < beams:
                     best[b].append((score / length ** length_penalty, tokens[b][k]))
@@ -188,24 +187,26 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, forbidden
             best[b] = sorted(best[b], key=lambda hypothesis: -hypothesis[0])[:beams]
             if grown:  # what ends now would score at most this
                 bound = grown[0][0] / length ** length_penalty
-                done[b] = done[b] or (len(best[b]) == beams and (beams == 1 or bound <= best[b][-1][0]))
-            done[b] = done[b] or not grown
-            old, grown = tokens[b], grown or [(0.0, 0, end_id)]
+                done = len(best[b]) == beams and (beams == 1 or bound <= best[b][-1][0])
+            if done or not grown:
+                continue
             grown += [(-math.inf, *grown[0][1:])] * (beams - len(grown))               # every row has as many beams
-            tokens[b] = [old[k] + [token] for _, k, token in grown]
-            rows += [b * len(old) + k for _, k, _ in grown]
+            rows += [i * len(tokens[b]) + k for _, k, _ in grown]
+            tokens[b] = [tokens[b][k] + [token] for _, k, token in grown]
             chosen += [token for _, _, token in grown]
             kept.append([score for score, _, _ in grown])
-        if all(done):
+            on.append(i)
+        sources = torch.tensor(on, device=device) if len(on) < len(going) else None
+        going = [going[i] for i in on]
+        if not going:
             break
-        if rows != list(range(len(rows))):  # the beams of a row share their source: that is copied once
-            cache = pick_rows(cache, torch.tensor(rows, device=device), SOURCE if length > 1 else ())
+        if rows != list(range(len(total) * total.size(1))):
+            cache = pick_rows(cache, torch.tensor(rows, device=device), sources)
         scores = torch.tensor(kept, device=device)                                     # (B, K)
         new = torch.tensor(chosen, device=device)[:, None]                             # (B K, 1)
-    for b in range(B):
-        if not done[b]:
-            best[b] += [(s / max_new_tokens ** length_penalty, t) for s, t in zip(kept[b], tokens[b]) if s > -math.inf]
-            best[b] = sorted(best[b], key=lambda hypothesis: -hypothesis[0])[:beams]
+    for b, unfinished in zip(going, kept):
+        best[b] += [(s / max_new_tokens ** length_penalty, t) for s, t in zip(unfinished, tokens[b]) if s > -math.inf]
+        best[b] = sorted(best[b], key=lambda hypothesis: -hypothesis[0])[:beams]
     return best
 
 # -----------------------------------------------------------------------------
@@ -277,6 +278,24 @@ def write(model, tokenizer, prompt, settings, first_row=0, rows=1):
             break
     for row, stream in enumerate(streams):
         yield row, stream.end()
+
+
+def write_beams(model, tokenizer, prompt, settings):
+    """
+    The likeliest ways to go on, best first: [(score, text)], settings.num_samples of them. A search has one window: of a
+    long prompt it sees the newest half, and a text ends where the window is full.
+    """
+    end_id, block_size = tokenizer._special_tokens['<|endoftext|>'], model.config.block_size
+    device = next(model.parameters()).device
+    ids = encode(tokenizer, prompt).astype(np.int64) if prompt else np.array([end_id])
+    ids = torch.from_numpy(ids).to(device)[None, -max(1, block_size // 2, block_size - settings.max_new_tokens):]
+    room = max(1, min(settings.max_new_tokens, block_size - ids.size(1)))
+    found = []
+    for score, tokens in beam_search(model, ids, settings.num_beams, room, settings.length_penalty,
+                                     forbidden_tokens(tokenizer, model.config.vocab_size).to(device), end_id)[0]:
+        stream = TextStream(tokenizer, settings.stop)
+        found.append((score, ''.join(map(stream.add, tokens)) + stream.end()))
+    return found[:settings.num_samples]
 
 # -----------------------------------------------------------------------------
 # Answers of the models that do not write
@@ -742,7 +761,7 @@ class Settings:
     start: str = flag('', 'what to continue: a text, FILE:path, or - for standard input; nothing: a new document')
     out_dir: str = flag('out', 'the folder that train.py wrote')
     init_from: str = flag('', 'a checkpoint or folder to use instead of out_dir')
-    num_samples: int = flag(1, 'how many texts of a GPT', low=1)
+    num_samples: int = flag(1, 'how many texts of a GPT; with beams, so many of the best', low=1)
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
     temperature: float = flag(None, '0 takes the likeliest token, 1 draws as the model says [0.8; text to text: 0]', low=0,
                               kind=float)
@@ -761,6 +780,12 @@ class Settings:
 
     def __post_init__(self):
         check_flags(self)
+        if self.num_beams > 1 and (self.temperature or self.top_k or self.top_p < 1):
+            raise ValueError(f"--num_beams {self.num_beams} searches for the likeliest text, and --temperature, --top_k and "
+                             "--top_p draw one: leave one of the two out")
+        if 1 < self.num_beams < self.num_samples:
+            raise ValueError(f"--num_samples {self.num_samples}: a search with --num_beams {self.num_beams} finds no more "
+                             "texts than beams: raise it")
 
 
 def find_device(name):
@@ -792,6 +817,13 @@ def read_start(start):
 
 def print_texts(model, tokenizer, prompt, settings):
     """Write the samples to standard output, and how fast it went to standard error."""
+    if settings.num_beams > 1:
+        for i, (score, text) in enumerate(write_beams(model, tokenizer, prompt, settings)):
+            if settings.json:
+                print(json.dumps({'prompt': prompt, 'text': text, 'score': score}, ensure_ascii=False))
+            else:
+                print(('---\n' if i else '') + prompt + text)
+        return
     began, n_tokens = time.perf_counter(), 0
     n = settings.num_samples
     groups = [(row, 1) for row in range(n)] if settings.stream else [(0, n)]  # a stream shows one at a time

@@ -320,6 +320,7 @@ class Data:
 
     def __init__(self, folder, split, seed=0):
         self.folder, self.split, self.seed, self.epoch = folder, split, seed, None
+        self.batch_size = 1  # so many consecutive examples should be of about one length: `train` says how many
         self.meta = read_json(os.path.join(folder, 'meta.json'))
         try:
             self.counts, self.vocab_size = self.meta['counts'][split], self.meta['vocab_size']
@@ -411,9 +412,6 @@ class Text(Data):
         self.window_starts([0], block_size)  # raises where it is too short
 
 
-RUN, POOL = 64, 2048                               # examples of about equal length; those among which they are found
-
-
 class Examples(Data):
     """Labelled examples, a line of JSON each, to fine-tune on. Only their places and lengths are kept in memory."""
 
@@ -444,7 +442,7 @@ class Examples(Data):
         if len(places) != n or not n:
             raise ValueError(f"{self.path} has {len(places)} examples, not the {n} that meta.json speaks of: prepare the "
                              "data again")
-        self.places, self.longest, self.lengths = np.array(places), np.max(lengths), np.sum(lengths, axis=1)
+        self.places, self.lengths = np.array(places), np.array(lengths)                # lengths (n, 2): ids, decoder_ids
 
     def __len__(self):
         return len(self.places)
@@ -456,26 +454,25 @@ class Examples(Data):
 
     def examples_of(self, rows):
         """
-        The example of each of `rows`. An epoch takes each once, in an order drawn from (seed, split, epoch): runs of about
-        equal length, so that a batch needs little padding, in any order.
+        The example of each of `rows`. An epoch takes each once, in an order drawn from (seed, split, epoch): the examples of
+        a batch are of about one length, so little of it is padding, and the batches come in any order.
         """
-        examples = []
+        n, size, examples = len(self), self.batch_size, []
         for row in rows:
-            epoch, k = divmod(int(row), len(self))
+            epoch, k = divmod(int(row), n)
             if self.epoch != epoch:
                 rng = np.random.default_rng((self.seed, SPLITS[self.split], epoch))
-                order = rng.permutation(len(self))
-                blur = self.lengths[order] * rng.uniform(1, 1.3, len(self))  # or a batch would be the same in every epoch
-                pools = [pool[blur[i:i + POOL].argsort()] for i, pool in
-                         ((i, order[i:i + POOL]) for i in range(0, len(self), POOL))]
-                runs = [pool[i:i + RUN] for pool in pools for i in range(0, len(pool), RUN)]
-                self.order, self.epoch = np.concatenate([runs[i] for i in rng.permutation(len(runs))]), epoch
+                begin = min(n, -epoch * n % size)      # the epoch before left a batch unfinished
+                first, whole, last = np.split(rng.permutation(n), [begin, begin + (n - begin) // size * size])
+                blur = self.lengths[whole].max(axis=1) * rng.uniform(1, 1.1, len(whole))  # or every epoch has the same ones
+                whole = rng.permutation(whole[blur.argsort()].reshape(-1, size))
+                self.order, self.epoch = np.concatenate([first, whole.flatten(), last]), epoch
             examples.append(self[self.order[k]])
         return examples
 
     def check_length(self, block_size, whole=False):
         """Raise ValueError where an example is longer than block_size; whole: where source and target together are."""
-        longest = self.longest if not whole else self.lengths.max()
+        longest = (self.lengths.sum(axis=1) if whole else self.lengths).max()
         if longest > block_size:
             raise ValueError(f"{self.path} has an example of {longest} tokens, more than block_size={block_size}: prepare "
                              f"the data with --block_size {block_size}, or train a model (or its trunk) with --block_size "
@@ -878,6 +875,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(
         model.config, '' if data.task == 'lm' else data.task))
     model = model.to(machine.device).train()
+    data.batch_size = val.batch_size = s.batch_size
     metric = s.best_by or METRICS.get(model.config.task, 'loss')
     sign = 1 if metric == 'loss' else -1
     pad_id = tokenizer._special_tokens['[PAD]']
@@ -895,7 +893,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
                                           find_unused_parameters=s.objective != 'causal_lm')
     log = Log(s.out_dir, state['step'] if checkpoint else None) if machine.main else None
     tokens_per_step = round(s.batch_size * s.gradient_accumulation_steps * (
-        data.lengths.mean() if isinstance(data, Examples) else model.config.block_size))
+        data.lengths.sum(axis=1).mean() if isinstance(data, Examples) else model.config.block_size))
     resumed_at, seconds_before = (state['step'], state['seconds']) if checkpoint else (None, 0.0)
     began = time.perf_counter()
     logged_at, logged_step, reached = began, state['step'], False
