@@ -984,16 +984,25 @@ def with_weights(config, weights, path):
 
 
 def resized(model, path, **changes):
-    """The same weights under other fields of Config: a shorter block_size forgets the far positions."""
+    """
+    The same weights under other fields of Config: a shorter block_size forgets the far positions; a larger vocab_size adds
+    tokens that are, but for a little noise, the mean of the old ones.
+    """
     if not changes:
         return model
     if changes.get('block_size', 0) > model.config.block_size:
         raise ValueError(f"block_size={changes['block_size']} is longer than the {model.config.block_size} that {path} was "
                          "trained with: choose at most that")
-    config = dataclasses.replace(model.config, **changes)
-    weights = {name: p[:config.block_size] if name.endswith('.positions.weight') else p
-               for name, p in model.named_parameters(remove_duplicate=False)}
-    return with_weights(config, {name: p.detach() for name, p in weights.items()}, path)
+    config, weights = dataclasses.replace(model.config, **changes), {}
+    added = config.vocab_size - model.config.vocab_size
+    for name, p in model.named_parameters():
+        weights[name] = p = p.detach()
+        if name.endswith('.positions.weight'):
+            weights[name] = p[:config.block_size]
+        elif added and re.search(r'\b(tokens|output)\.', name):
+            mean = p.mean(dim=0, keepdim=True)                                         # (1, C), or (1,) of a bias
+            weights[name] = torch.cat([p, mean + 0.01 * torch.randn(added, *p.shape[1:])])
+    return with_weights(config, weights, path)
 
 
 def read_checkpoint(path, device='cpu'):

@@ -19,7 +19,7 @@ What the other scripts share with this one stands here too, since this is the fi
 one line, the progress line.
 
     flag, read_flags, run, progress     the command line
-    tokenizers                          char, byte, bpe, gpt2: each is a tiktoken.Encoding
+    tokenizers                          char, byte, bpe, gpt2: each is a tiktoken.Encoding; Foreign: those of other models
     read_documents, sentences           text from files, a piece at a time: memory does not grow with the corpus
     write_text                          the folder
     TASKS                               fine-tuning: rows that people have -> examples that a model reads
@@ -40,6 +40,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import heapq
@@ -315,8 +316,162 @@ def bpe_tokenizer(texts, vocab_size):
     return make_tokenizer('bpe', PATTERNS['bpe'], learn_bpe(counts, vocab_size - len(SPECIALS)))
 
 
+class Foreign:
+    """
+    A tokenizer of the package `tokenizers` (WordPiece, SentencePiece, ...) that answers as a tiktoken.Encoding does, as far
+    as this project asks. `specials` {text: id} says which of its tokens play our parts: a BERT ends a text with [SEP].
+    Raises ValueError where the package is missing or the description is not one.
+    """
+    name, _mergeable_ranks = 'foreign', {}             # no table from bytes to ids: its tokens are not pieces of the text
+
+    def __init__(self, description, specials):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError("the tokenizer of this model needs one more package: pip install tokenizers") from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(description)
+        except BaseException as e:  # what panics in Rust is no Exception
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ValueError(f"the tokenizer is damaged ({str(e)[:80]}): fetch its files again") from None
+        self._tokenizer.no_truncation()                # files may hold both: 128 tokens and no more, as many pads as fit
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True   # special tokens written in the text are text like any other
+        added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._special_tokens = added | specials
+        self.n_vocab = 1 + max(self._tokenizer.get_vocab().values())
+
+    def encode_spans(self, text):
+        """ids (T,), and where each token stands in the text: (T, 2)."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoded.ids, np.uint32), np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return self.encode_spans(text)[0]
+
+    def decode(self, ids):
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def decode_single_token_bytes(self, i):
+        """What a token adds to a text that goes on: a word of WordPiece brings the space before it."""
+        token, kind = self._tokenizer.id_to_token(i) or '', self._kind
+        if kind == 'bytes':
+            return b''.join(BYTE_OF.get(c, c.encode()) for c in token)
+        if kind == 'words':
+            return (token.removeprefix('##') if token.startswith('##') else ' ' + token).encode()
+        if re.fullmatch('<0x[0-9A-F]{2}>', token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace('\u2581', ' ').encode()
+
+    @functools.cached_property
+    def _kind(self):
+        described = json.loads(self._tokenizer.to_str())
+        return {'WordPiece': 'words', 'ByteLevel': 'bytes'}.get((described.get('decoder') or {}).get('type'))
+
+
+# GPT-2 writes bytes as characters that can be seen: those that can stand for themselves, the others from U+0100 on
+_SEEN = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+BYTE_OF = {chr(b): bytes([b]) for b in _SEEN} | {
+    chr(256 + n): bytes([b]) for n, b in enumerate(b for b in range(256) if b not in _SEEN)}
+
+
+def tiktoken_ranks(vocab, merges, special):
+    """
+    GPT-2's vocab {token: id} and merges [(a, b)] as tiktoken's table {bytes: id}; None where it could not say the same:
+    where a byte has no token, or merges do not come in the order of their ids.
+    """
+    try:
+        ranks = {b''.join(BYTE_OF[c] for c in token): i for token, i in vocab.items() if token not in special}
+        made = [vocab[a + b] for a, b in merges]
+    except (KeyError, TypeError, ValueError):
+        return None
+    singles = [ranks.get(bytes([b]), math.inf) for b in range(256)]
+    whole = len(made) == len(ranks) - 256 and all(a < b for a, b in itertools.pairwise([max(singles), *made]))
+    return ranks if whole else None
+
+
+def huggingface_tokenizer(folder):
+    """
+    The tokenizer of a Hugging Face folder: GPT-2's vocab and merges through tiktoken, all else through the package
+    `tokenizers`. Raises ValueError or OSError.
+    """
+    path = lambda name: os.path.join(folder, name)
+    read = lambda name: read_json(path(name)) if os.path.exists(path(name)) else {}
+    about = read('special_tokens_map.json') | read('tokenizer_config.json')
+    text = lambda key: about[key].get('content') if isinstance(about.get(key), dict) else about.get(key)
+    described, vocab, merges = read('tokenizer.json'), None, None
+    if described:
+        model = described.get('model') or {}
+        plain = [model.get('type'), described.get('normalizer'), described.get('pre_tokenizer')] in (
+            ['BPE', None, {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': trim, 'use_regex': True}]
+            for trim in (True, False))
+        if plain and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'):
+            vocab = model['vocab']
+            merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    elif os.path.exists(path('vocab.json')) and os.path.exists(path('merges.txt')):
+        vocab = read('vocab.json')
+        merges = [line.split(' ') for _, line in read_lines(path('merges.txt')) if line and not line.startswith('#version')]
+    special = {token['content']: token['id'] for token in described.get('added_tokens', [])}
+    special |= {name: vocab[name] for name in ('<|endoftext|>', text('eos_token')) if vocab and name in vocab}
+    ranks = tiktoken_ranks(vocab, merges, special) if vocab else None
+    if ranks is not None:
+        if text('eos_token') in special:
+            special.setdefault('<|endoftext|>', special[text('eos_token')])
+        return make_tokenizer('gpt2', PATTERNS['bpe'], ranks, special)
+    if described:
+        with open(path('tokenizer.json'), encoding='utf-8') as f:
+            description = f.read()
+    elif os.path.exists(path('vocab.txt')):
+        description = wordpiece(path('vocab.txt'), about)
+    else:
+        raise ValueError(f"{folder} has no tokenizer that can be read here: it needs tokenizer.json, vocab.txt, or "
+                         "vocab.json with merges.txt")
+    return Foreign(description, parts_played(Foreign(description, {})._tokenizer, text))
+
+
+def wordpiece(path, about):
+    """A BERT's vocab.txt, with what its tokenizer_config.json says, as a tokenizer.json."""
+    try:
+        from tokenizers import BertWordPieceTokenizer
+    except ImportError:
+        raise ValueError("the tokenizer of this model needs one more package: pip install tokenizers") from None
+    lower = about.get('do_lower_case', True)
+    return BertWordPieceTokenizer(path, lowercase=lower, strip_accents=about.get('strip_accents'),
+                                  handle_chinese_chars=about.get('tokenize_chinese_chars', True)).to_str()
+
+
+def parts_played(tokenizer, text):
+    """
+    {our special token: the id of theirs}. text(key) is what their files call it. `<|start|>`, which only they have, stands
+    before a text: Llama's <s>; T5's decoder begins with its padding.
+    """
+    def find(*names):
+        ids = (tokenizer.token_to_id(name) for name in names if isinstance(name, str))
+        return next((i for i in ids if i is not None), None)
+
+    end = find(text('eos_token'), '</s>', '<|endoftext|>', text('sep_token'), '[SEP]')
+    begin = find(text('bos_token'), '<s>', '<|begin_of_text|>')
+    pad = find(text('pad_token'), '[PAD]', '<pad>')
+    found = {'<|endoftext|>': end, '<|start|>': begin, '[PAD]': end if pad is None else pad,
+             '[CLS]': find(text('cls_token'), '[CLS]'), '[SEP]': find(text('sep_token'), '[SEP]', '</s>'),
+             '[MASK]': find(text('mask_token'), '[MASK]')}
+    if end is None:
+        raise ValueError("the tokenizer has no token that ends a text: its folder needs a tokenizer_config.json with an "
+                         "eos_token")
+    found |= {f'<extra_{i}>': find(f'<extra_id_{i}>') for i in range(100)}
+    if found['<extra_0>'] is not None:
+        found['<|start|>'] = pad
+    for name, instead in (('[SEP]', end), ('[CLS]', end if begin is None else begin)):
+        found[name] = instead if found[name] is None else found[name]
+    return {name: i for name, i in found.items() if i is not None}
+
+
 def tokenizer_to_dict(tokenizer):
     """Plain data, for JSON and for checkpoints."""
+    if isinstance(tokenizer, Foreign):
+        return {'format': FORMAT, 'name': tokenizer.name, 'specials': tokenizer._special_tokens,
+                'description': tokenizer._tokenizer.to_str()}
     ranks = sorted(tokenizer._mergeable_ranks, key=tokenizer._mergeable_ranks.get)
     return {'format': FORMAT, 'name': tokenizer.name, 'pattern': tokenizer._pat_str,
             'specials': tokenizer._special_tokens, 'ranks': [base64.b64encode(token).decode() for token in ranks]}
@@ -326,6 +481,8 @@ def tokenizer_from_dict(saved):
     """The inverse. Raises ValueError where `saved` is not such a dict."""
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
         raise ValueError(f"this is not a tokenizer of this project: its 'format' is not {FORMAT!r}")
+    if 'description' in saved and isinstance(saved.get('specials'), dict):
+        return Foreign(saved['description'], saved['specials'])
     try:
         ranks = {base64.b64decode(token, validate=True): i for i, token in enumerate(saved['ranks'])}
         ids = [*range(len(saved['ranks'])), *saved['specials'].values()]
@@ -338,11 +495,60 @@ def tokenizer_from_dict(saved):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a data folder. Raises ValueError or OSError."""
+    """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
     path = os.path.join(folder, 'tokenizer.json')
-    if not os.path.exists(path):
+    saved = read_json(path) if os.path.exists(path) else {}
+    if isinstance(saved, dict) and 'format' in saved:  # ours
+        return tokenizer_from_dict(saved)
+    if not set(os.listdir(folder)) & {'tokenizer.json', 'vocab.txt', 'vocab.json'}:
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: give a folder that prepare_data.py made")
-    return tokenizer_from_dict(read_json(path))
+    return huggingface_tokenizer(folder)
+
+
+def byte_level(tokenizer):
+    """(vocab, merges) of a tiktoken table, as GPT-2's files have them: each token is made of two that came before it."""
+    character, ranks = {b[0]: c for c, b in BYTE_OF.items()}, tokenizer._mergeable_ranks
+    spell = lambda token: ''.join(character[b] for b in token)
+    merges = []
+    for token, rank in sorted(ranks.items(), key=operator.itemgetter(1)):
+        if len(token) > 1:
+            parts = [bytes([b]) for b in token]
+            while len(parts) > 2:  # join as the encoder would, until two are left
+                best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+                if ranks.get(parts[best] + parts[best + 1], math.inf) >= rank:
+                    raise ValueError(f"the token {token!r} is not made of two others, so this is no tokenizer of pairs")
+                parts[best:best + 2] = [parts[best] + parts[best + 1]]
+            merges.append([spell(part) for part in parts])
+    return {spell(token): i for token, i in ranks.items()}, merges
+
+
+def export_tokenizer(tokenizer, folder, vocab_size):
+    """Write tokenizer.json and tokenizer_config.json as transformers reads them, with the ids below vocab_size."""
+    special = {text: i for text, i in tokenizer._special_tokens.items() if i < vocab_size}
+    if isinstance(tokenizer, Foreign):
+        text_of, described = tokenizer._tokenizer.id_to_token, json.loads(tokenizer._tokenizer.to_str())
+    else:
+        text_of = {i: text for text, i in reversed(special.items())}.get
+        described = {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None, 'post_processor': None,
+                     'added_tokens': [{'id': i, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False,
+                                       'normalized': False, 'special': True} for text, i in special.items()]}
+        if tokenizer.name == 'char':
+            described |= {'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': '(?s:.)'}, 'behavior': 'Isolated',
+                                            'invert': False}, 'decoder': {'type': 'Fuse'},
+                          'model': {'type': 'WordLevel', 'unk_token': '[PAD]', 'vocab': {
+                              c.decode(): i for c, i in tokenizer._mergeable_ranks.items()}}}
+        else:
+            vocab, merges = byte_level(tokenizer)
+            cut = {'add_prefix_space': False, 'trim_offsets': True, 'use_regex': tokenizer.name != 'byte'}
+            described |= {'pre_tokenizer': {'type': 'ByteLevel', **cut}, 'decoder': {'type': 'ByteLevel', **cut},
+                          'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
+                                    'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
+                                    'vocab': vocab, 'merges': merges}}
+    parts = {'eos_token': '<|endoftext|>', 'bos_token': '<|start|>', 'pad_token': '[PAD]', 'cls_token': '[CLS]',
+             'sep_token': '[SEP]', 'mask_token': '[MASK]'}
+    about = {key: text_of(special[name]) for key, name in parts.items() if name in special}
+    write_json(os.path.join(folder, 'tokenizer.json'), described)
+    write_json(os.path.join(folder, 'tokenizer_config.json'), {'tokenizer_class': 'PreTrainedTokenizerFast', **about})
 
 
 def encode(tokenizer, text):
@@ -605,8 +811,13 @@ def write_text(out_dir, tokenizer, blocks, total, **about):
 
     def encode_block(item):
         split, block = item
-        ids = encode(tokenizer, block.text)
-        token_ends = length[ids].cumsum()
+        if isinstance(tokenizer, Foreign):
+            ids, spans = tokenizer.encode_spans(block.text)
+            before = np.cumsum([0, *(len(c.encode()) for c in block.text)])  # bytes before each character
+            token_ends = before[spans[:, 1]]
+        else:
+            ids = encode(tokenizer, block.text)
+            token_ends = length[ids].cumsum()
         starts = np.unique(np.searchsorted(token_ends, np.array(sentences(block), np.int64), side='right'))
         return split, block, ids, starts
 
@@ -783,6 +994,8 @@ def encode_spans(tokenizer, text):
     part of. A character that several tokens share belongs to each of them. No token goes across the border of a CJK
     character: entities and answers begin and end there.
     """
+    if isinstance(tokenizer, Foreign):
+        return tokenizer.encode_spans(text)
     ids = [encode(tokenizer, piece) for piece in regex.split(f'({CJK.pattern})', text) if piece]
     ids = np.concatenate(ids) if ids else np.zeros(0, np.uint32)
     ends = np.array([len(tokenizer.decode_single_token_bytes(i)) for i in ids.tolist()], np.int64).cumsum()
@@ -873,8 +1086,8 @@ def qa_examples(tokenizer, row, labels, block_size):
             held = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
         if held[1] - held[0] >= room:
             raise ValueError(f"the answer {text[:40]!r} has {held[1] - held[0] + 1} tokens, more than a "
-                             f"window of --block_size {block_size} holds beside its question: raise --block_size (the model "
-                             "needs the same), or leave the question out")
+                             f"window of block_size={block_size} holds beside its question: prepare (and train) with a "
+                             "larger --block_size, or leave the question out")
     begins = [*range(0, max(0, len(ids) - room), max(1, room // 2)), max(0, len(ids) - room)]
     if held is not None and not any(map(holds, begins)):
         begins.append(int(held[0]))
@@ -902,13 +1115,14 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
         targets        2 1 <|endoftext|>
     """
     end_id, example = tokenizer._special_tokens['<|endoftext|>'], {}
+    start_id = tokenizer._special_tokens.get('<|start|>', end_id)
     for name in ('source', 'target'):
         if name in row:
             ids = [*encode(tokenizer, row[name]).tolist(), end_id]
             if len(ids) > block_size:
-                raise ValueError(f"the {name} {row[name][:40]!r} has {len(ids)} tokens with its end, more than --block_size "
-                                 f"{block_size}: raise it, or shorten the text")
-            example |= {'ids': ids} if name == 'source' else {'decoder_ids': [end_id, *ids[:-1]], 'targets': ids}
+                raise ValueError(f"the {name} {row[name][:40]!r} has {len(ids)} tokens with its end, more than block_size="
+                                 f"{block_size}: shorten it, or prepare (and train) with a larger --block_size")
+            example |= {'ids': ids} if name == 'source' else {'decoder_ids': [start_id, *ids[:-1]], 'targets': ids}
     return [example | {'about': {name: row[name] for name in ('source', 'target') if name in row}}]
 
 
@@ -1247,7 +1461,7 @@ class Settings:
     val: list = flag([], 'the same for the validation split, instead of the end of the text')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune [lm, or that of the data set]',
                      choices=('', 'lm', *TASKS))
-    tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data folder whose tokenizer is to be used')
+    tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data or Hugging Face folder whose tokenizer is to be used')
     vocab_size: int = flag(4096, 'of bpe: all tokens, special ones included', low=1)
     val_fraction: float = flag(0.1, 'share for validation: the end of the text; of a task any rows', above=0, below=1)
     block_size: int = flag(64, 'of a task: longest example, in tokens; what is longer is cut, or makes several', low=8)

@@ -39,6 +39,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -49,7 +50,7 @@ import numpy as np
 import regex
 import torch
 
-from model import IGNORE, load
+from model import IGNORE, export_huggingface, load, on_disk
 from prepare_data import (
     CJK,
     TASKS,
@@ -57,14 +58,18 @@ from prepare_data import (
     check_labels,
     encode,
     encode_rows,
+    export_tokenizer,
     find_files,
     flag,
     frame,
+    gpt2_tokenizer,
+    load_tokenizer,
     progress,
     read_documents,
     read_flags,
     run,
     tokenizer_from_dict,
+    tokenizer_to_dict,
 )
 
 # -----------------------------------------------------------------------------
@@ -249,9 +254,17 @@ class TextStream:
 def forbidden_tokens(tokenizer, vocab_size):
     """(vocab_size,) bool: special tokens, and rows that no token has. They are never text; <|endoftext|> may be chosen."""
     forbidden = torch.zeros(vocab_size, dtype=torch.bool)
-    forbidden[[i for text, i in tokenizer._special_tokens.items() if text != '<|endoftext|>' and i < vocab_size]] = True
+    end_id = tokenizer._special_tokens['<|endoftext|>']
+    forbidden[[i for i in tokenizer._special_tokens.values() if i != end_id and i < vocab_size]] = True
     forbidden[tokenizer.n_vocab:] = True
     return forbidden
+
+
+def prompt_ids(tokenizer, prompt):
+    """What a GPT is to continue. Some want a token before every text; without text, all need one."""
+    special = tokenizer._special_tokens
+    begin = [special['<|start|>']] if '<|start|>' in special else [] if prompt else [special['<|endoftext|>']]
+    return [*begin, *encode(tokenizer, prompt).tolist()]
 
 
 def write(model, tokenizer, prompt, settings, first_row=0, rows=1):
@@ -259,10 +272,8 @@ def write(model, tokenizer, prompt, settings, first_row=0, rows=1):
     Continue the text `prompt` in `rows` samples: yields (row, text) as text becomes certain. An empty prompt
     starts a new document. Raises ValueError where the tokenizer cannot encode the prompt.
     """
-    end_id = tokenizer._special_tokens['<|endoftext|>']
-    device = next(model.parameters()).device
-    ids = encode(tokenizer, prompt).astype(np.int64) if prompt else np.array([end_id])
-    ids = torch.from_numpy(ids).to(device).expand(rows, -1)                            # (rows, T)
+    end_id, device = tokenizer._special_tokens['<|endoftext|>'], next(model.parameters()).device
+    ids = torch.tensor(prompt_ids(tokenizer, prompt), device=device).expand(rows, -1)  # (rows, T)
     streams = [TextStream(tokenizer, settings.stop) for _ in range(rows)]
     ended = [False] * rows
     for tokens in generate(model, ids, settings.max_new_tokens,
@@ -287,8 +298,8 @@ def write_beams(model, tokenizer, prompt, settings):
     """
     end_id, block_size = tokenizer._special_tokens['<|endoftext|>'], model.config.block_size
     device = next(model.parameters()).device
-    ids = encode(tokenizer, prompt).astype(np.int64) if prompt else np.array([end_id])
-    ids = torch.from_numpy(ids).to(device)[None, -max(1, block_size // 2, block_size - settings.max_new_tokens):]
+    longest = max(1, block_size // 2, block_size - settings.max_new_tokens)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)[-longest:]], device=device)      # (1, T)
     room = max(1, min(settings.max_new_tokens, block_size - ids.size(1)))
     found = []
     for score, tokens in beam_search(model, ids, settings.num_beams, room, settings.length_penalty,
@@ -444,7 +455,7 @@ def write_targets(model, tokenizer, examples, settings):
             batch = {key: t.to(device) for key, t in collate([{'ids': ids} for ids in sources], pad_id).items()}
             with torch.inference_mode():
                 cache = model.read(**batch)
-            prompt, room = torch.full((len(sources), 1), end_id, device=device), block_size
+            prompt, room = torch.full((len(sources), 1), special.get('<|start|>', end_id), device=device), block_size
         else:
             cache, prompt = None, torch.tensor([[*ids[:-1], special['[SEP]']] for ids in sources], device=device)
             room = block_size - prompt.size(1)
@@ -760,7 +771,7 @@ class Settings:
     """The flags of this script."""
     start: str = flag('', 'what to continue: a text, FILE:path, or - for standard input; nothing: a new document')
     out_dir: str = flag('out', 'the folder that train.py wrote')
-    init_from: str = flag('', 'a checkpoint or folder to use instead of out_dir')
+    init_from: str = flag('', 'what to use instead of out_dir: a checkpoint, a Hugging Face folder, or a name on the hub')
     num_samples: int = flag(1, 'how many texts of a GPT; with beams, so many of the best', low=1)
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
     temperature: float = flag(None, '0 takes the likeliest token, 1 draws as the model says [0.8; text to text: 0]', low=0,
@@ -774,6 +785,7 @@ class Settings:
     stream: bool = flag(False, 'print text as it is written, one sample after the other')
     score: str = flag('', 'a file to score instead: a text, or labelled rows as prepare_data.py reads them')
     json: bool = flag(False, 'print JSON objects, one a line')
+    export: str = flag('', 'write the model into this folder, as the classes of transformers load it, and do nothing else')
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU that has it, else float32',
                       choices=('auto', *DTYPES))
@@ -786,6 +798,34 @@ class Settings:
         if 1 < self.num_beams < self.num_samples:
             raise ValueError(f"--num_samples {self.num_samples}: a search with --num_beams {self.num_beams} finds no more "
                              "texts than beams: raise it")
+
+
+def open_model(path, device='cpu', **changes):
+    """`load` of model.py, with what it leaves out: the tokenizer that belongs to a Hugging Face folder or to nanoGPT."""
+    path = on_disk(path)
+    model, checkpoint = load(path, device, **changes)
+    if 'tokenizer' not in checkpoint:
+        tokenizer = None
+        with contextlib.suppress(FileNotFoundError):
+            tokenizer = load_tokenizer(path) if os.path.isdir(path) else gpt2_tokenizer() if \
+                model.config.vocab_size in (50257, 50304) else None  # nanoGPT rounds it up
+        checkpoint['tokenizer'] = tokenizer and tokenizer_to_dict(tokenizer)
+    return model, checkpoint
+
+
+def export(model, tokenizer, labels, folder):
+    """Write model and tokenizer as a Hugging Face folder. Rows that were added to a vocabulary of GPT-2 stay behind."""
+    special, size = tokenizer._special_tokens, model.config.vocab_size
+    if tokenizer.name == 'gpt2' and not labels:
+        size = min(size, len(tokenizer._mergeable_ranks) + 1)
+    end_id = special['<|endoftext|>']
+    ids = {'eos_token_id': end_id, 'bos_token_id': special.get('<|start|>', end_id), 'pad_token_id': special['[PAD]']}
+    if hasattr(model, 'read'):
+        ids['decoder_start_token_id'] = ids.pop('bos_token_id')
+    if labels:
+        ids |= {'id2label': dict(enumerate(labels)), 'label2id': {label: i for i, label in enumerate(labels)}}
+    export_huggingface(model, folder, size, **{name: i for name, i in ids.items() if isinstance(i, dict) or i < size})
+    export_tokenizer(tokenizer, folder, size)
 
 
 def find_device(name):
@@ -926,15 +966,25 @@ def main(argv):
     device = find_device(settings.device)
     if settings.seed < 0:
         settings.seed = int.from_bytes(np.random.default_rng().bytes(4), 'little')
-    prompt = '' if settings.score else read_start(settings.start)
-    model, checkpoint = load(settings.init_from or settings.out_dir, device)
+    prompt = '' if settings.score or settings.export else read_start(settings.start)
+    path = settings.init_from or settings.out_dir
+    if not settings.init_from and not os.path.exists(path):
+        raise FileNotFoundError(f"there is no folder {path}: train a model first, with python train.py")
+    model, checkpoint = open_model(path, device)
     if not checkpoint.get('tokenizer'):
-        raise ValueError(f"{settings.init_from or settings.out_dir} has no tokenizer: it cannot read or write text")
+        raise ValueError(f"{path} has no tokenizer: it cannot read or write text")
     tokenizer = tokenizer_from_dict(checkpoint['tokenizer'])
     half = device == 'cuda' and not settings.score and torch.cuda.is_bf16_supported(including_emulation=False)
     model = model.to(DTYPES.get(settings.dtype, torch.bfloat16 if half else torch.float32)).eval()
     task, labels = checkpoint.get('task', ''), checkpoint.get('labels', [])
+    if settings.export:
+        export(model, tokenizer, labels, settings.export)
+        print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
+        return
     task = task or ('seq2seq' if hasattr(model, 'read') else '')  # an encoder-decoder always answers a text with a text
+    if not task and 'output.bias' in checkpoint.get('new', []):
+        raise ValueError(f"{path} is an encoder without a head, which has nothing to say: fine-tune it first, with "
+                         f"python train.py --init_from {path}")
     if settings.score:
         scores = score_file(model, tokenizer, settings.score, task, labels, settings)
         print(json.dumps(scores) if settings.json else format_scores(scores))

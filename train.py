@@ -54,7 +54,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import IGNORE, PRESETS, Config, Stack, TaskModel, build, cross_entropy, load, optimizer_groups, save
+from model import IGNORE, PRESETS, Config, Stack, TaskModel, build, cross_entropy, optimizer_groups, resized, save
 from prepare_data import check_flags, flag, progress, read_flags, read_json, run, tokenizer_to_dict
 
 # -----------------------------------------------------------------------------
@@ -296,7 +296,8 @@ def span_corruption(data, rows, block_size):
             target += [sentinel, *data.tokens[at + a:at + a + b].tolist()]
             at += a + b
         end_id = special['<|endoftext|>']
-        examples.append({'ids': [*source, end_id], 'decoder_ids': [end_id, *target], 'targets': [*target, end_id]})
+        start_id = special.get('<|start|>', end_id)
+        examples.append({'ids': [*source, end_id], 'decoder_ids': [start_id, *target], 'targets': [*target, end_id]})
     return examples
 
 
@@ -998,7 +999,7 @@ def from_checkpoint(path, resume, s, settings_given, config_given):
     weights are.
     """
     free = ('dropout',) if resume else ('dropout', 'block_size')  # the steps of one run read windows of one length
-    model, checkpoint = load(path, **{key: config_given[key] for key in free if key in config_given})
+    model, checkpoint = sample.open_model(path, **{key: config_given[key] for key in free if key in config_given})
     saved = {key: value for key, value in checkpoint.get('settings', {}).items() if hasattr(s, key)}
     fixed = {key: getattr(model.config, key) for key in config_given}
     of_optimizer = ('optimizer', 'freeze') if resume else ()
@@ -1062,10 +1063,17 @@ def start(given):
             config_given.setdefault('mlp_dim', max(1, preset.mlp_dim * config_given['n_embd'] // preset.n_embd))
         model = build(dataclasses.replace(preset, **config_given))
     else:
-        if checkpoint.get('tokenizer') != tokenizer_to_dict(data.tokenizer):
+        if checkpoint.get('tokenizer') and checkpoint['tokenizer'] != tokenizer_to_dict(data.tokenizer):
             raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
                              "with --tokenizer and the data folder of that training")
         torch.manual_seed(s.seed)
+        if task and data.vocab_size > model.config.vocab_size and not goes_on:
+            added = data.vocab_size - model.config.vocab_size
+            model = resized(model, path, vocab_size=data.vocab_size)
+            machine.say(f"{path}: {added} rows added to its vocabulary, for special tokens that it lacks")
+        for what, names in (('left out', checkpoint.get('dropped')), ('new', checkpoint.get('new'))):
+            if names:
+                machine.say(f"{path}: {what}: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}")
         model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
     s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
     check_objective(s, model.config, task, folder)
