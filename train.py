@@ -119,7 +119,13 @@ class Settings:
 MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
 PAIRS = dict(MUON, max_iters=2000, learning_rate=3e-3, muon_learning_rate=0.01, eval_interval=250)
 SMALL = dict(MUON, max_iters=1000, batch_size=32, learning_rate=2e-3, muon_learning_rate=3e-3)
-LARGE = dict(optimizer='adamw', learning_rate=3e-5, beta2=0.999, weight_decay=0.01, dropout=0.1)
+LARGE = dict(optimizer='adamw', max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
+             beta2=0.999, weight_decay=0.01, dropout=0.1)
+TAGS = dict(LARGE, max_iters=600, learning_rate=2e-4)
+WRITING = dict(LARGE, learning_rate=3e-4)
+MORE_TEXT = dict(LARGE, max_iters=400, batch_size=8, gradient_accumulation_steps=1, learning_rate=3e-5, warmup_iters=50,
+                 eval_interval=100, eval_iters=20)
+PRETRAINED = ('gpt2-124m', 'bert-base', 't5-small', 'llama-7b')  # as what weights of others count
 RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
@@ -134,18 +140,22 @@ RECIPES = {
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3, muon_learning_rate=0.01, eval_interval=500,
                      log_interval=100),
     },
-    # heads on small trunks; large pre-trained ones want the small steps of [4], appendix A.3
-    'classify': {'': dict(SMALL, dropout=0.3), 'bert-base': LARGE, 'gpt2-124m': LARGE},
-    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
-    'qa': {'': dict(SMALL, dropout=0.1), 'bert-base': LARGE, 'gpt2-124m': LARGE},
-    'seq2seq': {'': dict(PAIRS, batch_size=64)},
+    # heads on small trunks; large pre-trained ones want small steps, few of them, and AdamW: [4], appendix A.3
+    'classify': {'': dict(SMALL, dropout=0.3), **dict.fromkeys(PRETRAINED, LARGE)},
+    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1), **dict.fromkeys(PRETRAINED, TAGS)},
+    'qa': {'': dict(SMALL, dropout=0.1), **dict.fromkeys(PRETRAINED, LARGE)},
+    'seq2seq': {'': dict(PAIRS, batch_size=64), **dict.fromkeys(PRETRAINED, WRITING)},
+    'more text': dict.fromkeys(PRETRAINED, MORE_TEXT),
 }
 
 
-def recipe(task, preset):
-    """What RECIPES has for a task ('lm': pre-training) and a preset: settings, and maybe a dropout."""
+def recipe(task, preset, goes_on=False):
+    """
+    What RECIPES has for a task ('lm': pre-training) and a preset: settings, and maybe a dropout. goes_on: from weights that
+    have learned from other text already.
+    """
     rows = RECIPES['pretrain' if task == 'lm' else task]
-    return {**rows.get('', {}), **rows.get(preset, {})}
+    return {**rows.get('', {}), **rows.get(preset, {}), **(RECIPES['more text'].get(preset, {}) if goes_on else {})}
 
 # -----------------------------------------------------------------------------
 # Objectives: what is shown, and what is asked? Each is a function of (data, rows, block_size) to a list of examples.
@@ -1041,7 +1051,7 @@ def start(given):
     head = '' if task == 'seq2seq' else task  # text to text needs none
     goes_on = resume or (path is not None and s.eval_only)
     if not goes_on:
-        advice = recipe(task or 'lm', s.preset)
+        advice = recipe(task or 'lm', s.preset, goes_on=path is not None and not task)
         s = dataclasses.replace(s, **{**{key: advice[key] for key in advice if key in names}, **settings_given})
         config_given = {**{key: advice[key] for key in advice if key not in names}, **config_given}
     if not s.eval_only:
