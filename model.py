@@ -67,6 +67,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 IGNORE = -100  # a target with this value does not count in the loss; all others are `asked`
 
@@ -957,6 +958,20 @@ def on_disk(path):
         return path
 
 
+class NoDraws(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ in ('normal_', 'uniform_', 'kaiming_uniform_'):  # of tensors, and of nn.init
+            return args[0] if args else kwargs['tensor']
+        return function(*args, **kwargs)
+
+
+def shapes_of(config):
+    """A model without memory: all shapes, no weights. Buffers, which are computed, are real."""
+    with torch.device('meta'), NoDraws():
+        return build(config)
+
+
 def with_weights(config, weights, path):
     """
     A model made of given tensors {name: tensor}, which become its parameters; nothing is copied, and no random weights are
@@ -964,8 +979,7 @@ def with_weights(config, weights, path):
     """
     if config.n_layer > len(weights):
         raise ValueError(f"{path} does not fit its own configuration: n_layer={config.n_layer}, and {len(weights)} tensors")
-    with torch.device('meta'):  # shapes without memory
-        model = build(config)
+    model = shapes_of(config)
     made, state = {}, {}
     for name, p in model.named_parameters(remove_duplicate=False):  # a tied weight has several names
         if id(p) in made:
@@ -976,7 +990,7 @@ def with_weights(config, weights, path):
             raise ValueError(f"{path} does not fit its own configuration: {name} should be a tensor of shape "
                              f"{tuple(p.shape)}, and is "
                              + (f'{tuple(found.shape)} of {found.dtype}' if isinstance(found, torch.Tensor) else 'missing'))
-        state[name] = made[id(p)] = nn.Parameter(found.float().contiguous())
+        state[name] = made[id(p)] = nn.Parameter(found.float())
     if unknown := [name for name in weights if name not in state]:
         raise ValueError(f"{path} does not fit its own configuration: {unknown[0]!r} is not part of the model")
     model.load_state_dict(state, assign=True)
@@ -998,7 +1012,7 @@ def resized(model, path, **changes):
     for name, p in model.named_parameters():
         weights[name] = p = p.detach()
         if name.endswith('.positions.weight'):
-            weights[name] = p[:config.block_size]
+            weights[name] = p[:config.block_size].clone()
         elif added and re.search(r'\b(tokens|output)\.', name):
             mean = p.mean(dim=0, keepdim=True)                                         # (1, C), or (1,) of a bias
             weights[name] = torch.cat([p, mean + 0.01 * torch.randn(added, *p.shape[1:])])
@@ -1272,10 +1286,9 @@ def from_huggingface(folder):
     if task:
         config = dataclasses.replace(config, task=task, n_labels=len(labels))
     weights, new = {}, []
-    with torch.device('meta'):
-        if config.n_layer > len(files):
-            raise ValueError(f"{where}: n_layer={config.n_layer}, but there are only {len(files)} tensors")
-        expected = dict(build(config).named_parameters())
+    if config.n_layer > len(files):
+        raise ValueError(f"{where}: n_layer={config.n_layer}, but there are only {len(files)} tensors")
+    expected = dict(shapes_of(config).named_parameters())
     for name, p in expected.items():
         names = their_names(family, config, name)
         missing = [n for n in names if n not in files]
@@ -1311,8 +1324,7 @@ def from_nanogpt(checkpoint, path):
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path} looks like a checkpoint of nanoGPT, but its model_args are not whole ({e!r})") from None
     found = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): p for name, p in checkpoint['model'].items()}
-    with torch.device('meta'):
-        expected = dict(build(config).named_parameters())
+    expected = dict(shapes_of(config).named_parameters())
     ours = {their_names(family, config, name)[0]: name for name in expected}
     weights = {ours.get(name, name): p for name, p in found.items() if not re.fullmatch(family.dropped, name)}
     return with_weights(config, weights, path), {'config': dataclasses.asdict(config), 'settings': {'preset': family.size}}
@@ -1370,8 +1382,7 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
         raise ValueError(f"{folder} exists and is not empty: choose another name")
 
     tensors, have = {}, dict(model.named_parameters())
-    with torch.device('meta'):
-        expected = dict(build(dataclasses.replace(config, bias=back.bias)).named_parameters())
+    expected = dict(shapes_of(dataclasses.replace(config, bias=back.bias)).named_parameters())
     for name, shape in expected.items():
         p = have[name].detach()[:len(shape)] if name in have else torch.zeros(shape.shape)  # no bias is one of 0
         names = their_names(family, config, name)

@@ -32,6 +32,7 @@ from model import (
     Attention,
     Block,
     Config,
+    Dropout,
     EncoderDecoder,
     Stack,
     TaskModel,
@@ -40,10 +41,12 @@ from model import (
     build,
     cross_entropy,
     distance_buckets,
+    dropout,
     load,
     make_norm,
     never_blind,
     optimizer_groups,
+    resized,
     rotary_angles,
     rotate,
     save,
@@ -191,7 +194,11 @@ def test_rows_of_the_table_fix_what_history_chose():
     ({'positions': 'relative', 'buckets': 258}, 'buckets=258 max_distance=128'), ({'buckets': 8.0}, 'buckets=8.0 int'),
     ({'positions': 'relative', 'max_distance': 0}, 'max_distance=0'), ({'arch': 'encdec', 'segments': 2}, 'segments=2'),
     ({'arch': 'encdec', 'positions': 'sinusoids', 'n_embd': 9, 'n_head': 3}, 'n_embd=9'),
-    ({'n_labels': 2.0}, 'n_labels=2.0 int'), ({'task': None}, 'task=None str')])
+    ({'n_labels': 2.0}, 'n_labels=2.0 int'), ({'task': None}, 'task=None str'),
+    ({'rope_scaling': 2.0}, 'rope_scaling=2.0 str'),
+    *[({'rope_scaling': text}, f'rope_scaling={text} FACTOR') for text in (
+        'linear', 'linear 0', 'linear -2', 'linear 二', 'linear 2 3', 'linear inf', 'linear nan', 'linear 1e999', '4',
+        'yarn 4', 'Linear 2', 'default', 'llama3', 'llama3 8 1 4', 'llama3 8 1 4 8192 1', 'llama3 8 1 4 0')]])
 def test_config_refuses_what_cannot_be_built_and_names_it(changes, words):
     """One line that names the value, before anything is built; replace() checks again."""
     with pytest.raises(ValueError) as error:
@@ -216,6 +223,14 @@ def test_whole_numbers_are_good_enough_for_fractions():
     """--dropout 0 means 0.0, and a config read back from a file is equal to the one written."""
     config = Config(dropout=0, logit_cap=30)
     assert type(config.dropout) is float and Config(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize('text, kept', [('', ''), (' ', ''), ('linear 4', 'linear 4.0'), ('linear  2.50', 'linear 2.5'),
+                                        ('linear 1e1', 'linear 10.0'), ('llama3 8 1 4 8192', 'llama3 8.0 1.0 4.0 8192.0')])
+def test_one_scaling_of_the_rotation_is_spelled_in_one_way(text, kept):
+    """However it was written: so that configurations can be compared, and one read from a file is the one written there."""
+    config = Config(positions='rotary', rope_scaling=text)
+    assert config.rope_scaling == kept and Config(**dataclasses.asdict(config)) == config, config.rope_scaling
 
 # -----------------------------------------------------------------------------
 # Positions
@@ -266,9 +281,45 @@ def test_a_rotary_layer_does_not_feel_where_it_stands(start, length):
 
 def test_a_stack_turns_by_the_angles_that_its_config_says():
     """rope_theta and the channels of a head, not of the model, fix how fast."""
-    stack = Stack(tiny('palm-8b', rope_theta=500.0), nn.Embedding(V, 32), causal=True)
-    angles = rotary_angles(T, 12, 500.0)
-    close(torch.cat([stack.cos, stack.sin]), torch.cat([angles.cos(), angles.sin()]), 1e-6)
+    for scaling in ('', 'linear 4', 'llama3 8 1 4 64'):
+        stack = Stack(tiny('palm-8b', rope_theta=500.0, rope_scaling=scaling), nn.Embedding(V, 32), causal=True)
+        angles = rotary_angles(T, 12, 500.0, scaling)
+        close(torch.cat([stack.cos, stack.sin]), torch.cat([angles.cos(), angles.sin()]), 1e-6)
+
+
+def llama3_speed(speed, factor, low, high, length):
+    """The rule of Llama 3 for one pair of channels, in plain numbers: how long is one turn, measured in positions?"""
+    turn = 2 * math.pi / speed
+    if turn < length / high:
+        return speed
+    if turn > length / low:
+        return speed / factor
+    share = (length / turn - low) / (high - low)
+    return (1 - share) * speed / factor + share * speed
+
+
+@given(st.integers(1, 64), st.sampled_from([100.0, 10000.0, 5e5]), st.floats(1, 64), st.floats(0.1, 4), st.floats(0.1, 8),
+       st.integers(16, 10 ** 5))
+def test_scaled_rotations_follow_the_formulas(pairs, theta, factor, low, gap, length):
+    """`linear` slows all pairs down; `llama3` the slow ones and not the fast ones, with a smooth passage between."""
+    plain = rotary_angles(9, 2 * pairs, theta)
+    close(rotary_angles(9, 2 * pairs, theta, f'linear {factor}'), plain / factor, 1e-5)
+    scaled = rotary_angles(9, 2 * pairs, theta, f'llama3 {factor} {low} {low + gap} {length}')
+    for i in range(pairs):
+        speed = llama3_speed(theta ** (-i / pairs), factor, low, low + gap, length)
+        for position in (0, 1, 8):
+            found = scaled[position, i].item()
+            assert abs(found - position * speed) < 1e-4 * position * speed + 1e-12, (i, position, found, position * speed)
+
+
+def test_scaled_rotations_worked_by_hand():
+    """
+    D = 6, theta 10^6: a turn takes 6.28, 628 and 62832 positions. In 1000 positions the first pair turns 159 times and
+    stays, the last 0.016 times and is 8 times slower, the middle one 1.59 times: (1.59 - 1) / 3 = 0.197 of its speed stays.
+    """
+    speeds = rotary_angles(2, 6, 1e6, 'llama3 8 1 4 1000')[1]
+    close(speeds, torch.tensor([1.0, 0.01 * (0.80282 / 8 + 0.19718), 0.0001 / 8]), 1e-7)
+    close(rotary_angles(9, 6, 1e6, 'linear 4')[8], rotary_angles(9, 6, 1e6)[2], 1e-6)  # 8 is where 2 was
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -883,6 +934,88 @@ def test_an_lstm_drops_what_enters_it_and_what_leaves_it():
     assert (model.lstm.dropout, build(tiny('lstm', dropout=0.5)).lstm.dropout) == (0.0, 0.5)
 
 
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 9), max_size=4), st.floats(0, 0.999), st.sampled_from([torch.float32, torch.bfloat16]),
+       st.integers(0, 99))
+@example([], 0.5, torch.float32, 0)
+@example([3, 0, 2], 0.5, torch.float32, 0)
+@example([7, 3], 1e-9, torch.float32, 0)
+@example([7, 3], 0.9999, torch.bfloat16, 0)
+def test_dropout_zeroes_values_and_scales_the_others(shape, p, dtype, seed):
+    """Of any shape, in the order of dimensions they came in; the gradient goes where the values went; a seed decides."""
+    x = (torch.rand(shape) + 0.5).to(dtype).transpose(0, -1 if shape else 0).requires_grad_()
+    zeroed = max(1, min(255, round(256 * p))) if p else 0                              # of 256
+    torch.manual_seed(seed)
+    y = dropout(x, p)
+    assert y.dtype == dtype and (zeroed or y is x), f'{y.dtype}, p={p}'
+    kept = y != 0
+    same(y, torch.where(kept, x * (256 / (256 - zeroed)), 0))
+    y.sum().backward()
+    same(x.grad, torch.full_like(x, 256 / (256 - zeroed)).where(kept, 0))
+    assert zeroed or kept.all()
+    torch.manual_seed(seed)
+    same(dropout(x, p), y)
+
+
+@pytest.mark.parametrize('p, zeroed', [(0.001, 1), (0.1, 26), (0.5, 128), (0.9, 230), (0.999, 255)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_its_share_at_each_of_eight_places_and_keeps_the_mean(p, zeroed, dtype):
+    """One random number serves eight values: whatever their place in it, each goes with the same probability."""
+    n, q = 20000, zeroed / 256
+    gone = (dropout(torch.ones(n, 8, dtype=dtype), p) == 0).float()                    # (n, 8)
+    sigma = math.sqrt(q * (1 - q) / n)
+    off = (gone.mean(dim=0) - q).abs().max().item() / sigma
+    assert off < 4.5, f'p={p}: {gone.mean(dim=0).tolist()} are zeroed, {off:.1f} sigma from {q:.4f}'
+    mean = dropout(torch.full((8 * n,), 3.0), p).mean().item()
+    assert abs(mean - 3) < 3 * 4.5 * sigma / (1 - q) / math.sqrt(8), f'p={p}: the mean of 3 is {mean}'
+
+
+def test_dropout_zeroes_each_value_independently():
+    """At p = 1/2 all 256 patterns of eight neighbours are as likely (chi squared, 255 degrees), and no two numbers agree."""
+    n = 40000
+    for _ in range(2):
+        gone = (dropout(torch.ones(8 * n), 0.5) == 0).double()
+        seen = torch.bincount((gone.view(n, 8) @ 2.0 ** torch.arange(8).double()).long(), minlength=256)
+        chi = ((seen - n / 256).square() / (n / 256)).sum().item()
+        assert 150 < chi < 375, f'chi squared of {chi:.0f}: 255 +- 23 is what independence gives'  # 5 sigma
+        spread = 2 * gone - 1
+        for lag in (1, 2, 7, 8, 16, 64, 1024):
+            r = (spread[lag:] * spread[:-lag]).mean().item() * math.sqrt(8 * n - lag)
+            assert abs(r) < 4.5, f'values {lag} apart are correlated: {r:.1f} sigma'
+    for p in (0.05, 0.8):  # and where it is no single bit that decides
+        gone = (dropout(torch.ones(n, 8), p) == 0).float()
+        r = torch.corrcoef(gone.T).fill_diagonal_(0).abs().max().item() * math.sqrt(n)
+        assert r < 4.5, f'p={p}: two of the eight places are correlated: {r:.1f} sigma'
+
+
+def test_a_layer_of_dropout_is_off_at_evaluation():
+    """And is torch's own to whoever looks for its kind, as when all dropout of a model is to be changed (b2)."""
+    layer, x = Dropout(0.5), torch.ones(400)
+    assert isinstance(layer, nn.Dropout) and layer.eval()(x) is x
+    assert 100 < (layer.train()(x) == 0).sum() < 300 and not torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize('dtype, p, S, gradients, plain', [
+    (torch.float32, 0.3, 9, True, True), (torch.bfloat16, 0.3, 9, True, True), (torch.float32, 0.0, 9, True, False),
+    (torch.float32, 0.3, 9, False, False), (torch.float32, 0.3, 513, True, False), (torch.bfloat16, 0.0, 9, True, True)])
+def test_a_cpu_that_drops_weights_computes_the_formula(dtype, p, S, gradients, plain, monkeypatch):
+    """The kernel with dropout is the slowest road on a CPU. Each weight is dropped by itself, the rest is scaled up."""
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda *args, **more: calls.append(1) or fused(*args, **more))
+    q, k = torch.randn(2, 6, S, 4).to(dtype), torch.randn(2, 3, S, 4).to(dtype)
+    v = torch.eye(S).expand(2, 3, S, S).to(dtype)                                      # so the answer is the weights
+    with torch.set_grad_enabled(gradients):
+        y = attention(q.requires_grad_(gradients), k, v, causal=True, p=p)
+    assert bool(calls) != plain, f'{len(calls)} calls of the kernel'
+    if plain:
+        zeroed = round(256 * p)
+        weights = attention_weights(q, k.repeat_interleave(2, dim=1), causal=True)
+        close(y, torch.where(y != 0, weights * (256 / (256 - zeroed)), 0), 1e-6 if dtype == torch.float32 else 0.02)
+        gone = (y == 0)[weights > 0].float().mean().item()                             # of 540
+        assert abs(gone - p) <= 4.5 * math.sqrt(p * (1 - p) / 540), f'{gone:.0%} of the weights are dropped, not {p:.0%}'
+        assert not p or not torch.equal(y[:, :3] == 0, y[:, 3:] == 0), 'two heads lose the same weights'
+
+
 @every_preset
 def test_bfloat16_autocast_gives_nearly_the_same_loss_and_finite_gradients(preset):
     """Mixed precision on the plain road, padded, with a row that is all padding."""
@@ -1300,6 +1433,22 @@ def test_guesses_of_bert_have_a_bias_and_share_the_embedding():
     assert model.output.weight.data_ptr() == model.tokens.weight.data_ptr()
     assert model.encoder.embed.tokens.weight.data_ptr() == model.tokens.weight.data_ptr()
     assert [name for name, p in model.named_parameters() if p.shape == (V, 32)] == ['tokens.weight']
+
+
+@pytest.mark.parametrize('activation', ['relu', 'gelu', 'gelu_tanh', 'relu2'])
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+def test_guesses_of_bert_bend_and_normalise_as_its_blocks_do(activation, norm):
+    """act(x W + b), then the norm of the configuration, then the embedding and a bias: written out."""
+    model, x = awake(build(tiny('bert', activation=activation, norm=norm, norm_eps=1e-3))), torch.randn(5, 32)
+    w = model.state_dict()
+    h = x @ w['transform.weight'].T + w['transform.bias']
+    h = {'relu': h.clamp(min=0), 'relu2': h.clamp(min=0) ** 2, 'gelu': h * (1 + torch.erf(h / math.sqrt(2))) / 2,
+         'gelu_tanh': h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3))) / 2}[activation]
+    if norm == 'layernorm':
+        h = h - h.mean(dim=1, keepdim=True)
+    h = h / (h.square().mean(dim=1, keepdim=True) + 1e-3).sqrt() * w['transform_norm.weight']
+    h = h + (w['transform_norm.bias'] if norm == 'layernorm' else 0)
+    close(model.fill(x), h @ w['tokens.weight'].T + w['output.bias'], 1e-4)
 
 # -----------------------------------------------------------------------------
 # Tasks: any trunk and one Linear
@@ -2027,6 +2176,169 @@ def test_an_encoder_decoder_learns_to_turn_a_text_round(preset):
     right = torch.cat(written, dim=1) == targets
     assert right.all(), f'{right.sum()} of 20 tokens right, loss {loss:.3f}'
 
+
+
+@every_pair
+@settings(max_examples=12)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), cuts_of_a_sequence, st.integers(1, 10), st.integers(0, 99))
+def test_beams_that_share_a_source_are_beams_with_copies_of_it(preset, sources, beams, S, cuts, length, seed):
+    """More rows than sources: neighbouring rows ask one source together, several new tokens at once, padding or not (b3)."""
+    model = pair_of(preset)
+    torch.manual_seed(seed)
+    ids, decoder_ids, rows = some(sources, S), some(sources * beams, length), sources * beams
+    for keep in (None, torch.arange(S) >= torch.randint(0, S, (sources, 1))):
+        # their own targets may begin with padding, too; the last token is real in all rows
+        own = None if keep is None else torch.arange(length) >= torch.randint(0, length, (rows, 1))
+        copies = None if keep is None else keep.repeat_interleave(beams, dim=0)
+        shared, copied = model.read(ids, keep), model.read(ids.repeat_interleave(beams, dim=0), copies)
+        for start, end in chunks(cuts, length):
+            piece = decoder_ids[:, start:end], None if own is None else own[:, start:end]
+            close(model.decode(*piece, shared), model.decode(*piece, copied), 1e-4)
+        assert len(shared[0]['cross']['k']) == len(shared['memory']) == sources, 'the source was copied'
+        together = model.decode(decoder_ids, own, model.read(ids, keep))
+        for row in range(rows):
+            b, real = row // beams, slice(None) if own is None else own[row]
+            alone = model(ids[b:b + 1] if keep is None else ids[b:b + 1, keep[b]], None, decoder_ids[row:row + 1, real])[0]
+            close(together[row], alone[0, -1], 1e-4)
+
+
+@settings(max_examples=8)
+@given(st.sampled_from(['gpt2', 'palm', 'llama', 'nano']), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6))
+def test_every_kind_of_block_lets_beams_share_a_source(preset, sources, beams, length):
+    """Side by side or one after the other, grouped heads, normalised queries, turned positions: with a cache and without."""
+    stack = awake(Stack(tiny(preset), nn.Embedding(V, 32), causal=True, cross=True))
+    ids, memory = some(sources * beams, length), torch.randn(sources, 5, 32)
+    keep = torch.arange(5) < torch.tensor([[5], [2], [3]])[:sources]
+    whole = stack(ids, memory=memory.repeat_interleave(beams, dim=0), memory_keep=keep.repeat_interleave(beams, dim=0))
+    close(stack(ids, memory=memory, memory_keep=keep), whole, 1e-4)
+    close(stack(ids, memory=memory, memory_keep=keep, cache={}), whole, 1e-4)
+
+# -----------------------------------------------------------------------------
+# Loading draws and copies nothing; the same weights under other sizes
+
+MODELS = [*((preset, '') for preset in (*ROWS, *PAIRS)), ('bert', 'classify'), ('llama', 'tag'), ('lstm', 'qa')]
+every_model = pytest.mark.parametrize('preset, task', MODELS, ids=[' '.join(names).strip() for names in MODELS])
+
+
+def made_for(task, preset, **changes):
+    """A tiny model of any kind, in which no part is silent."""
+    return awake(build(tiny(preset, task=task, n_labels=3 if task in ('classify', 'tag') else 0, **changes)))
+
+
+def questions(model, B, length):
+    """A batch that asks a model of any kind something at every place: arguments of forward()."""
+    task, ids = model.config.task, some(B, length)
+    targets = {'classify': torch.randint(3, (B,)), 'tag': torch.randint(3, (B, length)),
+               'qa': torch.randint(length, (B, 2))}.get(task, some(B, length))
+    return {'ids': ids, 'targets': targets, **({'decoder_ids': some(B, length)} if model.config.arch == 'encdec' else {})}
+
+
+@every_model
+def test_loading_draws_no_random_numbers_and_leaves_nothing_without_memory(preset, task, tmp_path):
+    """Built on no device, then filled: parameters, and tables of positions that no file holds, are real and as built."""
+    model, path = made_for(task, preset), tmp_path / 'ckpt.pt'
+    save(path, model)
+    for changes in ({}, {'dropout': 0.25, 'block_size': 5}):
+        state = torch.get_rng_state()
+        again, checkpoint = load(path, **changes)
+        same(torch.get_rng_state(), state)
+        built = made_for(task, preset, **changes)
+        assert [(name, p.shape) for name, p in again.named_parameters()] == \
+            [(name, p.shape) for name, p in built.named_parameters()], 'a tied weight is one parameter'
+        assert [name for name, _ in again.named_buffers()] == [name for name, _ in built.named_buffers()]
+        for name, buffer in built.named_buffers():
+            same(dict(again.named_buffers())[name], buffer)
+        assert {t.device.type for t in (*again.parameters(), *again.buffers())} == {'cpu'}
+        assert all(type(p) is nn.Parameter and p.requires_grad and p.dtype == torch.float32 for p in again.parameters())
+    again, checkpoint = load(path)
+    for name, p in again.named_parameters():
+        assert p.data_ptr() == checkpoint['model'][name].data_ptr(), f'{name} was copied: a large model needs memory twice'
+
+
+@every_model
+def test_a_loaded_model_learns_as_the_one_that_was_saved(preset, task, tmp_path):
+    """Its weights are live, also those that an LSTM keeps in a list of its own: four steps, bit for bit the same losses."""
+    model, losses = made_for(task, preset), []
+    save(tmp_path / 'ckpt.pt', model)
+    batch = questions(model, 3, 7)
+    for m in (model, load(tmp_path / 'ckpt.pt')[0]):
+        torch.manual_seed(3)  # of dropout
+        optimizer, found = torch.optim.SGD(m.train().parameters(), 0.02), []
+        for _ in range(4):
+            loss = m(**batch)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        losses.append(found)
+    assert losses[0] == losses[1], f'{losses[0]} before saving, {losses[1]} after loading'
+    assert losses[1][-1] < losses[1][0], f'nothing is learned: {losses[1]}'
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_load_as_float32(dtype, tmp_path):
+    """Whole numbers are no weights."""
+    model = awake(build(tiny('llama')))
+    save(tmp_path / 'ckpt.pt', model.to(dtype))
+    for name, p in load(tmp_path / 'ckpt.pt')[0].named_parameters():
+        same(p, dict(model.named_parameters())[name].float())
+    content = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    content['model']['decoder.norm.weight'] = torch.ones(32, dtype=torch.int64)
+    torch.save(content, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / 'ckpt.pt')
+    assert 'decoder.norm.weight' in one_line(error) and 'int64' in str(error.value), error.value
+
+
+@every_model
+def test_an_absurd_number_of_layers_is_refused_at_once(preset, task, tmp_path, monkeypatch):
+    """A billion blocks without memory would still take hours: what the file cannot hold is not built."""
+    path = tmp_path / '坏.pt'
+    save(path, made_for(task, preset))
+    content = torch.load(path, weights_only=True)
+    content['config']['n_layer'] = 10 ** 9
+    torch.save(content, path)
+    monkeypatch.setattr(sys.modules['model'], 'build', lambda config: pytest.fail(f'{config.n_layer} layers are built'))
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(path) in one_line(error) and 'n_layer=1000000000' in str(error.value), error.value
+
+
+@every_model
+@settings(max_examples=5)
+@given(added=st.integers(1, 9), shorter=st.integers(0, T - 7), seed=st.integers(0, 99))
+def test_more_tokens_and_fewer_positions_change_nothing_of_what_was_there(preset, task, added, shorter, seed):
+    """Old rows stay bit for bit, new ones are nearly the mean of them; what the model says of old tokens stays as it was."""
+    model = made_for(task, preset)
+    torch.manual_seed(seed)
+    batch = {key: t for key, t in questions(model, 2, 7).items() if key != 'targets'}
+    other = resized(model, 'x', vocab_size=V + added, block_size=T - shorter).eval()
+    assert other.config == dataclasses.replace(model.config, vocab_size=V + added, block_size=T - shorter)
+    tables = 0
+    for name, p in model.named_parameters():
+        q = dict(other.named_parameters())[name]
+        same(q[:len(p)], p[:len(q)])
+        if len(q) > len(p):
+            off, tables = (q[V:] - p.mean(dim=0)).abs().max().item(), tables + 1
+            assert q.shape == (V + added, *p.shape[1:]) and 0 < off < 0.06, f'{name}: new rows are up to {off:.3f} off'
+            assert len(q[V:].unique(dim=0)) == added, 'two new tokens are the same'
+    trunk = getattr(model, 'trunk', model)
+    assert tables == len({id(p) for p in (trunk.tokens.weight, *trunk.output.parameters())}), f'{tables} tables grew'
+    new = getattr(other, 'trunk', other)
+    assert (new.output.weight is new.tokens.weight) == model.config.tied
+    close(other.hidden(batch['ids']), model.hidden(batch['ids']), 1e-5)
+    logits = other(**batch)[0]
+    close(logits if task else logits[..., :V], model(**batch)[0], 1e-4)
+    batch['ids'][:, 3] = V + added - 1
+    assert other(**batch)[0].isfinite().all()
+
+
+def test_resizing_to_the_same_size_is_nothing_and_to_a_longer_one_is_refused():
+    """No copy is made where nothing changes; what was trained with 16 positions knows no 17th."""
+    model = awake(build(tiny('gpt2')))
+    assert resized(model, 'x') is model
+    with pytest.raises(ValueError, match='block_size=17 is longer than the 16 that x was trained with'):
+        resized(model, 'x', block_size=T + 1)
 
 # -----------------------------------------------------------------------------
 # Optimizer groups, and the examples in the docstrings

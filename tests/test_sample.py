@@ -22,6 +22,7 @@ import subprocess
 import sys
 import warnings
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sacrebleu
@@ -53,6 +54,7 @@ from sample import (
     text_loss,
     text_scores,
     write,
+    write_beams,
     write_targets,
 )
 
@@ -317,6 +319,63 @@ def test_a_row_that_has_ended_stays_ended_and_all_rows_end_the_whole():
     model = ByHeart(lambda step: F.one_hot(script[step], 10).float())
     tokens = torch.stack(list(generate(model, torch.zeros(2, 1, dtype=torch.long), 4, temperature=0)))
     assert torch.equal(tokens, script), 'without end_id a 9 is a token like any other'
+
+
+def test_a_row_that_has_ended_costs_nothing_more():
+    """Rows leave the batch where they end: the model reads 3, 3, 2, 1 of them, and what they hold leaves with them."""
+    held, steps = [], [[1, 2, 3], [4, 9, 5], [9, 6], [9]]                  # row 1 ends second, row 0 third, row 2 fourth
+
+    class Holds:
+        config = dataclasses.replace(PRESETS['gpt2'], block_size=8)
+
+        def decode(self, ids, keep=None, cache=None):
+            cache['seen'] = torch.cat([cache['seen'], ids], dim=1) if 'seen' in cache else ids
+            held.append(cache['seen'].tolist())
+            return F.one_hot(torch.tensor(steps[len(held) - 1]), 10).float()
+
+    tokens = torch.stack(list(generate(Holds(), torch.tensor([[7], [8], [0]]), 9, temperature=0, end_id=9)))
+    assert tokens.tolist() == [[1, 2, 3], [4, 9, 5], [9, 9, 6], [9, 9, 9]], tokens
+    assert held == [[[7], [8], [0]], [[7, 1], [8, 2], [0, 3]], [[7, 1, 4], [0, 3, 5]], [[0, 3, 5, 6]]], held
+
+
+@pytest.mark.parametrize('preset', [*NAMES, 'transformer', 't5'])
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=5), temperature=st.sampled_from([0.0, 1.5]),
+       seed=st.integers(0, 99))
+def test_where_a_neighbour_ends_changes_nothing(preset, lengths, temperature, seed):
+    """Prompts padded on the left, or sources padded: each row goes on as it does alone, while others leave at any time."""
+    # b10, b11
+    model, rng, n = tiny(preset, 5, 24, seed), np.random.default_rng(seed), max(lengths)
+    keep = torch.tensor([[False] * (n - length) + [True] * length for length in lengths])
+    ids = torch.from_numpy(rng.integers(5, size=keep.shape))
+
+    def go_on(ids, keep, first_row):
+        how = dict(temperature=temperature, seed=seed, first_row=first_row, end_id=0)
+        if not hasattr(model, 'read'):
+            return list(generate(model, ids, 12, keep=keep, **how))
+        with torch.inference_mode():
+            cache = model.read(ids, keep)
+        return list(generate(model, torch.ones(len(ids), 1, dtype=torch.long), 12, cache=cache, **how))
+
+    together = torch.stack(go_on(ids, keep, 0), dim=1).tolist()
+    for i, found in enumerate(together):
+        alone = [int(t) for t in go_on(ids[i:i + 1, keep[i]], None, i)]
+        assert found == alone + [0] * (len(found) - len(alone)), f'row {i} of {lengths}: {found}, alone {alone}'
+    assert len(together[0]) == 12 or max(row.index(0) for row in together) == len(together[0]) - 1, together
+
+
+@pytest.mark.parametrize('preset', NAMES)
+@settings(max_examples=8)
+@given(prompt=st.integers(1, 9), block_size=st.integers(1, 6), seed=st.integers(0, 99))
+def test_rows_end_before_and_after_the_window_is_full(preset, prompt, block_size, seed):
+    """Where the older half is forgotten, what is read again is that of the rows that still go on."""
+    # b10
+    model, how = tiny(preset, 6, block_size, seed), dict(temperature=2.0, seed=seed, end_id=0)
+    ids = torch.from_numpy(np.random.default_rng(seed).integers(6, size=(5, prompt)))
+    together = torch.stack(list(generate(model, ids, 25, **how)), dim=1).tolist()
+    for i, found in enumerate(together):
+        alone = [int(t) for t in generate(model, ids[i:i + 1], 25, first_row=i, **how)]
+        assert found == alone + [0] * (len(found) - len(alone)), f'row {i}: {found}, alone {alone}'
 
 
 def test_generate_builds_no_graph_and_leaves_the_world_as_it_was():
@@ -1286,7 +1345,7 @@ def test_no_flag_vanishes_unnoticed(ask):
     """--help shows every flag that people have in their scripts, on standard output."""
     status, out, err = ask('--help')
     flags = {'start', 'out_dir', 'init_from', 'num_samples', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'stop',
-             'seed', 'stream', 'score', 'json', 'device', 'dtype', 'num_beams', 'length_penalty'}
+             'seed', 'stream', 'score', 'json', 'device', 'dtype', 'num_beams', 'length_penalty', 'export'}
     assert status == 0 and err == '' and flags <= set(re.findall(r'--(\w+)', out)), out
 
 
@@ -1324,6 +1383,51 @@ def test_importing_the_sampler_brings_nothing_that_only_others_need(tmp_path):
     code = f'import sys; sys.path.insert(0, {str(ROOT)!r}); import sample; print(*sorted(set(sys.modules) & set({heavy!r})))'
     result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, encoding='utf-8')
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, '', ''), result
+
+
+@pytest.mark.parametrize('name', ['best.pt', 'bytes.pt'])
+def test_beams_print_the_likeliest_texts_best_first(ask, checkpoints, name):
+    """--num_samples of them, told apart as samples are; --json has a score beside prompt and text; a stop cuts; no seed."""
+    flags = ['--init_from', checkpoints / name, '--start', '人之', '--num_beams', 4, '--max_new_tokens', 7]
+    status, out, err = ask(*flags, '--num_samples', 3)
+    rows = [json.loads(line) for line in ask(*flags, '--num_samples', 3, '--json', '--seed', 5)[1].splitlines()]
+    scores = [row['score'] for row in rows]
+    assert status == 0 and [list(row) for row in rows] == [['prompt', 'text', 'score']] * 3, (out, err, rows)
+    assert scores == sorted(scores, reverse=True) and scores[0] < 0 and len({row['text'] for row in rows}) == 3, rows
+    assert '\n---\n'.join(row['prompt'] + row['text'] for row in rows) + '\n' == out
+    assert ask(*flags)[1] == out.split('\n---\n')[0] + '\n', 'one is asked for: the best'
+    assert ask(*flags, '--temperature', 0, '--stream')[1] == ask(*flags)[1], 'neither draws'
+    best = rows[0]['text']
+    assert ask(*flags, '--stop', best[2:4])[1] == '人之' + best[:best.find(best[2:4])] + '\n'
+    assert ask(*flags, '--length_penalty', 0, '--num_samples', 4, '--json')[1].count('\n') == 4
+    empty = json.loads(ask(*flags, '--start', '', '--json')[1])
+    assert empty['prompt'] == '' and empty['text'], empty
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--num_beams', 3, '--temperature', 0.5], ['--num_beams 3', '--temperature', 'leave one']),
+    (['--num_beams', 3, '--top_k', 5], ['--num_beams 3', '--top_k']),
+    (['--num_beams', 3, '--top_p', 0.9], ['--num_beams 3', '--top_p']),
+    (['--num_beams', 3, '--top_p', 0], ['--num_beams 3', '--top_p']),
+    (['--num_beams', 3, '--num_samples', 4], ['--num_samples 4', '--num_beams 3'])], ids=str)
+def test_a_search_and_a_draw_exclude_each_other(ask, flags, words):
+    """One line, before anything is loaded; without beams the same flags are fine."""
+    assert is_one_line(ask('--start', '人', '--max_new_tokens', 3, *flags), *words)
+    assert ask('--start', '人', '--max_new_tokens', 3, *flags[2:])[0] == 0
+
+
+@pytest.mark.parametrize('flags', [['--start', '人'], ['--start', '人', '--out_dir', 'gpt2'], ['--score', 'a.txt'],
+                                   ['--export', 'there', '--out_dir', 'google/flan-t5-small']], ids=str)
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_network(ask, tmp_path, monkeypatch, flags):
+    """out_dir is a folder, whatever it is called: one line. Only --init_from may be a name on the hub."""
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *args, **more: asked.append(args) or str(tmp_path / 'none'))
+    monkeypatch.chdir(tmp_path)
+    folder = flags[-1] if '--out_dir' in flags else 'out'
+    flags = flags if '--out_dir' in flags else [*flags, '--out_dir', 'out']
+    assert is_one_line(ask(*flags), f'there is no folder {folder}: ', 'train.py') and asked == [], asked
+    assert os.listdir(tmp_path) == []
+    assert is_one_line(ask('--init_from', 'gpt2')) and asked == [('gpt2',)], asked
 
 # -----------------------------------------------------------------------------
 # The command, where the model does not write: a line in, a line out
@@ -1832,6 +1936,90 @@ def test_pick_rows_moves_every_kind_of_cache():
     assert torch.equal(old[0]['k'], keys), 'the old one has changed'
 
 
+def test_pick_rows_leaves_a_source_to_all_of_its_beams_unless_others_are_picked():
+    """What an encoder read, and the keys made of it, have a row a source; all else a row a beam."""
+    memory, keep, keys = torch.arange(6).view(2, 3, 1), torch.tensor([[True], [False]]), torch.arange(8).view(4, 2)
+    old = {'memory': memory, 'memory_keep': keep, 0: {'self': {'k': keys, 'length': 2}, 'cross': {'k': memory}}}
+    rows = torch.tensor([3, 3, 2])
+    for sources, expected in ((None, [0, 1]), (torch.tensor([1]), [1])):
+        new = sample.pick_rows(old, rows, sources)
+        assert torch.equal(new[0]['self']['k'], keys[rows]) and new[0]['self']['length'] == 2
+        for found, before in ((new['memory'], memory), (new['memory_keep'], keep), (new[0]['cross']['k'], memory)):
+            assert torch.equal(found, before[expected]), f'sources {sources}: {found.tolist()}'
+
+
+@pytest.mark.parametrize('preset', WRITERS)
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=4), beams=st.integers(1, 4),
+       penalty=st.sampled_from([0.0, 1.0, 2.5]), seed=st.integers(0, 99))
+def test_a_search_beside_others_is_the_search_alone(preset, lengths, beams, penalty, seed):
+    """Prompts or sources padded, rows that are done early or late: tokens and scores are those of each by itself."""
+    # b11
+    model, n = tiny(preset, 5, 24, seed), max(lengths)
+    keep = torch.tensor([[False] * (n - length) + [True] * length for length in lengths])
+    ids = torch.from_numpy(np.random.default_rng(seed).integers(1, 5, size=keep.shape))
+
+    def search(ids, keep):
+        if not hasattr(model, 'read'):
+            return beam_search(model, ids, beams, 9, penalty, end_id=0, keep=keep)
+        with torch.inference_mode():
+            cache = model.read(ids, keep)
+        return beam_search(model, torch.ones(len(ids), 1, dtype=torch.long), beams, 9, penalty, end_id=0, cache=cache)
+
+    for i, found in enumerate(search(ids, keep)):
+        same_texts(found, search(ids[i:i + 1, keep[i]], None)[0], f'row {i} of {lengths}')
+
+
+def test_a_row_that_is_done_leaves_the_search():
+    """Two beams, three rows: the model reads 3 rows, then two beams of each that is not done, and its sources likewise."""
+    sure, open_ = [.98, .01, .01], [.001, .5, .499]
+    steps = [[sure, open_, open_], [sure] * 2 + [open_] * 2 + [sure] * 2, [open_] * 2]
+    read = []
+
+    class Holds:
+        def decode(self, ids, keep=None, cache=None):
+            read.append((len(ids), cache['memory'].tolist(), cache['own'].tolist()) if 'own' in cache else (len(ids),))
+            cache.setdefault('own', torch.tensor([10, 20, 30]))
+            return torch.tensor(steps[len(read) - 1]).log()
+
+    found = beam_search(Holds(), torch.zeros(3, 1, dtype=torch.long), 2, 3, end_id=0, cache={'memory': torch.arange(3)})
+    # row 0 has the text '' and one that begins with 1, and grows on; rows 0 and 2 are done after two steps, row 1 never
+    assert read == [(3,), (6, [0, 1, 2], [10, 10, 20, 20, 30, 30]), (2, [1], [20, 20])], read
+    assert [len(row) for row in found] == [2] * 3 and [row[0][1] for row in found] == [[], [1, 1, 1], [1]], found
+
+
+@pytest.mark.parametrize('preset', ['transformer', 't5'])
+@settings(max_examples=8)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3), beams=st.integers(2, 5), seed=st.integers(0, 99))
+def test_beams_of_one_source_share_it_and_find_what_copies_of_it_find(preset, lengths, beams, seed):
+    """The keys of a source are made once and held once, however many beams; the texts are those of a search with copies."""
+    model, n = tiny(preset, 7, 12, seed), max(lengths)
+    keep = torch.tensor([[True] * length + [False] * (n - length) for length in lengths])
+    ids = torch.from_numpy(np.random.default_rng(seed).integers(7, size=keep.shape))
+    held, decode = [], model.decode
+
+    class Copies(Forgetful):
+        """One row of source a beam, made anew at every step from the row of the prompt."""
+        def decode(self, new, _=None, cache=None):
+            cache['ids'] = torch.cat([cache['ids'], new], dim=1) if 'ids' in cache else new
+            return self.model(cache['source'], cache['real'], cache['ids'])[0][:, -1]
+
+    def watch(new, _=None, cache=None):
+        logits = decode(new, _, cache)
+        held.append((len(new), len(cache['memory']), len(cache[0]['cross']['k'])))
+        return logits
+
+    with torch.inference_mode():
+        cache = model.read(ids, keep)
+    model.decode = watch
+    first = torch.ones(len(ids), 1, dtype=torch.long)
+    found = beam_search(model, first, beams, 7, 0.8, end_id=0, cache=cache)
+    copied = beam_search(Copies(model), first, beams, 7, 0.8, end_id=0, cache={'source': ids, 'real': keep})
+    for a, b in zip(found, copied, strict=True):
+        same_texts(a, b, lengths)
+    assert all(rows == memory == keys or rows == beams * memory == beams * keys for rows, memory, keys in held), held
+
+
 @pytest.mark.parametrize('preset', WRITERS)
 @settings(max_examples=8)
 @given(seed=st.integers(0, 99), n=st.integers(1, 8))
@@ -1895,6 +2083,66 @@ def test_a_text_ends_at_its_end_token_and_it_is_not_part_of_it(beams):
     rows = encode_rows(tokenizer, 'seq2seq', [{'source': 'a'}, {'source': 'abb'}], [], 32)
     found = write_targets(Knows(), tokenizer, rows, Settings(num_beams=beams, max_new_tokens=30))
     assert [f['target'] for f in found] == ['人ba'] * 2, found
+
+# -----------------------------------------------------------------------------
+# Beams of a text that goes on
+
+
+def all_texts(model, tokenizer, prompt, characters, n, penalty):
+    """Every way to go on with these characters, at most n of them or tokens with the end: [(score, text)], best first."""
+    end_id = tokenizer._special_tokens['<|endoftext|>']
+    allowed = [*encode(tokenizer, characters).tolist(), end_id]
+    begin, found, live = encode(tokenizer, prompt).tolist() or [end_id], [], [('', 0.0)]
+    for length in range(1, n + 1):
+        ids = torch.tensor([begin + encode(tokenizer, text).tolist() for text, _ in live])
+        with torch.no_grad():
+            rows = model(ids)[0][:, -1, allowed].log_softmax(dim=-1).tolist()          # among what is text alone
+        found += [((p + row[-1]) / length ** penalty, text) for (text, p), row in zip(live, rows)]
+        live = [(text + c, p + row[i]) for (text, p), row in zip(live, rows) for i, c in enumerate(characters)]
+    return sorted(found + [(p / n ** penalty, text) for text, p in live], reverse=True)
+
+
+@pytest.mark.parametrize('preset', NAMES)
+@settings(max_examples=6)
+@given(prompt=st.text('人🙂', max_size=4), penalty=st.sampled_from([0.0, 1.0, 2.0]), n_best=st.integers(1, 15),
+       seed=st.integers(0, 99))
+def test_beams_of_a_text_are_the_best_of_all_texts(preset, prompt, penalty, n_best, seed):
+    """Two characters, three steps, 15 texts: so many of the best as were asked for, with their scores, best first."""
+    # b11
+    tokenizer = char_tokenizer(set('人🙂'))
+    model = tiny(preset, tokenizer.n_vocab, 16, seed)
+    how = Settings(num_beams=15, num_samples=n_best, max_new_tokens=3, length_penalty=penalty)
+    same_texts([(score, text) for score, text in write_beams(model, tokenizer, prompt, how)],
+               all_texts(model, tokenizer, prompt, '人🙂', 3, penalty)[:n_best], repr(prompt))
+
+
+def test_a_stop_cuts_what_beams_have_found():
+    """At its first place, and it is not part of the text; the score is that of all that was found."""
+    tokenizer = char_tokenizer(set('ab。'))
+    model = tiny('gpt2', tokenizer.n_vocab, 16, seed=3)
+    how = dict(num_beams=8, num_samples=8, max_new_tokens=6, length_penalty=2.0)
+    whole, cut = (write_beams(model, tokenizer, 'ab', Settings(**how, stop=stop)) for stop in ([], ['。', 'ba']))
+    assert sum('。' in text or 'ba' in text for _, text in whole) > 2, f'the test would not notice: {whole}'
+    assert cut == [(score, re.split('。|ba', text)[0]) for score, text in whole], f'{cut} of {whole}'
+
+
+@settings(max_examples=20)
+@given(prompt=st.text('ab人', max_size=20), block_size=st.integers(1, 9), n=st.integers(1, 12), beams=st.integers(2, 3))
+def test_a_search_sees_the_newest_part_of_a_long_prompt_and_has_one_window(prompt, block_size, n, beams):
+    """As much of the prompt as leaves room for all new tokens, half of the window at least; it writes till that is full."""
+    tokenizer = char_tokenizer(set('ab人'))
+    end_id = tokenizer._special_tokens['<|endoftext|>']
+    model, read = tiny('gpt2', tokenizer.n_vocab, block_size, seed=1), []
+    never = torch.zeros(tokenizer.n_vocab).index_fill(0, torch.tensor(end_id), -99.0)  # does a text end by itself
+    decode = model.decode
+    model.decode = lambda ids, *rest: read.append(ids.tolist()) or decode(ids, *rest) + never
+    found = write_beams(model, tokenizer, prompt, Settings(num_beams=beams, max_new_tokens=n))
+    ids = encode(tokenizer, prompt).tolist() or [end_id]
+    seen = ids[-max(1, block_size // 2, block_size - n):]
+    assert read[0] == [seen], f'{read[0]} of {ids} with a window of {block_size} and {n} to write'
+    room = max(1, min(n, block_size - len(seen)))
+    assert len(read) == room == len(found[0][1]) and len(found) == 1, f'{len(read)} steps in a room of {room}: {found}'
+
 
 # -----------------------------------------------------------------------------
 # Text to text: scores
