@@ -61,6 +61,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, kind = getattr(self, f.name), type(f.default)
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 1e300:
                 setattr(self, f.name, float(value))
             elif type(value) is not kind:
                 raise ValueError(f"{f.name}={value!r} must be of type {kind.__name__}")
@@ -946,7 +947,7 @@ def load(path, device='cpu', **changes):
 
 def on_disk(path):
     """A name such as gpt2 or google/flan-t5-small -> its folder, fetched from the hub; a path on the disk stays as it is."""
-    if os.path.exists(path) or not re.fullmatch(r'([\w.-]+/)?\w[\w.-]*', path) or path.endswith('.pt'):
+    if os.path.exists(path) or not re.fullmatch(r'(\w[\w.-]*/)?\w[\w.-]*', path) or path.endswith('.pt'):
         return path
     try:
         from huggingface_hub import snapshot_download
@@ -966,10 +967,18 @@ class NoDraws(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def shapes_of(config):
-    """A model without memory: all shapes, no weights. Buffers, which are computed, are real."""
-    with torch.device('meta'), NoDraws():
-        return build(config)
+def shapes_of(config, path, n_tensors):
+    """
+    A model without memory: all shapes, no weights; but buffers, which are computed, are real. Raises ValueError where what
+    describes it is absurd: files come from strangers.
+    """
+    if config.n_layer > n_tensors or config.block_size > 2 ** 22:
+        raise ValueError(f"{path}: n_layer={config.n_layer}, block_size={config.block_size} cannot be: {n_tensors} tensors")
+    try:
+        with torch.device('meta'), NoDraws():
+            return build(config)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{path}: a model of these sizes cannot be built") from None
 
 
 def with_weights(config, weights, path):
@@ -977,10 +986,8 @@ def with_weights(config, weights, path):
     A model made of given tensors {name: tensor}, which become its parameters; nothing is copied, and no random weights are
     drawn first. Raises ValueError naming the tensor that is missing, of another shape, or not part of the model.
     """
-    if config.n_layer > len(weights):
-        raise ValueError(f"{path} does not fit its own configuration: n_layer={config.n_layer}, and {len(weights)} tensors")
-    model = shapes_of(config)
-    made, state = {}, {}
+    model = shapes_of(config, path, len(weights))
+    made, state, memory = {}, {}, set()
     for name, p in model.named_parameters(remove_duplicate=False):  # a tied weight has several names
         if id(p) in made:
             state[name] = made[id(p)]
@@ -990,7 +997,11 @@ def with_weights(config, weights, path):
             raise ValueError(f"{path} does not fit its own configuration: {name} should be a tensor of shape "
                              f"{tuple(p.shape)}, and is "
                              + (f'{tuple(found.shape)} of {found.dtype}' if isinstance(found, torch.Tensor) else 'missing'))
-        state[name] = made[id(p)] = nn.Parameter(found.float())
+        found = found.float()
+        if found.data_ptr() in memory:  # a pickle may hold one memory under two names
+            found = found.clone()
+        memory.add(found.data_ptr())
+        state[name] = made[id(p)] = nn.Parameter(found)
     if unknown := [name for name in weights if name not in state]:
         raise ValueError(f"{path} does not fit its own configuration: {unknown[0]!r} is not part of the model")
     model.load_state_dict(state, assign=True)
@@ -1157,10 +1168,12 @@ HARMLESS = re.compile(
     r'gradient_checkpointing|pooler_\w+|directionality|n_ctx|pretraining_tp|is_encoder_decoder|reorder_and_upcast_attn|'
     r'(max|min)_length|do_sample|early_stopping|num_(beams|beam_groups|return_sequences)|temperature|top_[kp]|typical_p|'
     r'(repetition|length|diversity)_penalty|(encoder_)?no_repeat_ngram_size|model_max_length|chunk_size_feed_forward|'
-    r'dense_act_fn|is_gated_act|tokenizer_class|prefix|attn_implementation|classifier_dropout|tf_legacy_loss|name_or_path')
+    r'dense_act_fn|is_gated_act|tokenizer_class|prefix|attn_implementation|classifier_dropout|tf_legacy_loss|name_or_path|'
+    r'max_sequence_length|transformers\.js_config')
 ROPE = {'default': [], 'linear': ['factor'],
         'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings']}
-ONLY = {'position_embedding_type': 'absolute', 'partial_rotary_factor': 1.0, 'problem_type': 'single_label_classification'}
+ONLY = {'is_llama_config': True, 'position_embedding_type': 'absolute', 'partial_rotary_factor': 1.0,
+        'problem_type': 'single_label_classification'}
 
 
 def config_from(theirs, where):
@@ -1173,12 +1186,12 @@ def config_from(theirs, where):
           f"choose a folder of {', '.join(FAMILIES)}")
     family = FAMILIES[theirs['model_type']]
     named = theirs.get('architectures') or list(family.classes)
-    check(isinstance(named, list) and named[0] in family.classes, 'architectures',
+    check(isinstance(named, list) and str(named[0]) in family.classes, 'architectures',
           f"choose one of {', '.join(family.classes)}")
     values = {ours: default if theirs.get(name) is None else theirs[name] for name, (ours, default) in family.fields.items()}
     values = {ours: 0 if value is None else value for ours, value in values.items()}
     name = next(name for name, (ours, _) in family.fields.items() if ours == 'activation')
-    check(values['activation'] in family.acts, name, f"choose one of {', '.join(family.acts)}")
+    check(str(values['activation']) in family.acts, name, f"choose one of {', '.join(family.acts)}")
     values['activation'] = family.acts[values['activation']]
     special = set(family.fields)
     if family.preset == 't5':
@@ -1189,11 +1202,13 @@ def config_from(theirs, where):
     if family.preset == 'llama':
         special |= {'rope_parameters', 'rope_scaling', 'mlp_bias'}
         values['bias'] = bool(values['bias'] or theirs.get('mlp_bias'))  # those that a file lacks are 0
+        for field in ('rope_scaling', 'rope_parameters'):
+            check(isinstance(theirs.get(field) or {}, dict), field, "it should be a dict")
         rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
         kind, field = rope.get('rope_type', rope.get('type', 'default')), next(
             (f for f in ('rope_parameters', 'rope_scaling') if theirs.get(f)), 'rope_parameters')
         values['rope_theta'] = rope.get('rope_theta', values['rope_theta'])
-        check(kind in ROPE and all(n in rope for n in ROPE[kind]) and rope.get('partial_rotary_factor', 1.0) == 1.0,
+        check(str(kind) in ROPE and all(n in rope for n in ROPE[kind]) and rope.get('partial_rotary_factor', 1.0) == 1.0,
               field, f"choose one of {', '.join(ROPE)}")
         values['rope_scaling'] = '' if kind == 'default' else ' '.join([kind, *(str(rope[n]) for n in ROPE[kind])])
     for name, value in theirs.items():
@@ -1221,8 +1236,14 @@ def their_names(family, config, name):
 def turned(family, name, p):
     """GPT-2's files have the matrices of a block as (inputs, outputs); Google's class 0 of two texts is our class 1."""
     if family.preset == 'gpt2' and re.search(r'\.c_\w+\.weight$', name):
-        return p.t()
-    return p.flip(0) if name.startswith('cls.seq_relationship') else p
+        return p.mT if p.dim() > 1 else p
+    return p.flip(0) if name.startswith('cls.seq_relationship') and p.dim() else p
+
+
+def rows_of(config, names, total):
+    """How many rows of ours each of several names has: query, key and value differ where heads are shared."""
+    return [config.head_size * n for n in (config.n_head, config.kv_heads, config.kv_heads)] if len(names) == 3 else \
+        [total // len(names)] * len(names)
 
 
 def open_tensors(folder):
@@ -1234,12 +1255,14 @@ def open_tensors(folder):
             with open(path('model.safetensors.index.json'), encoding='utf-8') as f:
                 files = sorted(set(json.load(f)['weight_map'].values()))
             if any(os.path.basename(name) != name for name in files):
-                raise ValueError(f"{folder}/model.safetensors.index.json names a file outside of the folder")
+                raise LookupError("the index names a file outside of the folder")
         else:
             files = [name for name in ('model.safetensors', 'pytorch_model.bin') if os.path.exists(path(name))][:1]
         for name in files:
             if name.endswith('.bin'):
-                weights = torch.load(path(name), map_location='cpu', weights_only=True, mmap=True)
+                weights = torch.load(path(name), map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path(name)))
+                if not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in weights.items()):
+                    raise ValueError(f"{path(name)} holds something other than tensors: fetch it again")
                 found |= {key: functools.partial(weights.pop, key) for key in weights}
                 continue
             try:
@@ -1248,11 +1271,11 @@ def open_tensors(folder):
                 raise ValueError(f"{path(name)} needs one more package: pip install safetensors") from None
             f = safe_open(path(name), framework='pt')
             found |= {key: functools.partial(f.get_tensor, key) for key in f.keys()}
-    except ValueError:
-        raise
     except Exception as e:  # damaged bytes can make the readers fail in any way
-        raise ValueError(f"{folder}: its weights cannot be read ({type(e).__name__}: {str(e)[:100]}): fetch them "
-                         "again") from None
+        if str(e).startswith(folder):
+            raise
+        raise ValueError(f"{folder}: its weights cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:100]}): "
+                         "fetch them again") from None
     if not found:
         raise ValueError(f"{folder} has a config.json, but neither model.safetensors nor pytorch_model.bin: fetch the "
                          "weights too")
@@ -1270,7 +1293,7 @@ def from_huggingface(folder):
         with open(where, encoding='utf-8') as f:
             theirs = json.load(f)
         theirs.get('model_type')
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f"{where} is damaged ({e}): fetch it again") from None
     family, architecture, config = config_from(theirs, where)
     task, labels = family.classes[architecture], []
@@ -1278,17 +1301,20 @@ def from_huggingface(folder):
     files = {spell(name): read for name, read in open_tensors(folder).items()}
     if family.preset == 't5':
         config = dataclasses.replace(config, tied='lm_head.weight' not in files)
-    if 'cls.predictions.bias' in files:  # older files have it once
-        files.setdefault('cls.predictions.decoder.bias', files['cls.predictions.bias'])
+    one, other = 'cls.predictions.bias', 'cls.predictions.decoder.bias'
+    if (one in files) != (other in files) and family.preset == 'bert':  # some files have it once, by either name
+        have, lack = (one, other) if one in files else (other, one)
+        if (lack == one) == config.tied:
+            files[lack] = files.pop(have)
     if task in ('classify', 'tag'):
         named = theirs.get('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
+        if not isinstance(named, dict) or not all(re.fullmatch(r'[0-9]+', key) for key in named):
+            raise ValueError(f"{where}: id2label={named!r} should name a label for each number")
         labels = [str(named[key]) for key in sorted(named, key=int)]
     if task:
         config = dataclasses.replace(config, task=task, n_labels=len(labels))
     weights, new = {}, []
-    if config.n_layer > len(files):
-        raise ValueError(f"{where}: n_layer={config.n_layer}, but there are only {len(files)} tensors")
-    expected = dict(shapes_of(config).named_parameters())
+    expected = dict(shapes_of(config, where, len(files)).named_parameters())
     for name, p in expected.items():
         names = their_names(family, config, name)
         missing = [n for n in names if n not in files]
@@ -1297,14 +1323,15 @@ def from_huggingface(folder):
                 p.shape, float(name.endswith('norm.weight')))
             new.append(name)
             continue
-        if missing and name.endswith('.bias') and family.preset == 'llama':
+        if missing and name.endswith('.bias') and family.preset == 'llama' and not theirs.get(
+                'mlp_bias' if '.mlp.' in name else 'attention_bias'):
             weights[name] = torch.zeros(p.shape)
             continue
         if missing:
             raise ValueError(f"{folder}: the tensor {missing[0]} is missing, of which {name} is made")
         parts = [turned(family, n, files.pop(n)()) for n in names]
-        fits = all(part.dim() == p.dim() and part.shape[1:] == p.shape[1:] for part in parts)
-        if not fits or sum(len(part) for part in parts) != len(p):
+        rows = rows_of(config, names, len(p))
+        if [part.shape for part in parts] != [(n, *p.shape[1:]) for n in rows]:
             raise ValueError(f"{folder}: {' + '.join(names)} should make {name} of shape {tuple(p.shape)}, and "
                              f"{'is' if len(parts) == 1 else 'are'} {' + '.join(str(tuple(q.shape)) for q in parts)}")
         weights[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -1324,7 +1351,7 @@ def from_nanogpt(checkpoint, path):
     except (KeyError, TypeError) as e:
         raise ValueError(f"{path} looks like a checkpoint of nanoGPT, but its model_args are not whole ({e!r})") from None
     found = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): p for name, p in checkpoint['model'].items()}
-    expected = dict(shapes_of(config).named_parameters())
+    expected = dict(shapes_of(config, path, len(found)).named_parameters())
     ours = {their_names(family, config, name)[0]: name for name in expected}
     weights = {ours.get(name, name): p for name, p in found.items() if not re.fullmatch(family.dropped, name)}
     return with_weights(config, weights, path), {'config': dataclasses.asdict(config), 'settings': {'preset': family.size}}
@@ -1361,8 +1388,13 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
     config = dataclasses.replace(model.config, n_kv_head=model.config.kv_heads, head_dim=model.config.head_size,
                                  mlp_dim=model.config.mlp_dim or 4 * model.config.n_embd,
                                  vocab_size=vocab_size or model.config.vocab_size)
+    if config.vocab_size > model.config.vocab_size:
+        raise ValueError(f"vocab_size={vocab_size} is more than the {model.config.vocab_size} tokens of the model")
     obstacles = {}
     for kind in FAMILIES:
+        if config.task and config.task not in FAMILIES[kind].classes.values():
+            obstacles[kind] = [f'arch={config.arch} with task={config.task}']
+            continue
         try:
             family, _, back = config_from(config_to(kind, config), kind)
         except ValueError as e:
@@ -1382,16 +1414,15 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
         raise ValueError(f"{folder} exists and is not empty: choose another name")
 
     tensors, have = {}, dict(model.named_parameters())
-    expected = dict(shapes_of(dataclasses.replace(config, bias=back.bias)).named_parameters())
+    expected = dict(shapes_of(dataclasses.replace(config, bias=back.bias), folder, len(have)).named_parameters())
     for name, shape in expected.items():
         p = have[name].detach()[:len(shape)] if name in have else torch.zeros(shape.shape)  # no bias is one of 0
         names = their_names(family, config, name)
         if config.task and re.match(r'cls\.' if config.task == 'classify' else r'cls\.|pooler\.', names[0]):
             continue  # a model with a head of its own has no other
-        rows = [len(p) // len(names)] * len(names)
-        if len(names) == 3:
-            rows = [config.head_size * n for n in (config.n_head, config.kv_heads, config.kv_heads)]
-        for theirs, part in zip(names, p.split(rows)):
+        if names == ['cls.predictions.decoder.bias']:
+            tensors['cls.predictions.bias'] = p.cpu().clone()  # nobody reads it, but it is asked for
+        for theirs, part in zip(names, p.split(rows_of(config, names, len(p)))):
             full = theirs if re.match(family.top, theirs) else family.prefix + theirs
             tensors[full] = turned(family, theirs, part).cpu().clone(memory_format=torch.contiguous_format)
     about = config_to(kind, config)
