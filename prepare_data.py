@@ -341,11 +341,20 @@ class Foreign:
         added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._special_tokens = added | specials
         self.n_vocab = 1 + max(self._tokenizer.get_vocab().values())
+        self._unknown = self._tokenizer.token_to_id(getattr(self._tokenizer.model, 'unk_token', None) or '<unk>')
 
     def encode_spans(self, text):
         """ids (T,), and where each token stands in the text: (T, 2)."""
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array(encoded.ids, np.uint32), np.array(encoded.offsets, np.int64).reshape(-1, 2)
+        if not is_text(text):
+            raise ValueError(f"this is not valid Unicode text: {text[:40]!r}")
+        try:
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as e:  # a word without a token, where there is none for the unknown
+            raise ValueError(f"{text[:40]!r} cannot be encoded: {e}") from None
+        ids = np.array(encoded.ids, np.uint32)
+        if self._unknown is not None:  # SentencePiece finds its own special tokens in a text
+            ids[np.isin(ids, list(self._special_tokens.values()))] = self._unknown
+        return ids, np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
     def encode_to_numpy(self, text, disallowed_special=()):
         return self.encode_spans(text)[0]
@@ -387,8 +396,8 @@ def tiktoken_ranks(vocab, merges, special):
     except (KeyError, TypeError, ValueError):
         return None
     singles = [ranks.get(bytes([b]), math.inf) for b in range(256)]
-    whole = len(made) == len(ranks) - 256 and all(a < b for a, b in itertools.pairwise([max(singles), *made]))
-    return ranks if whole else None
+    whole = sorted(ranks.values()) == list(range(len(ranks))) and len(made) == len(ranks) - 256
+    return ranks if whole and all(a < b for a, b in itertools.pairwise([max(singles), *made])) else None
 
 
 def huggingface_tokenizer(folder):
@@ -396,6 +405,16 @@ def huggingface_tokenizer(folder):
     The tokenizer of a Hugging Face folder: GPT-2's vocab and merges through tiktoken, all else through the package
     `tokenizers`. Raises ValueError or OSError.
     """
+    try:
+        return read_tokenizer(folder)
+    except (ValueError, OSError):
+        raise
+    except Exception as e:  # files of strangers hold anything
+        raise ValueError(f"{folder}: its tokenizer is damaged ({type(e).__name__}: {str(e)[:80]!r}): fetch its files "
+                         "again") from None
+
+
+def read_tokenizer(folder):
     path = lambda name: os.path.join(folder, name)
     read = lambda name: read_json(path(name)) if os.path.exists(path(name)) else {}
     about = read('special_tokens_map.json') | read('tokenizer_config.json')
@@ -403,10 +422,11 @@ def huggingface_tokenizer(folder):
     described, vocab, merges = read('tokenizer.json'), None, None
     if described:
         model = described.get('model') or {}
-        plain = [model.get('type'), described.get('normalizer'), described.get('pre_tokenizer')] in (
-            ['BPE', None, {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': trim, 'use_regex': True}]
-            for trim in (True, False))
-        if plain and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'):
+        cut = {'use_regex': True, **(described.get('pre_tokenizer') or {}), 'trim_offsets': True}
+        plain = model.get('type', 'BPE') == 'BPE' and not described.get('normalizer') and cut == {
+            'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+        if plain and all(token['special'] for token in described.get('added_tokens', [])) and not (
+                model.get('continuing_subword_prefix') or model.get('end_of_word_suffix')):
             vocab = model['vocab']
             merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
     elif os.path.exists(path('vocab.json')) and os.path.exists(path('merges.txt')):
@@ -418,16 +438,22 @@ def huggingface_tokenizer(folder):
     if ranks is not None:
         if text('eos_token') in special:
             special.setdefault('<|endoftext|>', special[text('eos_token')])
+        if '<|endoftext|>' not in special:
+            raise ValueError(f"{folder}: its tokenizer has no token that ends a text: it needs a tokenizer_config.json with "
+                             "an eos_token")
         return make_tokenizer('gpt2', PATTERNS['bpe'], ranks, special)
     if described:
         with open(path('tokenizer.json'), encoding='utf-8') as f:
             description = f.read()
     elif os.path.exists(path('vocab.txt')):
         description = wordpiece(path('vocab.txt'), about)
+    elif vocab:
+        description = json.dumps(byte_level_json(vocab, merges, special))
     else:
         raise ValueError(f"{folder} has no tokenizer that can be read here: it needs tokenizer.json, vocab.txt, or "
                          "vocab.json with merges.txt")
-    return Foreign(description, parts_played(Foreign(description, {})._tokenizer, text))
+    parts, first = parts_played(Foreign(description, {})._tokenizer, text), read('config.json').get('decoder_start_token_id')
+    return Foreign(description, parts | ({} if first is None else {'<|start|>': first}))
 
 
 def wordpiece(path, about):
@@ -522,33 +548,39 @@ def byte_level(tokenizer):
     return {spell(token): i for token, i in ranks.items()}, merges
 
 
-def export_tokenizer(tokenizer, folder, vocab_size):
-    """Write tokenizer.json and tokenizer_config.json as transformers reads them, with the ids below vocab_size."""
+def byte_level_json(vocab, merges, special, by_words=True):
+    """The tokenizer.json of GPT-2's kind."""
+    cut = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': by_words}
+    return described_json(special, cut, cut, {
+        'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+        'fuse_unk': False, 'byte_fallback': False, 'vocab': vocab, 'merges': merges})
+
+
+def described_json(special, pre_tokenizer, decoder, model):
+    return {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None, 'post_processor': None,
+            'pre_tokenizer': pre_tokenizer, 'decoder': decoder, 'model': model,
+            'added_tokens': [{'id': i, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False,
+                              'normalized': False, 'special': True} for text, i in special.items()]}
+
+
+def export_tokenizer(tokenizer, vocab_size):
+    """{name: data} of tokenizer.json and tokenizer_config.json as transformers reads them, with the ids below vocab_size."""
     special = {text: i for text, i in tokenizer._special_tokens.items() if i < vocab_size}
     if isinstance(tokenizer, Foreign):
         text_of, described = tokenizer._tokenizer.id_to_token, json.loads(tokenizer._tokenizer.to_str())
     else:
         text_of = {i: text for text, i in reversed(special.items())}.get
-        described = {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None, 'post_processor': None,
-                     'added_tokens': [{'id': i, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False,
-                                       'normalized': False, 'special': True} for text, i in special.items()]}
         if tokenizer.name == 'char':
-            described |= {'pre_tokenizer': {'type': 'Split', 'pattern': {'Regex': '(?s:.)'}, 'behavior': 'Isolated',
-                                            'invert': False}, 'decoder': {'type': 'Fuse'},
-                          'model': {'type': 'WordLevel', 'unk_token': '[PAD]', 'vocab': {
-                              c.decode(): i for c, i in tokenizer._mergeable_ranks.items()}}}
+            cut = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
+            described = described_json(special, cut, {'type': 'Fuse'}, {
+                'type': 'WordLevel', 'unk_token': '[PAD]',
+                'vocab': {c.decode(): i for c, i in tokenizer._mergeable_ranks.items()}})
         else:
-            vocab, merges = byte_level(tokenizer)
-            cut = {'add_prefix_space': False, 'trim_offsets': True, 'use_regex': tokenizer.name != 'byte'}
-            described |= {'pre_tokenizer': {'type': 'ByteLevel', **cut}, 'decoder': {'type': 'ByteLevel', **cut},
-                          'model': {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None,
-                                    'end_of_word_suffix': None, 'fuse_unk': False, 'byte_fallback': False,
-                                    'vocab': vocab, 'merges': merges}}
+            described = byte_level_json(*byte_level(tokenizer), special, by_words=tokenizer.name != 'byte')
     parts = {'eos_token': '<|endoftext|>', 'bos_token': '<|start|>', 'pad_token': '[PAD]', 'cls_token': '[CLS]',
              'sep_token': '[SEP]', 'mask_token': '[MASK]'}
     about = {key: text_of(special[name]) for key, name in parts.items() if name in special}
-    write_json(os.path.join(folder, 'tokenizer.json'), described)
-    write_json(os.path.join(folder, 'tokenizer_config.json'), {'tokenizer_class': 'PreTrainedTokenizerFast', **about})
+    return {'tokenizer.json': described, 'tokenizer_config.json': {'tokenizer_class': 'PreTrainedTokenizerFast', **about}}
 
 
 def encode(tokenizer, text):
@@ -1062,6 +1094,12 @@ def tag_examples(tokenizer, row, labels, block_size):
     return examples
 
 
+def tokens_of(spans, start, stop):
+    """The first and the last token of text[start:stop]. Its last characters may have none: some tokenizers drop accents."""
+    first, last = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
+    return np.array([first, min(last, np.searchsorted(spans[:, 0], stop) - 1)])
+
+
 def qa_examples(tokenizer, row, labels, block_size):
     """
     Where in the context does the answer stand? `[CLS] question [SEP] window [SEP]`: a long context is cut into windows that
@@ -1077,13 +1115,13 @@ def qa_examples(tokenizer, row, labels, block_size):
     if row.get('answers'):
         start, text = row['answers'][0]
         stop = start + len(text)
-        held = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
+        held = tokens_of(spans, start, stop)
         if context[spans[held[0], 0]:spans[held[1], 1]].strip() != text.strip():  # it begins or ends inside of a token
             pieces = [(0, start), (start, stop), (stop, len(context))]
             encoded = [encode_spans(tokenizer, context[a:b]) for a, b in pieces]
             ids = np.concatenate([part for part, _ in encoded])
             spans = np.concatenate([where + a for (a, _), (_, where) in zip(pieces, encoded)])
-            held = np.searchsorted(spans[:, 1], [start, stop - 1], side='right')
+            held = tokens_of(spans, start, stop)
         if held[1] - held[0] >= room:
             raise ValueError(f"the answer {text[:40]!r} has {held[1] - held[0] + 1} tokens, more than a "
                              f"window of block_size={block_size} holds beside its question: prepare (and train) with a "

@@ -70,6 +70,7 @@ from prepare_data import (
     run,
     tokenizer_from_dict,
     tokenizer_to_dict,
+    write_json,
 )
 
 # -----------------------------------------------------------------------------
@@ -807,8 +808,10 @@ def open_model(path, device='cpu', **changes):
     if 'tokenizer' not in checkpoint:
         tokenizer = None
         with contextlib.suppress(FileNotFoundError):
-            tokenizer = load_tokenizer(path) if os.path.isdir(path) else gpt2_tokenizer() if \
-                model.config.vocab_size in (50257, 50304) else None  # nanoGPT rounds it up
+            if os.path.exists(os.path.join(path, 'config.json')):
+                tokenizer = load_tokenizer(path)
+            elif model.config.vocab_size in (50257, 50304):  # nanoGPT rounds it up
+                tokenizer = gpt2_tokenizer()
         checkpoint['tokenizer'] = tokenizer and tokenizer_to_dict(tokenizer)
     return model, checkpoint
 
@@ -816,8 +819,9 @@ def open_model(path, device='cpu', **changes):
 def export(model, tokenizer, labels, folder):
     """Write model and tokenizer as a Hugging Face folder. Rows that were added to a vocabulary of GPT-2 stay behind."""
     special, size = tokenizer._special_tokens, model.config.vocab_size
-    if tokenizer.name == 'gpt2' and not labels:
-        size = min(size, len(tokenizer._mergeable_ranks) + 1)
+    if tokenizer.name == 'gpt2' and model.config.arch == 'gpt':
+        size = min(size, special['[PAD]'])  # the first that was added
+    files = export_tokenizer(tokenizer, size)
     end_id = special['<|endoftext|>']
     ids = {'eos_token_id': end_id, 'bos_token_id': special.get('<|start|>', end_id), 'pad_token_id': special['[PAD]']}
     if hasattr(model, 'read'):
@@ -825,7 +829,8 @@ def export(model, tokenizer, labels, folder):
     if labels:
         ids |= {'id2label': dict(enumerate(labels)), 'label2id': {label: i for i, label in enumerate(labels)}}
     export_huggingface(model, folder, size, **{name: i for name, i in ids.items() if isinstance(i, dict) or i < size})
-    export_tokenizer(tokenizer, folder, size)
+    for name, data in files.items():
+        write_json(os.path.join(folder, name), data)
 
 
 def find_device(name):

@@ -1077,16 +1077,22 @@ def start(given):
             raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
                              "with --tokenizer and the data folder of that training")
         torch.manual_seed(s.seed)
-        if task and data.vocab_size > model.config.vocab_size and not goes_on:
+        if data.task != 'lm' and data.vocab_size > model.config.vocab_size and not resume:
             added = data.vocab_size - model.config.vocab_size
             model = resized(model, path, vocab_size=data.vocab_size)
             machine.say(f"{path}: {added} rows added to its vocabulary, for special tokens that it lacks")
+        if max(data.text_ids.max(), data.tokenizer._special_tokens['<|endoftext|>']) >= model.config.vocab_size:
+            raise ValueError(f"{path} knows {model.config.vocab_size} tokens, and {folder} has others: prepare it with the "
+                             "tokenizer of the model")
         for what, names in (('left out', checkpoint.get('dropped')), ('new', checkpoint.get('new'))):
             if names:
                 machine.say(f"{path}: {what}: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}")
         model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
     s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
     check_objective(s, model.config, task, folder)
+    needed = {'masked_lm': '[MASK]', 'span_corruption': '<extra_0>'}.get(s.objective, '<|endoftext|>')
+    if needed not in data.tokenizer._special_tokens:
+        raise ValueError(f"--objective {s.objective}: the tokenizer of {folder} has no {needed}: choose another tokenizer")
     if s.objective in ('masked_lm', 'span_corruption') and model.config.block_size < 8:
         raise ValueError(f"--block_size {model.config.block_size}: {s.objective} needs at least 8")
     for split in (data, val):

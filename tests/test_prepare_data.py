@@ -1044,7 +1044,7 @@ def test_windows_cover_every_answer_and_every_character(bpe, name, context, star
         windows = qa_examples(tokenizer, {'id': 'q1', 'question': question, 'context': context,
                                           'answers': [(start, answer)]}, [], block_size)
     except ValueError as e:
-        assert 'raise --block_size' in str(e) and len(answer.encode()) > room, f'{e}: it has at most {len(answer.encode())}'
+        assert 'larger --block_size' in str(e) and len(answer.encode()) > room, f'{e}: it has at most {len(answer.encode())}'
         return
     found, covered = 0, set()
     for made in windows:
@@ -1436,7 +1436,7 @@ MALFORMED = {
     'half a character in a question': ('qa', {'a.json': QUESTION.replace('谁', '\\ud83d')}, [], 'a.json, line 3 ', ''),
     'an answer longer than a window': ('qa', {'a.json': QUESTION.replace('明', '明' * 9).replace(': 1,', ': 0,').replace(
         '"月"', f'"{"明" * 9}月"'), 'v.json': QUESTION}, ['--val', 'v.json', '--block_size', '12', '--tokenizer', 'char'],
-        'a.json, line 3 ', 'has 10 tokens, more than a window of --block_size 12'),
+        'a.json, line 3 ', 'has 10 tokens, more than a window of block_size=12'),
 }
 
 
@@ -1819,7 +1819,7 @@ def test_a_target_is_asked_for_one_token_ahead_and_with_its_end(source, target, 
     long = [name for name in row if len(row[name].encode()) + 1 > block_size]
     if long:
         n = len(row[long[0]].encode()) + 1
-        with pytest.raises(ValueError, match=f'the {long[0]} .* has {n} tokens with its end, more than --block_size'):
+        with pytest.raises(ValueError, match=f'the {long[0]} .* has {n} tokens with its end, more than block_size='):
             prepare_data.seq2seq_examples(tokenizer, row, [], block_size)
         return
     [made] = prepare_data.seq2seq_examples(tokenizer, row, [], block_size)
@@ -1859,7 +1859,7 @@ PAIRS = {
     'no target': ({'a.tsv': '一\t1\n一\t\u3000\n'}, [], 'a.tsv, line 2: ', 'has an empty one'),
     'in validation': ({'a.tsv': '一\t1\n', 'v.tsv': '一\t1\n一 1\n'}, ['--val', 'v.tsv'], 'v.tsv, line 2: ', '1 column'),
     'a long source': ({'a.tsv': '一\t1\n' + 'x' * 9 + '\t1\n', 'v.tsv': '一\t1\n'}, ['--val', 'v.tsv', '--block_size', '9'],
-                      'a.tsv, line 2: ', "the source 'xxxxxxxxx' has 10 tokens with its end, more than --block_size 9"),
+                      'a.tsv, line 2: ', "the source 'xxxxxxxxx' has 10 tokens with its end, more than block_size=9"),
     'a long target': ({'a.tsv': '一\t1\n', 'v.tsv': '一\t1\n一\t' + 'x' * 9}, ['--val', 'v.tsv', '--block_size', '9'],
                       'v.tsv, line 2: ', "the target 'xxxxxxxxx' has 10 tokens"),
     'JSON without a target': ({'a.jsonl': '{"source": "一", "target": "1"}\n{"source": "一"}\n'}, [], 'a.jsonl, line 2: ',
