@@ -160,6 +160,8 @@ class Config:
                 re.fullmatch(r'\d+(\.\d+)?(e[+-]?\d+)?', n) and 0 < float(n) < math.inf for n in numbers):
             raise ValueError(f"rope_scaling={self.rope_scaling} must be linear FACTOR or llama3 FACTOR LOW HIGH LENGTH, all "
                              "above 0")
+        if kind == 'llama3' and float(numbers[1]) >= float(numbers[2]):
+            raise ValueError(f"rope_scaling={self.rope_scaling}: LOW must be less than HIGH")
         self.rope_scaling = ' '.join([kind, *(str(float(n)) for n in numbers)])
         for name in ('norm_eps', 'rope_theta'):
             if not 0 < getattr(self, name) < math.inf:
@@ -365,6 +367,13 @@ def remember(cache, k, v):
     return cache['k'][:, :, :total], cache['v'][:, :, :total]
 
 
+class Linear(nn.Linear):
+    """x Wᵀ + b, or some rows of it."""
+
+    def forward(self, x, rows=slice(None)):
+        return F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+
+
 class Attention(nn.Module):
     """
     Multi-head attention, section 3.2.2 of [1]. Every position asks a question (query), every position offers an
@@ -376,15 +385,14 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         H, G, D = self.sizes = config.n_head, config.kv_heads, config.head_size
-        self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, config.bias)              # one product, not three
+        self.qkv = Linear(config.n_embd, (H + 2 * G) * D, config.bias)                 # one product, not three
         self.proj = nn.Linear(H * D, config.n_embd, config.bias)
         self.q_norm, self.k_norm = (make_norm(config, D) if config.qk_norm else nn.Identity() for _ in 'qk')
         self.dropout, self.scale = config.dropout, None if config.scale_attention else 1.0
 
     def project(self, x, rows):
         """Some rows of the packed matrix: x (B, T, C) -> heads (B, rows/D, T, D)."""
-        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        return F.linear(x, self.qkv.weight[rows], bias).unflatten(-1, (-1, self.sizes[2])).transpose(1, 2)
+        return self.qkv(x, rows).unflatten(-1, (-1, self.sizes[2])).transpose(1, 2)
 
     def forward(self, x, context=None, mask=None, causal=False, rotary=None, cache=None):
         """
@@ -1026,7 +1034,7 @@ def resized(model, path, **changes):
             weights[name] = p[:config.block_size].clone()
         elif added and re.search(r'\b(tokens|output)\.', name):
             mean = p.mean(dim=0, keepdim=True)                                         # (1, C), or (1,) of a bias
-            weights[name] = torch.cat([p, mean + 0.01 * torch.randn(added, *p.shape[1:])])
+            weights[name] = torch.cat([p, mean + 0.01 * torch.randn(added, *p.shape[1:], device=p.device)])
     return with_weights(config, weights, path)
 
 

@@ -438,7 +438,7 @@ class Examples(Data):
                     classes = self.vocab_size if self.task == 'seq2seq' else len(
                         example['ids'] if self.task == 'qa' else self.labels)
                     ids, targets = (np.array(example[key], int) for key in ('ids', 'targets'))
-                    decoder_ids = np.array(example.get('decoder_ids', ids[:1]), int)
+                    decoder_ids = np.array(example.get('decoder_ids', []), int)
                     if not ((targets == IGNORE) | (targets >= 0) & (targets < classes)).all():
                         raise ValueError(f"targets must be below {classes}")
                     parts = np.concatenate([ids, decoder_ids])
@@ -471,13 +471,13 @@ class Examples(Data):
         n, size, examples = len(self), self.batch_size, []
         for row in rows:
             epoch, k = divmod(int(row), n)
-            if self.epoch != epoch:
+            if self.epoch != ('examples', epoch, size):
                 rng = np.random.default_rng((self.seed, SPLITS[self.split], epoch))
                 begin = min(n, -epoch * n % size)      # the epoch before left a batch unfinished
                 first, whole, last = np.split(rng.permutation(n), [begin, begin + (n - begin) // size * size])
                 blur = self.lengths[whole].max(axis=1) * rng.uniform(1, 1.1, len(whole))  # or every epoch has the same ones
                 whole = rng.permutation(whole[blur.argsort()].reshape(-1, size))
-                self.order, self.epoch = np.concatenate([first, whole.flatten(), last]), epoch
+                self.order, self.epoch = np.concatenate([first, whole.flatten(), last]), ('examples', epoch, size)
             examples.append(self[self.order[k]])
         return examples
 
@@ -525,20 +525,101 @@ def learning_rate(step, s):
     return low + (s.learning_rate - low) * (0.5 * (1 + math.cos(math.pi * done)) if s.lr_schedule == 'cosine' else 1 - done)
 
 
-def make_optimizers(model, s, device):
+class Optimizer:
     """
-    AdamW [1] for all, or Muon [3] for the matrices and AdamW for what is left. Muon makes each step orthogonal: it turns a
-    matrix by the same amount in all directions, where plain gradients would follow the few largest.
+    Groups of weights with their settings, and what is remembered of each weight: `state` {weight: tensors}. Those of
+    torch.optim would do the same; but to make one takes a second, for the compiler that they bring.
     """
+
+    def __init__(self, groups, **settings):
+        self.param_groups, self.state = [{**settings, **group} for group in groups], {}
+
+    @torch.no_grad()
+    def step(self):
+        """Move the weights that have a gradient."""
+        for group in self.param_groups:
+            weights = [p for p in group['params'] if p.grad is not None]
+            for p in weights:
+                if p not in self.state:
+                    self.state[p] = self.start(p)
+            if weights:
+                self.move(group, weights, [p.grad for p in weights], [self.state[p] for p in weights])
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                p.grad = None
+
+    def state_dict(self):
+        weights = [p for group in self.param_groups for p in group['params']]
+        return {'state': {i: self.state[p] for i, p in enumerate(weights) if p in self.state}, 'param_groups': [
+            {key: value for key, value in group.items() if key != 'params'} for group in self.param_groups]}
+
+    def load_state_dict(self, saved):
+        """What is remembered comes back; settings stay, since flags given on resume count."""
+        weights = [p for group in self.param_groups for p in group['params']]
+        self.state = {weights[i]: [t.to(weights[i].device) for t in tensors] for i, tensors in saved['state'].items()}
+
+
+class AdamW(Optimizer):
+    """
+    [1]: m and v are running means of the gradient g and of its square; divided by 1 - beta^t, since both begin at 0, they
+    are m' and v'. In step t a weight moves by -lr (m' / (sqrt(v') + 1e-8) + weight_decay * weight).
+    """
+
+    def start(self, p):
+        return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]  # m, v, t
+
+    def move(self, group, weights, gradients, state):
+        m, v, t = zip(*state)
+        torch._foreach_add_(t, 1)
+        torch._fused_adamw_(weights, gradients, m, v, [], t, lr=group['lr'], beta1=group['betas'][0],
+                            beta2=group['betas'][1], weight_decay=group['weight_decay'], eps=1e-8, amsgrad=False,
+                            maximize=False)  # all of it in one pass over memory
+
+
+def orthogonal(x, bfloat16):
+    """
+    x (n, rows, columns) -> nearly orthogonal matrices: U Vᵀ of U S Vᵀ, but for singular values between 0.7 and 1.2. Five
+    steps of an odd polynomial of degree 5 (Newton-Schulz) bring all of them there, from wherever they were in (0, 1] [3].
+    """
+    wide = x.size(1) <= x.size(2)
+    x = (x if wide else x.mT).to(torch.bfloat16 if bfloat16 else x.dtype)              # rough products will do
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT                                                                # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.mT
+
+
+class Muon(Optimizer):
+    """
+    Momentum, then a step of equal size in all directions [3]: plain gradients would follow the few largest. Matrices of one
+    shape are worked on together.
+    """
+
+    def start(self, p):
+        return [torch.zeros_like(p)]
+
+    def move(self, group, weights, gradients, state):
+        shapes = {}
+        for i, p in enumerate(weights):
+            shapes.setdefault(p.shape, []).append(i)
+        for (rows, columns), same in shapes.items():
+            p, g, m = ([of[i] for i in same] for of in (weights, gradients, [m for m, in state]))
+            torch._foreach_lerp_(m, g, 1 - group['momentum'])
+            step = orthogonal(torch.stack(torch._foreach_lerp(g, m, group['momentum'])), group['bfloat16']).to(p[0].dtype)
+            torch._foreach_mul_(p, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_add_(p, list(step.unbind()), alpha=-group['lr'] * math.sqrt(max(1, rows / columns)))
+
+
+def make_optimizers(model, s, dtype):
+    """AdamW for all, or Muon for the matrices and AdamW for what is left. dtype: in which the machine multiplies fast."""
     groups = optimizer_groups(model, s.weight_decay)
     matrices = [g for g in groups if g['name'] == 'matrices' and s.optimizer == 'muon']
     rest = [g for g in groups if g not in matrices]
-    # torch.optim.Muon works on one matrix after the other; stacking those of one shape was no faster on a CPU
-    optimizers = [torch.optim.Muon(matrices, lr=s.muon_learning_rate)] if matrices else []
-    if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=s.learning_rate, betas=(s.beta1, s.beta2),
-                                            fused=device.startswith(('cuda', 'cpu'))))
-    return optimizers
+    muon = [Muon(matrices, lr=s.muon_learning_rate, momentum=0.95, bfloat16=dtype == torch.bfloat16)] if matrices else []
+    return muon + ([AdamW(rest, lr=s.learning_rate, betas=(s.beta1, s.beta2))] if rest else [])
 
 # -----------------------------------------------------------------------------
 # The machine: precision, compilation, processes
@@ -858,21 +939,18 @@ def update(step, loss, model, optimizers, s, machine):
     rate = learning_rate(step, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            muon = isinstance(optimizer, torch.optim.Muon)  # has a peak of its own, and the same schedule
+            muon = isinstance(optimizer, Muon)  # has a peak of its own, and the same schedule
             group['lr'] = rate * s.muon_learning_rate / s.learning_rate if muon else rate
         if finite:  # float16 overflows now and then: then no optimizer steps, and the scale is halved
             machine.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     machine.scaler.update()
 
 
 def restore(optimizers, scaler, checkpoint):
-    """Give optimizers and scaler the state they had; their settings stay, since flags given on resume count."""
+    """Give optimizers and scaler the state they had."""
     for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
-        settings = [{key: group[key] for key in group if key != 'params'} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
-        for group, own in zip(optimizer.param_groups, settings):
-            group.update(own)
     scaler.load_state_dict(checkpoint['scaler'])
 
 
@@ -890,7 +968,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     metric = s.best_by or METRICS.get(model.config.task, 'loss')
     sign = 1 if metric == 'loss' else -1
     pad_id = tokenizer._special_tokens['[PAD]']
-    optimizers = make_optimizers(model, s, machine.device)
+    optimizers = make_optimizers(model, s, machine.dtype)
     state = {'step': 0, 'best': sign * math.inf, 'best_loss': math.inf, 'waited': 0, 'seconds': 0.0}
     if checkpoint:
         restore(optimizers, machine.scaler, checkpoint)
@@ -1090,6 +1168,7 @@ def start(given):
         model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
     s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
     check_objective(s, model.config, task, folder)
+    data.batch_size = val.batch_size = s.batch_size
     needed = {'masked_lm': '[MASK]', 'span_corruption': '<extra_0>'}.get(s.objective, '<|endoftext|>')
     if needed not in data.tokenizer._special_tokens:
         raise ValueError(f"--objective {s.objective}: the tokenizer of {folder} has no {needed}: choose another tokenizer")

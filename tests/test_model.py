@@ -198,7 +198,8 @@ def test_rows_of_the_table_fix_what_history_chose():
     ({'rope_scaling': 2.0}, 'rope_scaling=2.0 str'),
     *[({'rope_scaling': text}, f'rope_scaling={text} FACTOR') for text in (
         'linear', 'linear 0', 'linear -2', 'linear 二', 'linear 2 3', 'linear inf', 'linear nan', 'linear 1e999', '4',
-        'yarn 4', 'Linear 2', 'default', 'llama3', 'llama3 8 1 4', 'llama3 8 1 4 8192 1', 'llama3 8 1 4 0')]])
+        'yarn 4', 'Linear 2', 'default', 'llama3', 'llama3 8 1 4', 'llama3 8 1 4 8192 1', 'llama3 8 1 4 0',
+        'llama3 8 4 1 8192', 'llama3 8 4 4 8192')]])  # low above high would slow down the fast pairs instead
 def test_config_refuses_what_cannot_be_built_and_names_it(changes, words):
     """One line that names the value, before anything is built; replace() checks again."""
     with pytest.raises(ValueError) as error:

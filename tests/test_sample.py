@@ -1420,8 +1420,8 @@ def test_a_search_and_a_draw_exclude_each_other(ask, flags, words):
                                    ['--export', 'there', '--out_dir', 'google/flan-t5-small']], ids=str)
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_network(ask, tmp_path, monkeypatch, flags):
     """out_dir is a folder, whatever it is called: one line. Only --init_from may be a name on the hub."""
-    asked = []
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *args, **more: asked.append(args) or str(tmp_path / 'none'))
+    asked, nothing = [], str(tmp_path / 'nothing')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *args, **more: asked.append(args) or nothing)
     monkeypatch.chdir(tmp_path)
     folder = flags[-1] if '--out_dir' in flags else 'out'
     flags = flags if '--out_dir' in flags else [*flags, '--out_dir', 'out']
@@ -2000,12 +2000,12 @@ def test_beams_of_one_source_share_it_and_find_what_copies_of_it_find(preset, le
 
     class Copies(Forgetful):
         """One row of source a beam, made anew at every step from the row of the prompt."""
-        def decode(self, new, _=None, cache=None):
+        def decode(self, new, mask=None, cache=None):
             cache['ids'] = torch.cat([cache['ids'], new], dim=1) if 'ids' in cache else new
             return self.model(cache['source'], cache['real'], cache['ids'])[0][:, -1]
 
-    def watch(new, _=None, cache=None):
-        logits = decode(new, _, cache)
+    def watch(new, mask=None, cache=None):
+        logits = decode(new, mask, cache)
         held.append((len(new), len(cache['memory']), len(cache[0]['cross']['k'])))
         return logits
 
