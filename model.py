@@ -161,7 +161,7 @@ class Config:
             raise ValueError(f"rope_scaling={self.rope_scaling} must be linear FACTOR or llama3 FACTOR LOW HIGH LENGTH, all "
                              "above 0")
         if kind == 'llama3' and float(numbers[1]) >= float(numbers[2]):
-            raise ValueError(f"rope_scaling={self.rope_scaling}: LOW must be less than HIGH")
+            raise ValueError(f"rope_scaling={self.rope_scaling}: of llama3 FACTOR LOW HIGH LENGTH, LOW must be below HIGH")
         self.rope_scaling = ' '.join([kind, *(str(float(n)) for n in numbers)])
         for name in ('norm_eps', 'rope_theta'):
             if not 0 < getattr(self, name) < math.inf:

@@ -41,6 +41,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -133,7 +134,7 @@ RECIPES = {
         't5': dict(PAIRS, batch_size=32),
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95, batch_size=12,
                           gradient_accumulation_steps=40, eval_interval=2000, eval_iters=200),
-        'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2, muon_learning_rate=0.03,
+        'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=2e-2, muon_learning_rate=0.05,
                      min_lr=0.0, warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
                      grad_clip=0.0),
         # one token in seven is asked for, so it needs many; Muon, and a learning rate that post-norm survives
@@ -1162,9 +1163,10 @@ def start(given):
         if max(data.text_ids.max(), data.tokenizer._special_tokens['<|endoftext|>']) >= model.config.vocab_size:
             raise ValueError(f"{path} knows {model.config.vocab_size} tokens, and {folder} has others: prepare it with the "
                              "tokenizer of the model")
-        for what, names in (('left out', checkpoint.get('dropped')), ('new', checkpoint.get('new'))):
+        fresh = [name for name in checkpoint.get('new', []) if not head or 'pooler' in name]  # a task asks no other old head
+        for what, names in (('left out', checkpoint.get('dropped')), ('new', fresh)):
             if names:
-                machine.say(f"{path}: {what}: {', '.join(sorted({name.rpartition('.')[0] for name in names}))}")
+                machine.say(f"{path}: {what}: {', '.join(sorted({re.sub(r'[0-9]+', '*', name) for name in names}))}")
         model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
     s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
     check_objective(s, model.config, task, folder)

@@ -9,6 +9,7 @@ with trying everything.
 """
 
 import collections
+import copy
 import dataclasses
 import io
 import itertools
@@ -2313,3 +2314,46 @@ def test_a_source_that_cannot_be_answered_is_one_line(ask, writers, start, words
 def test_beams_have_bounds(ask, writers, flags, words):
     """One line."""
     assert is_one_line(ask('--init_from', writers / 'gpt2.pt', '--start', 'a', *flags), *words)
+
+# -----------------------------------------------------------------------------
+# Weights made for reading
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'llama', 'palm', 'nano', 'lstm', 't5', 'transformer'])
+@pytest.mark.parametrize('dtype, near', [('float32', 1e-4), ('bfloat16', 0.2), ('int8', 0.25)])
+def test_weights_made_for_reading_say_what_they_said(preset, dtype, near):
+    """Packed or of one byte: for one row, for many, and with a cache; all matrices but those that are read in parts."""
+    torch.manual_seed(4)
+    plain = build(dataclasses.replace(PRESETS[preset], vocab_size=50, block_size=24, n_layer=2, n_embd=32, n_head=4,
+                                      n_kv_head=min(2, PRESETS[preset].n_kv_head), head_dim=0, mlp_dim=48)).eval()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.randn_like(p) * (0.2 if p.dim() > 1 else 0.1) + (1.0 if p.dim() < 2 else 0.0))
+    packed = sample.cast(copy.deepcopy(plain), dtype)
+    kinds = {name.split('.')[-1] for name, m in packed.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert kinds <= {'qkv'} and isinstance(packed.output, sample.Packed), kinds
+    ids = torch.randint(0, 50, (3, 9))
+    with torch.inference_mode():
+        if hasattr(plain, 'read'):
+            caches = [model.read(ids) for model in (plain, packed)]
+            found = [torch.cat([model.decode(ids[:, i:i + 1], cache=cache) for i in range(4)])
+                     for model, cache in zip((plain, packed), caches)]
+        else:
+            found = [torch.cat([model.decode(ids, cache=cache), model.decode(ids[:, :1], cache=cache),
+                                model(ids.repeat(9, 1))[0][:, -1]]) for model, cache in ((plain, {}), (packed, {}))]
+    scale = found[0].std()
+    assert scale > 0.05 and (found[0] - found[1].float()).abs().max() < near * scale, (
+        (found[0] - found[1].float()).abs().max() / scale)
+
+
+def test_one_byte_a_weight_is_at_most_half_a_step_off():
+    """127 steps to the largest weight of each row; a row of zeros stays one."""
+    layer = torch.nn.Linear(40, 6)
+    with torch.no_grad():
+        layer.weight[2] = 0
+        layer.weight[3] *= 100
+    packed = sample.Packed(layer, 'int8')
+    step = layer.weight.abs().amax(dim=1) / 127
+    back = packed.weight.float() * packed.scale.float()[:, None]
+    assert packed.weight.dtype == torch.int8 and (back[2] == 0).all()
+    assert ((back - layer.weight).abs() <= step[:, None] * 1.02 + packed.weight.abs() * step[:, None] * 0.005).all()

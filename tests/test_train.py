@@ -1164,6 +1164,36 @@ def test_a_step_of_muon_is_nearly_orthogonal(shapes, scale):
         assert cosine > 0.9, f'{tuple(p.shape)}: cosine {cosine} to the nearest orthogonal matrix'
 
 
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_the_optimizers_are_those_of_torch(name):
+    """Twenty steps of several shapes, a weight without gradient among them, give the weights of torch.optim."""
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (3, 4)] + ([(7,)] if name == 'adamw' else [])
+    s = train.Settings(optimizer=name, weight_decay=0.3, learning_rate=0.02, muon_learning_rate=0.05, beta1=0.8, beta2=0.9)
+    ours, theirs = Weights([torch.randn(shape) for shape in shapes]), Weights([torch.randn(shape) for shape in shapes])
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, = train.make_optimizers(ours, s, torch.bfloat16)
+    groups = [{'params': [p for p in theirs.parameters() if p.dim() > 1], 'weight_decay': 0.3},
+              {'params': [p for p in theirs.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    gradients = []
+    for shape in shapes:  # all directions far from 0: what is nearly 0 is what rounding makes of it
+        u, _, v = torch.linalg.svd(torch.randn(*shape, *[1] * (2 - len(shape))), full_matrices=False)
+        gradients.append((u @ torch.diag(torch.linspace(0.3, 1, min(u.shape))) @ v).view(shape))
+    other = torch.optim.Muon(groups[:1], lr=0.05)
+    if name == 'adamw':
+        other = torch.optim.AdamW([dict(group, lr=0.02, betas=(0.8, 0.9)) for group in groups])
+    for i in range(20):
+        for p, q, g in zip(ours.all, theirs.all, gradients):
+            p.grad = g * (1 + i % 3)
+            q.grad = p.grad.clone()
+        ours.all[4].grad = theirs.all[4].grad = None
+        optimizer.step()
+        other.step()
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in ours.parameters())
+    for p, q in zip(ours.all, theirs.all):
+        assert torch.allclose(p, q, atol=5e-4 if name == 'adamw' else 0.02), (p.shape, (p - q).abs().max())
+
+
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 def test_matrices_and_embeddings_decay_and_vectors_do_not(data, optimizer):
     """With a zero gradient a step leaves w (1 - lr * weight_decay), which is what decoupled means; a bias stays."""
