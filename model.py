@@ -1438,7 +1438,14 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
         about['id2label'] = {str(i): f'LABEL_{i}' for i in range(config.n_labels)}
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, 'model.safetensors')
-    save_file(tensors, f'{path}.tmp', metadata={'format': 'pt'})
-    os.replace(f'{path}.tmp', path)
+
+    def write(f):
+        try:
+            save_file(tensors, f.name, metadata={'format': 'pt'})
+        except Exception as e:  # how safetensors reports a full disk
+            raise OSError(errno.EIO, f'cannot be written ({e})', path) from None
+
+    write_file(path, write)
     about = json.dumps(about | fields, ensure_ascii=False, indent=1).encode()
     write_file(os.path.join(folder, 'config.json'), lambda f: f.write(about))
+    os.chmod(path, os.stat(os.path.join(folder, 'config.json')).st_mode)  # safetensors lets nobody else read its files

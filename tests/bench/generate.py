@@ -57,14 +57,16 @@ def theirs(net, ids):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--shapes', nargs='+', default=['1x16', '1x512', '16x16'], help='batch x tokens of the prompt')
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rows, speed = [], bandwidth()
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.join(folder, 'gpt2')
         torch.manual_seed(0)
         model.export_huggingface(model.build(model.PRESETS['gpt2-124m']), folder)
-        for batch, length in ((1, 16), (1, 512), (16, 16)):
+        for batch, length in (map(int, shape.split('x')) for shape in args.shapes):
             ids = torch.randint(50257, (batch, length))
             for dtype in ('float32', 'bfloat16', 'int8'):
                 net = sample.cast(model.load(folder)[0], dtype)

@@ -17,7 +17,8 @@ from common import command, table
 RECIPES = {
     'gpt2': '--preset gpt2 --n_layer 4 --n_head 4 --n_embd 128 --block_size 64 --batch_size 12 --max_iters 2000 '
             '--warmup_iters 100 --learning_rate 1e-3 --beta2 0.99 --dropout 0 --no-bias --eval_interval 250',
-    'nano': '--preset nano --block_size 64 --max_iters 168 --eval_interval 168 --eval_iters 5 --sample_tokens 0',
+    'nano': '--preset nano --block_size 64 --max_iters 168 --learning_rate 2e-2 --muon_learning_rate 0.05 '
+            '--eval_interval 168 --eval_iters 5 --sample_tokens 0',
 }
 
 
