@@ -804,14 +804,14 @@ def cast(model, dtype):
     on_cpu = next(model.parameters()).is_cpu
     if dtype == 'int8' and not on_cpu:
         raise ValueError("--dtype int8 is for a CPU: leave it out, or add --device cpu")
-    packed = {}
+    # all but the matrices of cross-attention that are read in parts
+    layers = [(module, name, child) for path, module in model.named_modules() for name, child in module.named_children()
+              if isinstance(child, (torch.nn.Linear, Output)) and not (path.endswith('cross') and name == 'qkv')]
     if on_cpu and (dtype == 'int8' or (torch.backends.mkldnn.is_available() and dtype != 'float16')):
-        for path, module in model.named_modules():
-            for name, child in module.named_children():  # cross-attention uses only some rows of qkv at a time
-                if isinstance(child, (torch.nn.Linear, Output)) and not (path.endswith('cross') and name == 'qkv'):
-                    packed[module, name] = Packed(child, dtype)
-    for (module, name), layer in packed.items():
-        setattr(module, name, layer)
+        with contextlib.suppress(RuntimeError):  # a CPU that oneDNN has no layout for keeps the weights as they are
+            packed = [Packed(child, dtype) for _, _, child in layers]
+            for (module, name, _), layer in zip(layers, packed):
+                setattr(module, name, layer)
     return model.to(torch.bfloat16 if dtype == 'int8' else getattr(torch, dtype)).eval()
 
 
