@@ -420,7 +420,8 @@ class Attention(nn.Module):
             # the beams of one source stand in neighbouring rows, and ask it together, as if they were positions
             q = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)             # (B / beams, H, beams T, D)
         y = attention(q, k, v, mask, causal, self.scale, self.dropout if self.training else 0.0)
-        y = y.unflatten(2, (-1, x.size(1))).transpose(1, 2).flatten(0, 1)              # (B, H, T, D)
+        if context is not None:
+            y = y.unflatten(2, (-1, x.size(1))).transpose(1, 2).flatten(0, 1)          # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))                                 # heads side by side
 
 # -----------------------------------------------------------------------------
@@ -968,6 +969,8 @@ def on_disk(path):
 
 
 class NoDraws(TorchFunctionMode):
+    """Inside it modules are built without drawing weights that would be replaced at once."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function.__name__ in ('normal_', 'uniform_', 'kaiming_uniform_'):  # of tensors, and of nn.init
@@ -1293,8 +1296,8 @@ def open_tensors(folder):
 def from_huggingface(folder):
     """
     A Hugging Face folder -> (model, checkpoint). The checkpoint's `dropped` lists the tensors that were left out on purpose,
-    `new` the weights of ours that the folder lacks: a bare BERT has no head for masked tokens. Raises ValueError naming the
-    field or tensor that does not fit.
+    `new` the weights of ours that the folder lacks: a bare BERT has no head for masked tokens; `folder` is where the files
+    lie. Raises ValueError naming the field or tensor that does not fit.
     """
     where = os.path.join(folder, 'config.json')
     try:
@@ -1346,7 +1349,7 @@ def from_huggingface(folder):
     if unexpected := [name for name in files if not re.fullmatch(family.dropped, name)]:
         raise ValueError(f"{folder}: the tensor {unexpected[0]} is not part of a {architecture} as config.json describes it")
     checkpoint = {'config': dataclasses.asdict(config), 'task': task, 'labels': labels, 'settings': {'preset': family.size},
-                  'dropped': sorted(files), 'new': new}
+                  'dropped': sorted(files), 'new': new, 'folder': folder}
     return with_weights(config, weights, folder), checkpoint
 
 

@@ -40,7 +40,6 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import functools
 import gzip
 import hashlib
 import heapq
@@ -316,6 +315,15 @@ def bpe_tokenizer(texts, vocab_size):
     return make_tokenizer('bpe', PATTERNS['bpe'], learn_bpe(counts, vocab_size - len(SPECIALS)))
 
 
+def tokenizers_package():
+    """Hugging Face's `tokenizers`, which is an extra. Raises ValueError where it is missing."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("the tokenizer of this model needs one more package: pip install tokenizers") from None
+    return tokenizers
+
+
 class Foreign:
     """
     A tokenizer of the package `tokenizers` (WordPiece, SentencePiece, ...) that answers as a tiktoken.Encoding does, as far
@@ -325,10 +333,7 @@ class Foreign:
     name, _mergeable_ranks = 'foreign', {}             # no table from bytes to ids: its tokens are not pieces of the text
 
     def __init__(self, description, specials):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError("the tokenizer of this model needs one more package: pip install tokenizers") from None
+        tokenizers = tokenizers_package()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(description)
         except BaseException as e:  # what panics in Rust is no Exception
@@ -345,10 +350,10 @@ class Foreign:
 
     def encode_spans(self, text):
         """ids (T,), and where each token stands in the text: (T, 2)."""
-        if not is_text(text):
-            raise ValueError(f"this is not valid Unicode text: {text[:40]!r}")
         try:
             encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError:  # half of a surrogate pair
+            raise ValueError(f"this is not valid Unicode text: {text[:40]!r}") from None
         except Exception as e:  # a word without a token, where there is none for the unknown
             raise ValueError(f"{text[:40]!r} cannot be encoded: {e}") from None
         ids = np.array(encoded.ids, np.uint32)
@@ -364,19 +369,14 @@ class Foreign:
 
     def decode_single_token_bytes(self, i):
         """What a token adds to a text that goes on: a word of WordPiece brings the space before it."""
-        token, kind = self._tokenizer.id_to_token(i) or '', self._kind
-        if kind == 'bytes':
+        token, kind = self._tokenizer.id_to_token(i) or '', type(self._tokenizer.decoder).__name__
+        if kind == 'ByteLevel':
             return b''.join(BYTE_OF.get(c, c.encode()) for c in token)
-        if kind == 'words':
+        if kind == 'WordPiece':
             return (token.removeprefix('##') if token.startswith('##') else ' ' + token).encode()
         if re.fullmatch('<0x[0-9A-F]{2}>', token):
             return bytes([int(token[3:5], 16)])
         return token.replace('\u2581', ' ').encode()
-
-    @functools.cached_property
-    def _kind(self):
-        described = json.loads(self._tokenizer.to_str())
-        return {'WordPiece': 'words', 'ByteLevel': 'bytes'}.get((described.get('decoder') or {}).get('type'))
 
 
 # GPT-2 writes bytes as characters that can be seen: those that can stand for themselves, the others from U+0100 on
@@ -452,19 +452,16 @@ def read_tokenizer(folder):
     else:
         raise ValueError(f"{folder} has no tokenizer that can be read here: it needs tokenizer.json, vocab.txt, or "
                          "vocab.json with merges.txt")
-    parts, first = parts_played(Foreign(description, {})._tokenizer, text), read('config.json').get('decoder_start_token_id')
-    return Foreign(description, parts | ({} if first is None else {'<|start|>': first}))
+    tokenizer, first = Foreign(description, {}), read('config.json').get('decoder_start_token_id')
+    tokenizer._special_tokens |= parts_played(tokenizer._tokenizer, text) | ({} if first is None else {'<|start|>': first})
+    return tokenizer
 
 
 def wordpiece(path, about):
     """A BERT's vocab.txt, with what its tokenizer_config.json says, as a tokenizer.json."""
-    try:
-        from tokenizers import BertWordPieceTokenizer
-    except ImportError:
-        raise ValueError("the tokenizer of this model needs one more package: pip install tokenizers") from None
-    lower = about.get('do_lower_case', True)
-    return BertWordPieceTokenizer(path, lowercase=lower, strip_accents=about.get('strip_accents'),
-                                  handle_chinese_chars=about.get('tokenize_chinese_chars', True)).to_str()
+    return tokenizers_package().BertWordPieceTokenizer(
+        path, lowercase=about.get('do_lower_case', True), strip_accents=about.get('strip_accents'),
+        handle_chinese_chars=about.get('tokenize_chinese_chars', True)).to_str()
 
 
 def parts_played(tokenizer, text):
@@ -557,6 +554,7 @@ def byte_level_json(vocab, merges, special, by_words=True):
 
 
 def described_json(special, pre_tokenizer, decoder, model):
+    """What every tokenizer.json holds, with the special tokens {text: id}."""
     return {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None, 'post_processor': None,
             'pre_tokenizer': pre_tokenizer, 'decoder': decoder, 'model': model,
             'added_tokens': [{'id': i, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False,
@@ -845,8 +843,9 @@ def write_text(out_dir, tokenizer, blocks, total, **about):
         split, block = item
         if isinstance(tokenizer, Foreign):
             ids, spans = tokenizer.encode_spans(block.text)
-            before = np.cumsum([0, *(len(c.encode()) for c in block.text)])  # bytes before each character
-            token_ends = before[spans[:, 1]]
+            data = np.frombuffer(block.text.encode(), np.uint8)
+            character = np.append(np.flatnonzero((data & 0xC0) != 0x80), len(data))  # its first byte: others are 10xxxxxx
+            token_ends = character[spans[:, 1]]
         else:
             ids = encode(tokenizer, block.text)
             token_ends = length[ids].cumsum()

@@ -50,7 +50,7 @@ import numpy as np
 import regex
 import torch
 
-from model import IGNORE, Output, export_huggingface, load, on_disk
+from model import IGNORE, Output, export_huggingface, load
 from prepare_data import (
     CJK,
     TASKS,
@@ -851,13 +851,12 @@ class Settings:
 
 def open_model(path, device='cpu', **changes):
     """`load` of model.py, with what it leaves out: the tokenizer that belongs to a Hugging Face folder or to nanoGPT."""
-    path = on_disk(path)
     model, checkpoint = load(path, device, **changes)
     if 'tokenizer' not in checkpoint:
         tokenizer = None
         with contextlib.suppress(FileNotFoundError):
-            if os.path.exists(os.path.join(path, 'config.json')):
-                tokenizer = load_tokenizer(path)
+            if 'folder' in checkpoint:
+                tokenizer = load_tokenizer(checkpoint['folder'])
             elif model.config.vocab_size in (50257, 50304):  # nanoGPT rounds it up
                 tokenizer = gpt2_tokenizer()
         checkpoint['tokenizer'] = tokenizer and tokenizer_to_dict(tokenizer)
