@@ -53,6 +53,7 @@ References, cited by number:
     [19] Grattafiori et al. 2024, The Llama 3 Herd of Models, https://arxiv.org/abs/2407.21783
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -273,7 +274,8 @@ def rotate(x, cos, sin):
     pairs neighbours, which is the same up to the order of channels.
     """
     a, b = x.chunk(2, dim=-1)                                                          # 2 x (B, H, T, D/2)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+    cos, sin = cos.type_as(x), sin.type_as(x)
+    return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], dim=-1)
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -289,7 +291,7 @@ def dropout(x, p):
     zeroed = max(1, min(255, round(256 * p)))                                          # of 256 bytes
     eight = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2 ** 63, None)  # each number is eight draws
     kept = eight.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
-    return x * kept * (256 / (256 - zeroed))
+    return x * kept.to(x.dtype) * (256 / (256 - zeroed))
 
 
 class Dropout(nn.Dropout):
@@ -314,9 +316,9 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     >>> [round(weight, 2) for weight in attention_weights(x, x, causal=True)[0, 0, 1].tolist()]
     [0.38, 0.62, 0.0, 0.0]
     """
-    scores = q @ k.transpose(-2, -1) * (q.size(-1) ** -0.5 if scale is None else scale)  # (B, H, T, S)
+    scores = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)  # (B, H, T, S)
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf)
+        scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -math.inf)
     elif mask is not None:
@@ -898,10 +900,11 @@ def build(config):
         'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}[config.arch](config)
 
 
-def write_file(path, write):
+def write_file(path, write, keep=None):
     """
     Nobody ever sees half a file: write(f) fills a temporary one in the same folder (elsewhere the rename would not be
-    one step), it is flushed to the disk, and takes the place of the old one. Raises OSError, the old file untouched.
+    one step), it is flushed to the disk, and takes the place of the old one, which stays under the name `keep`, if that is
+    given. Raises OSError, the old file untouched.
     """
     temporary = f'{path}.tmp'
     try:
@@ -909,6 +912,8 @@ def write_file(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
         os.replace(temporary, path)
     except BaseException as e:
         if os.path.exists(temporary):
@@ -919,10 +924,10 @@ def write_file(path, write):
         raise
 
 
-def save(path, model, **extra):
-    """Write a checkpoint: tensors and plain data only, so that opening one never runs code."""
+def save(path, model, keep=None, **extra):
+    """Write a checkpoint: tensors and plain data only, so that opening one never runs code. keep: as in write_file."""
     checkpoint = {'config': dataclasses.asdict(model.config), 'model': model.state_dict(), **extra}
-    write_file(path, lambda f: torch.save(checkpoint, f))
+    write_file(path, lambda f: torch.save(checkpoint, f), keep)
 
 
 def load(path, device='cpu', **changes):
@@ -1050,9 +1055,16 @@ def read_checkpoint(path, device='cpu'):
     with open(path, 'rb') as f, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try:
+            with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(f) as parts:  # older files are not of this kind
+                if any(part.compress_type for part in parts.infolist()):
+                    raise ValueError("a checkpoint is never compressed")  # what is could unpack to anything
+                if damaged := parts.testzip():  # the file holds checksums, which torch.load leaves alone
+                    raise ValueError(f"{damaged} is damaged")
+            f.seek(0)
             checkpoint = torch.load(f, map_location=device, weights_only=True)
-        except Exception as e:  # damaged bytes can make the reader fail in any way
-            raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__}): choose another one") from None
+        except Exception as e:  # damaged bytes can make the readers fail in any way
+            raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__}): choose another one, or let "
+                             "--init_from auto find the newest whole one") from None
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get('model_args', checkpoint.get('config')), dict)
             and isinstance(checkpoint.get('model'), dict)):
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'config' and 'model'")

@@ -341,9 +341,11 @@ def evaluating(model):
     """No dropout and no gradients inside; then as before."""
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def ask(model, examples, pad_id, take=lambda example, logits: logits, rows=64):

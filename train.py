@@ -55,7 +55,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import IGNORE, PRESETS, Config, Stack, TaskModel, build, cross_entropy, optimizer_groups, resized, save
+from model import (
+    IGNORE,
+    PRESETS,
+    Config,
+    Stack,
+    TaskModel,
+    build,
+    cross_entropy,
+    optimizer_groups,
+    read_checkpoint,
+    resized,
+    save,
+    write_file,
+)
 from prepare_data import check_flags, flag, progress, read_flags, read_json, run, tokenizer_to_dict
 
 # -----------------------------------------------------------------------------
@@ -340,6 +353,11 @@ class Data:
             self.read()
         except (KeyError, TypeError) as e:
             raise ValueError(f"{folder}/meta.json is not that of a data set ({e!r}): prepare the data again") from None
+
+    @property
+    def fingerprint(self):
+        """What tells this data from other data: a run that goes on must go on with the same."""
+        return {key: self.meta.get(key) for key in ('sha256', 'counts', 'vocab_size', 'labels')}
 
     @functools.cached_property
     def tokenizer(self):
@@ -687,6 +705,44 @@ class Machine:
             print(text, flush=True)
 
 
+class Interrupted(Exception):
+    """A signal has come, while there was work that may be left."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM. `caught` is the number of the first that came, 0 before; a second one ends the process at once."""
+    caught, impatient = 0, False
+
+    def listen(self):
+        self.caught = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        if self.caught:
+            os._exit(128 + number)
+        self.caught = number
+        print("\nsaving at the end of this step; once more to end at once", file=sys.stderr, flush=True)
+        if self.impatient:
+            raise Interrupted
+
+    def hurry(self, work, otherwise):
+        """
+        work(), or `otherwise`, as soon as a signal comes. For work of one process alone: where others wait for an answer,
+        it has to be given, whatever it is worth. `train` makes nothing of it, once all have agreed that a signal came.
+        """
+        try:
+            self.impatient = True
+            return otherwise if self.caught else work()
+        except Interrupted:
+            return otherwise
+        finally:
+            self.impatient = False
+
+
+signals = Signals()  # of this process
+
+
 def compiled(model, batch, machine, wanted):
     """torch.compile(model) where it is wanted and works, else the model itself and one warning."""
     if not (machine.device.startswith('cuda') if wanted is None else wanted):
@@ -728,20 +784,26 @@ def estimate(forward, model, data, s, machine, pad_id):
 
 def task_scores(model, data, machine):
     """What sample.py says of labelled data. Each process does all of it: few tokens, and their scores are not sums."""
-    with machine.precision():
-        return sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+    def work():
+        with machine.precision():
+            return sample.task_scores(model, data, data.task, data.labels, data.tokenizer)
+
+    return signals.hurry(work, {'loss': math.nan})
 
 
 def mean_loss(forward, model, data, s, machine, pad_id, n):
     """The loss of the first n examples, the mean over all targets."""
-    total, asked = 0.0, 0
-    with sample.evaluating(model), machine.precision():
-        for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
-            batch = get_batch(data, s.objective, model.config.block_size, first, min(s.batch_size, n - first), pad_id,
-                              machine.device)
-            total += forward(**batch, counts={'targets': 1})[1].item()
-            asked += int((batch['targets'] != IGNORE).sum())
-    total, asked = machine.sum(total, asked)
+    def work():
+        total, asked = 0.0, 0
+        with sample.evaluating(model), machine.precision():
+            for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
+                batch = get_batch(data, s.objective, model.config.block_size, first, min(s.batch_size, n - first), pad_id,
+                                  machine.device)
+                total += forward(**batch, counts={'targets': 1})[1].item()
+                asked += int((batch['targets'] != IGNORE).sum())
+        return total, asked
+
+    total, asked = machine.sum(*signals.hurry(work, (0.0, 0)))
     return total / max(1, asked)
 
 
@@ -750,20 +812,25 @@ def masked_scores(model, data, n, s, machine):
     n rows of masked_lm: the loss, the share of hidden tokens that are guessed right, that of always guessing the commonest
     token, and of right answers to whether B follows A.
     """
-    sums = np.zeros(7)
-    with sample.evaluating(model), machine.precision():
-        for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
-            batch = get_batch(data, 'masked_lm', model.config.block_size, first, min(s.batch_size, n - first),
-                              data.tokenizer._special_tokens['[PAD]'], machine.device)
-            asked = batch['targets'] != IGNORE
-            x, targets = model.hidden(batch['ids'], batch.get('keep'), batch['segments']), batch['targets'][asked]
-            for k, logits, right in [(0, model.fill(x[asked]), targets)] + (
-                    [(4, model.follows(x, batch.get('keep')), batch['next_targets'])] if 'next_targets' in batch else []):
-                sums[k] += cross_entropy(logits, right, 1).item()
-                sums[k + 1] += len(right)
-                sums[k + 2] += (logits.argmax(dim=-1) == right).sum().item()
-            sums[3] += (targets == data.commonest).sum().item()
-    nats, asked, right, common, next_nats, pairs, next_right = machine.sum(*sums.tolist())
+    def work():
+        sums = np.zeros(7)
+        with sample.evaluating(model), machine.precision():
+            for first in range(machine.rank * s.batch_size, n, machine.world * s.batch_size):
+                batch = get_batch(data, 'masked_lm', model.config.block_size, first, min(s.batch_size, n - first),
+                                  data.tokenizer._special_tokens['[PAD]'], machine.device)
+                asked = batch['targets'] != IGNORE
+                x, targets = model.hidden(batch['ids'], batch.get('keep'), batch['segments']), batch['targets'][asked]
+                questions = [(0, model.fill(x[asked]), targets)]
+                if 'next_targets' in batch:
+                    questions.append((4, model.follows(x, batch.get('keep')), batch['next_targets']))
+                for k, logits, right in questions:
+                    sums[k] += cross_entropy(logits, right, 1).item()
+                    sums[k + 1] += len(right)
+                    sums[k + 2] += (logits.argmax(dim=-1) == right).sum().item()
+                sums[3] += (targets == data.commonest).sum().item()
+        return sums.tolist()
+
+    nats, asked, right, common, next_nats, pairs, next_right = machine.sum(*signals.hurry(work, [0.0] * 7))
     asked = max(1, asked)
     scores = {'loss': nats / asked, 'masked_accuracy': right / asked, 'commonest_token': common / asked}
     if pairs:
@@ -785,9 +852,10 @@ def evaluate(model, data, s, machine):
     if s.objective == 'masked_lm':
         return masked_scores(model, data, -(-len(data.tokens) // model.config.block_size), s, machine)
     data.check(data.tokens)
-    nats, predictions = machine.sum(*sample.text_loss(model, data.tokens, rank=machine.rank, world=machine.world,
-                                                      context=machine.precision))
-    return sample.text_scores(nats, predictions, data.counts['bytes'])
+    nats, predictions = machine.sum(*signals.hurry(
+        lambda: sample.text_loss(model, data.tokens, rank=machine.rank, world=machine.world, context=machine.precision),
+        (0.0, 0)))
+    return sample.text_scores(nats, max(1, predictions), data.counts['bytes'])
 
 
 def share(step, s, machine):
@@ -893,23 +961,27 @@ def duration(seconds):
 
 
 class Log:
-    """out/log.csv, a row an evaluation, and its picture. On resume the rows behind the checkpoint are dropped."""
+    """
+    out/log.csv, a row an evaluation, and its picture. On resume the rows behind the checkpoint are dropped. The file is
+    written anew each time: it is short, and so it is whole even where somebody removed it or the disk was full.
+    """
 
     COLUMNS = ['step', 'train_loss', 'val_loss', 'lr', 'tokens', 'seconds']
 
     def __init__(self, folder, step):
         self.path, self.picture = os.path.join(folder, 'log.csv'), os.path.join(folder, 'loss.png')
-        rows = []
+        self.rows = []
         if step is not None and os.path.exists(self.path):
             with open(self.path, newline='', encoding='utf-8') as f:
-                rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
-        os.makedirs(folder, exist_ok=True)
-        with open(self.path, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows([self.COLUMNS, *rows])
+                self.rows = [row for row in csv.reader(f) if row and row[0].isdigit() and int(row[0]) <= step]
+        self.write()
 
     def write(self, *values):
-        with open(self.path, 'a', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerow([values[0], *(f'{value:.10g}' for value in values[1:])])
+        if values:
+            self.rows.append([str(values[0]), *(f'{value:.10g}' for value in values[1:])])
+        text = ''.join(','.join(row) + '\r\n' for row in [self.COLUMNS, *self.rows])
+        os.makedirs(os.path.dirname(self.path) or '.', exist_ok=True)
+        write_file(self.path, lambda f: f.write(text.encode()))
 
     def plot(self):
         """loss.png, where matplotlib is installed."""
@@ -957,10 +1029,11 @@ def restore(optimizers, scaler, checkpoint):
 
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
-    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'best', 'best_loss', 'waited',
-    'seconds'}: how far it came, the best validation loss (of a task, the best score, and its loss), for how many evaluations
-    there was no better one, how long it took. checkpoint: what `load` returned, to go on from. stop() is asked before
-    every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir. Raises as `update` does.
+    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'evaluated', 'best', 'best_loss',
+    'waited', 'seconds'}: how far it came and when it was last evaluated, the best validation loss (of a task, the best score,
+    and its loss), for how many evaluations there was no better one, how long it took. checkpoint: what `load` returned, to go
+    on from. stop() is asked before every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir, and
+    keeps the ckpt.pt before the last as ckpt.prev.pt. Raises as `update` does.
     """
     machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(
         model.config, '' if data.task == 'lm' else data.task))
@@ -970,10 +1043,11 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     sign = 1 if metric == 'loss' else -1
     pad_id = tokenizer._special_tokens['[PAD]']
     optimizers = make_optimizers(model, s, machine.dtype)
-    state = {'step': 0, 'best': sign * math.inf, 'best_loss': math.inf, 'waited': 0, 'seconds': 0.0}
+    state = {'step': 0, 'evaluated': -1, 'best': sign * math.inf, 'best_loss': math.inf, 'waited': 0, 'seconds': 0.0}
     if checkpoint:
         restore(optimizers, machine.scaler, checkpoint)
         state = {key: checkpoint.get(key, state[key]) for key in state}
+        state['evaluated'] = checkpoint.get('evaluated', state['step'])
     first, n = share(0, s, machine)[0]
     forward = compiled(model, get_batch(data, s.objective, model.config.block_size, first, n, pad_id, machine.device),
                        machine, s.compile)
@@ -984,30 +1058,34 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     log = Log(s.out_dir, state['step'] if checkpoint else None) if machine.main else None
     tokens_per_step = round(s.batch_size * s.gradient_accumulation_steps * (
         data.lengths.sum(axis=1).mean() if isinstance(data, Examples) else model.config.block_size))
-    resumed_at, seconds_before = (state['step'], state['seconds']) if checkpoint else (None, 0.0)
-    began = time.perf_counter()
+    began, seconds_before = time.perf_counter(), state['seconds']
     logged_at, logged_step, reached = began, state['step'], False
 
     def write_checkpoint(name, **extra):
         if machine.main:
+            os.makedirs(s.out_dir, exist_ok=True)  # somebody may have removed it
             save(os.path.join(s.out_dir, name), model, tokenizer=tokenizer_to_dict(tokenizer),
                  task=data.task if s.objective in LABELLED else '', labels=data.labels if s.objective in LABELLED else [],
-                 settings=dataclasses.asdict(s), **state, **extra)
+                 settings=dataclasses.asdict(s), data=data.fingerprint, **state, **extra)
 
     def write_latest():
-        write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict())
+        write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict(),
+                         keep=os.path.join(s.out_dir, 'ckpt.prev.pt'))
 
     while True:
         step, now = state['step'], time.perf_counter()
         state['seconds'] = seconds_before + now - began
-        interrupted = bool(machine.sum(float(stop()))[0])
-        if (step % s.eval_interval == 0 or step == s.max_iters) and step != resumed_at:
+        interrupted, scores = bool(machine.sum(float(stop()))[0]), None
+        if (step % s.eval_interval == 0 or step == s.max_iters) and step != state['evaluated'] and not interrupted:
             train_scores, scores = (estimate(forward, model, d, s, machine, pad_id) for d in (data, val))
-            machine.say(f"step {step}: train loss {train_scores['loss']:.4f}, val {sample.format_scores(scores)}")
+            line = f"step {step}: train loss {train_scores['loss']:.4f}, val {sample.format_scores(scores)}"
             if s.target_loss and scores['loss'] <= s.target_loss:  # an estimate: look at all of it
                 scores = evaluate(model, val, s, machine)
                 reached = scores['loss'] <= s.target_loss
-            state['waited'] += 1
+            interrupted = bool(machine.sum(float(signals.caught))[0])  # then these scores are of a part, and do not count
+        if scores and not interrupted:
+            machine.say(line)
+            state |= {'waited': state['waited'] + 1, 'evaluated': step}
             goodness = (sign * scores[metric], scores['loss'])  # among equal scores the lower loss is better
             if goodness < (sign * state['best'], state['best_loss']) or reached:
                 state |= {'best': float(scores[metric]), 'best_loss': float(scores['loss']), 'waited': 0}  # plain numbers
@@ -1022,6 +1100,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
         elif interrupted:
             write_latest()
         tired = s.patience and state['waited'] >= s.patience
+        reached = reached and not interrupted
         if step >= s.max_iters or interrupted or reached or tired:
             break
 
@@ -1073,11 +1152,19 @@ def find_dataset(name, machine):
 
 def find_origin(s, given):
     """(path, resume): the checkpoint to start from, None for random weights, and whether its run is to go on."""
-    latest = os.path.join(s.out_dir, 'ckpt.pt')
     if s.eval_only and 'init_from' not in given:
         return s.out_dir, False
-    if s.init_from == 'resume' or (s.init_from == 'auto' and os.path.exists(latest)):
-        return latest, not s.eval_only
+    latest, before = (os.path.join(s.out_dir, name) for name in ('ckpt.pt', 'ckpt.prev.pt'))
+    there = [path for path in (latest, before) if os.path.exists(path)]  # both, unless a save was cut short
+    if s.init_from == 'auto' and len(there) == 2:
+        try:
+            read_checkpoint(latest)
+        except ValueError as e:
+            if os.environ.get('RANK', '0') == '0':
+                print(f"{str(e).partition(':')[0]}: going on from the one before, {before}", flush=True)
+            there = [before]
+    if s.init_from == 'resume' or (s.init_from == 'auto' and there):
+        return (there or [latest])[0], not s.eval_only
     return (None if s.init_from in ('scratch', 'auto') else s.init_from), False
 
 
@@ -1168,6 +1255,9 @@ def start(given):
             if names:
                 machine.say(f"{path}: {what}: {', '.join(sorted({re.sub(r'[0-9]+', '*', name) for name in names}))}")
         model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
+        if resume and checkpoint.get('data', data.fingerprint) != data.fingerprint:
+            raise ValueError(f"--dataset {s.dataset}: {folder} is not, or no longer, what {path} was trained on: a run goes on "
+                             f"with the same data; with other data start a new one, --init_from {path}")
     s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
     check_objective(s, model.config, task, folder)
     data.batch_size = val.batch_size = s.batch_size
@@ -1234,30 +1324,12 @@ def with_head(model, checkpoint, path, task, data, machine, fixed, config_given)
 
 def set_aside(folder):
     """A new run in an old folder: what the old one left gets another name. Nothing is ever overwritten in silence."""
-    for name in ('ckpt.pt', 'best.pt', 'log.csv'):
-        old, new = os.path.join(folder, name), os.path.join(folder, name.replace('.', '.old.'))
+    for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'log.csv'):
+        old, new = os.path.join(folder, name), os.path.join(folder, '.old'.join(os.path.splitext(name)))
         if os.path.exists(old):
             print(f"{old} is of an earlier run: moved to {new}"
                   + (", in the place of one still older" if os.path.exists(new) else ''), flush=True)
             os.replace(old, new)
-
-
-def on_signal():
-    """
-    Catch Ctrl-C and SIGTERM. Returns a list: empty until one comes, then it holds its number. A second signal ends the
-    process at once.
-    """
-    signals = []
-
-    def catch(number, frame):
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
-        print("\nsaving at the end of this step; once more to end at once", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
-    return signals
 
 
 def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
@@ -1275,10 +1347,10 @@ def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
     if s.objective == 'masked_lm' and not data.has_pairs:
         machine.say(f"{data.folder} has no two documents with sentences that follow each other: trained without the "
                     "question whether the second text follows the first")
-    signals = on_signal()
-    state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals))
-    if signals:
-        return 128 + signals[0]
+    signals.listen()
+    state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals.caught))
+    if signals.caught:
+        return 128 + signals.caught
     machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation "
                 f"{s.best_by or METRICS.get(model.config.task, 'loss')} {state['best']:.4f}. "
                 f"Ask the model: python sample.py --out_dir {s.out_dir} --start \"...\"")

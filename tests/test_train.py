@@ -510,9 +510,10 @@ def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     """The first is only remembered, the second leaves with 128 + its number."""
     left = []
     monkeypatch.setattr(os, '_exit', left.append)
-    signals = train.on_signal()
+    signals = train.Signals()
+    signals.listen()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert (list(signals), left) == ([signal.SIGTERM], [])
+    assert (signals.caught, left) == (signal.SIGTERM, [])
     os.kill(os.getpid(), signal.SIGINT)
     assert left == [130]
 
@@ -1475,7 +1476,7 @@ def test_patience_ends_a_run_that_no_longer_gets_better(data, tmp_path, monkeypa
     monkeypatch.setattr(train, 'estimate', lambda *args: {'loss': next(losses)})
     flags = dict(eval_interval=1, max_iters=20, patience=3)
     if resumed:
-        assert fit(data, tmp_path, stop_at=4, **flags)[1]['waited'] == 1
+        assert fit(data, tmp_path, stop_at=4, **flags)[1]['waited'] == 0  # step 4 is evaluated when it goes on
         flags = dict(init_from='resume')
     _, state = fit(data, tmp_path, **flags)
     assert (state['step'], state['best'], state['waited']) == (6, 4, 3), state
@@ -1813,7 +1814,7 @@ def test_a_checkpoint_is_plain_data(data, tmp_path):
     fit(data, tmp_path, max_iters=2)
     checkpoint = read(tmp_path / 'ckpt.pt')
     assert checkpoint.keys() == {'config', 'model', 'tokenizer', 'task', 'labels', 'step', 'best', 'best_loss', 'waited',
-                                 'seconds', 'settings', 'optimizer', 'scaler'}
+                                 'seconds', 'settings', 'optimizer', 'scaler', 'evaluated', 'data'}
     for name in ('config', 'tokenizer', 'settings'):
         assert json.loads(json.dumps(checkpoint[name])) == checkpoint[name], name
     assert checkpoint['settings']['batch_size'] == 4 and checkpoint['step'] == 2
