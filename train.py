@@ -1029,11 +1029,11 @@ def restore(optimizers, scaler, checkpoint):
 
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     """
-    Train `model` on the Data of both splits up to step s.max_iters; returns {'step', 'evaluated', 'best', 'best_loss',
-    'waited', 'seconds'}: how far it came and when it was last evaluated, the best validation loss (of a task, the best score,
-    and its loss), for how many evaluations there was no better one, how long it took. checkpoint: what `load` returned, to go
-    on from. stop() is asked before every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv into s.out_dir, and
-    keeps the ckpt.pt before the last as ckpt.prev.pt. Raises as `update` does.
+    Train `model` on the Data of both splits up to step s.max_iters. Returns {'step', 'evaluated', 'best', 'best_loss',
+    'waited', 'seconds'}: how far it came, and when it was last evaluated; the best validation loss (of a task, the best
+    score, and its loss); for how many evaluations there was no better one; how long it took. checkpoint: what `load`
+    returned, to go on from. stop() is asked before every step; True saves and ends. Writes ckpt.pt, best.pt and log.csv
+    into s.out_dir; the ckpt.pt before the last stays as ckpt.prev.pt. Raises as `update` does.
     """
     machine, s = Machine(s), dataclasses.replace(s, objective=s.objective or usual_objective(
         model.config, '' if data.task == 'lm' else data.task))
@@ -1256,8 +1256,8 @@ def start(given):
                 machine.say(f"{path}: {what}: {', '.join(sorted({re.sub(r'[0-9]+', '*', name) for name in names}))}")
         model = with_head(model, checkpoint, path, head, data, machine, goes_on, config_given)
         if resume and checkpoint.get('data', data.fingerprint) != data.fingerprint:
-            raise ValueError(f"--dataset {s.dataset}: {folder} is not, or no longer, what {path} was trained on: a run goes on "
-                             f"with the same data; with other data start a new one, --init_from {path}")
+            raise ValueError(f"--dataset {s.dataset}: {folder} is not, or no longer, what {path} was trained on: a run goes "
+                             f"on with the same data; with other data start a new one, --init_from {path}")
     s = dataclasses.replace(s, objective=s.objective or usual_objective(model.config, task))
     check_objective(s, model.config, task, folder)
     data.batch_size = val.batch_size = s.batch_size
