@@ -55,6 +55,7 @@ import random
 import re
 import shutil
 import signal
+import string
 import sys
 import tokenize
 import urllib.parse
@@ -1454,6 +1455,25 @@ def numbers(mirror=None):
     return '\n'.join(by_hash(f'{in_words(n)}\t{n}' for n in chosen)) + '\n'
 
 
+SHOTS = 30                                         # pairs in a document of recall
+
+
+def recall(mirror=None):
+    """
+    Learning in context: the rule stands only in the text. In every document 8 letters stand for a digit each, anew every
+    time, and 30 of those pairs follow each other: k7a2k7x0a2... A letter that was shown before tells its digit; a model can
+    know that only by looking it up. 40,000 documents to train, 1,000 to validate.
+    """
+    rng, texts = random.Random(0), []
+    for n in (40_000, 1000):
+        documents = []
+        for _ in range(n):
+            pairs = [f'{letter}{rng.randrange(10)}' for letter in rng.sample(string.ascii_lowercase, 8)]
+            documents.append(''.join(rng.choices(pairs, k=SHOTS)) + '\n')
+        texts.append('<|endoftext|>\n'.join(documents))
+    return tuple(texts)
+
+
 def multi30k(mirror):
     """29,000 captions of pictures, English to German (Elliott et al. 2016), and 1,014 to validate; source<TAB>target."""
     texts = []
@@ -1480,7 +1500,7 @@ def wnut17(mirror):
 
 
 DATASETS = {  # what each is for, and the function
-    'pydoc': ('lm', pydoc), 'shakespeare': ('lm', shakespeare), 'tang': ('lm', tang),
+    'pydoc': ('lm', pydoc), 'recall': ('lm', recall), 'shakespeare': ('lm', shakespeare), 'tang': ('lm', tang),
     'pytopics': ('classify', pytopics), 'rotten_tomatoes': ('classify', rotten_tomatoes),
     'pytokens': ('tag', pytokens), 'wnut17': ('tag', wnut17),
     'numbers': ('seq2seq', numbers), 'multi30k': ('seq2seq', multi30k),

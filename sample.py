@@ -53,6 +53,7 @@ import torch
 from model import IGNORE, Output, export_huggingface, load
 from prepare_data import (
     CJK,
+    SHOTS,
     TASKS,
     check_flags,
     check_labels,
@@ -713,6 +714,22 @@ def text_loss(model, tokens, block_size=0, rank=0, world=1, context=contextlib.n
             _, loss = model(window[:, :-1], targets=window[:, 1:], counts={'targets': 1})
         nats, predictions = nats + loss.item(), predictions + window[:, 1:].numel()
     return nats, predictions
+
+
+def shot_scores(model, tokens, end_id, shown=(0, 1, 2, 4, 8, 16, 29), context=contextlib.nullcontext):
+    """
+    Of documents of `recall`: how often the digit behind a letter is foretold, after how many pairs. The model has been told
+    nothing of them before: it has to look them up. Raises ValueError where a character is not a token.
+    """
+    length = 2 * SHOTS + 2                             # letters and digits, a line break, <|endoftext|>
+    if len(tokens) % length or (tokens[length - 1::length] != end_id).any():
+        raise ValueError("recall asks what a character tells of the next: prepare it with --tokenizer char")
+    ids = np.roll(tokens.reshape(-1, length), 1, axis=1)[:, :2 * SHOTS + 1]            # <|endoftext|> k 7 a 2 k 7 ...
+    ids = torch.from_numpy(ids.astype(np.int64)).to(next(model.parameters()).device)
+    with evaluating(model), context():
+        guesses = torch.cat([model(rows[:, :-1])[0][:, 1::2].argmax(dim=-1) for rows in ids.split(256)])
+    right = (guesses == ids[:, 2::2]).float().mean(dim=0).tolist()                     # (SHOTS,)
+    return {f'after_{n}': right[n] for n in shown}
 
 
 def text_scores(nats, predictions, text_bytes):

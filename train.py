@@ -779,7 +779,15 @@ def estimate(forward, model, data, s, machine, pad_id):
     scores = {'loss': mean_loss(forward, model, data, s, machine, pad_id, s.eval_iters * s.batch_size)}
     if data.split == 'val' and s.best_by not in ('', 'loss'):
         scores |= task_scores(model, data, machine)
-    return scores
+    return scores | shot_scores(model, data, machine)
+
+
+def shot_scores(model, data, machine):
+    """Of `recall`, how well a model learns from what it reads, by the number of examples; of other data nothing."""
+    if data.split != 'val' or data.meta['source'] != 'recall' or hasattr(model, 'encoder'):
+        return {}
+    end_id = data.tokenizer._special_tokens['<|endoftext|>']
+    return signals.hurry(lambda: sample.shot_scores(model, data.tokens, end_id, context=machine.precision), {})
 
 
 def task_scores(model, data, machine):
@@ -855,7 +863,7 @@ def evaluate(model, data, s, machine):
     nats, predictions = machine.sum(*signals.hurry(
         lambda: sample.text_loss(model, data.tokens, rank=machine.rank, world=machine.world, context=machine.precision),
         (0.0, 0)))
-    return sample.text_scores(nats, max(1, predictions), data.counts['bytes'])
+    return sample.text_scores(nats, max(1, predictions), data.counts['bytes']) | shot_scores(model, data, machine)
 
 
 def share(step, s, machine):

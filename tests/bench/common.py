@@ -15,6 +15,8 @@ def command(script, *flags, cwd):
     began = time.perf_counter()
     done = subprocess.run([sys.executable, os.path.join(ROOT, script), *map(str, flags)], cwd=cwd, text=True,
                           capture_output=True, check=False)
+    if done.returncode == 2:  # what the user can mend: the line that says how
+        sys.exit(done.stderr.strip().splitlines()[-1])
     if done.returncode:
         sys.exit(f"{script} {' '.join(map(str, flags))} failed:\n{done.stderr}")
     return time.perf_counter() - began, done.stdout
