@@ -391,6 +391,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(H * D, config.n_embd, config.bias)
         self.q_norm, self.k_norm = (make_norm(config, D) if config.qk_norm else nn.Identity() for _ in 'qk')
         self.dropout, self.scale = config.dropout, None if config.scale_attention else 1.0
+        self.seen = None  # a list while somebody watches: the weights (B, H, T, S) of each call
 
     def project(self, x, rows):
         """Some rows of the packed matrix: x (B, T, C) -> heads (B, rows/D, T, D)."""
@@ -421,6 +422,8 @@ class Attention(nn.Module):
                     cache.update(k=k, v=v)
             # the beams of one source stand in neighbouring rows, and ask it together, as if they were positions
             q = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)             # (B / beams, H, beams T, D)
+        if self.seen is not None:
+            self.seen.append(attention_weights(q, k.repeat_interleave(H // G, dim=1), mask, causal, self.scale))
         y = attention(q, k, v, mask, causal, self.scale, self.dropout if self.training else 0.0)
         if context is not None:
             y = y.unflatten(2, (-1, x.size(1))).transpose(1, 2).flatten(0, 1)          # (B, H, T, D)

@@ -16,10 +16,15 @@ The others answer each line of --start with a line:
     python sample.py --out_dir out-reviews --start FILE:reviews.txt            a label and its probability
     python sample.py --out_dir out-squad --start "Who won? ||| The dog won."   the answer, cut from the text behind the |||
 
+Who looked at whom, instead of an answer, on a page to explore:
+
+    python sample.py --start "The import statement" --attention page.html
+
     choose              logits -> the next token: greedy, temperature, top-k, top-p
     generate            ids -> new ids, one at a time, with a cache
     TextStream          ids -> text, never half a character
     ask                 examples -> logits, in batches; ANSWERS and SCORES make of them what a task wants
+    attention_maps      who looks at whom while a model reads; attention_page, attention_picture: the same to look at
     text_loss           how well a model predicts a text: loss, perplexity, bits per byte; hidden_scores: the same for BERT
 
 References:
@@ -36,6 +41,7 @@ References:
 import codecs
 import collections
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -44,13 +50,14 @@ import re
 import string
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import regex
 import torch
 
-from model import IGNORE, Output, export_huggingface, load
+from model import IGNORE, Attention, Output, export_huggingface, load, write_file
 from prepare_data import (
     CJK,
     SHOTS,
@@ -781,6 +788,324 @@ def score_file(model, tokenizer, path, task='', labels=(), settings=None):
     return {name: scores[name] for name in scores if name != 'loss'}
 
 # -----------------------------------------------------------------------------
+# Attention to look at
+
+
+def attention_maps(model, batch):
+    """
+    A batch -> who looks at whom: {'encoder' | 'decoder' | 'cross': (layers, B, H, T, S)}, float32 numpy. Raises ValueError
+    where the model has no attention.
+    """
+    layers, seen = [], {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, Attention):
+            name = 'cross' if path.endswith('cross') else 'encoder' if 'encoder.' in path else 'decoder'
+            layers.append(layer)
+            layer.seen = []
+            seen.setdefault(name, []).append(layer.seen)
+    if not layers:
+        raise ValueError("this model has no attention to look at: an LSTM knows of its past what its state holds")
+    try:
+        with evaluating(model):
+            model(**batch)
+    finally:
+        for layer in layers:
+            layer.seen = None
+    return {name: torch.stack([weights for [weights] in calls]).float().cpu().numpy() for name, calls in seen.items()}
+
+
+def to_look_at(model, tokenizer, prompt, task, labels, max_new_tokens):
+    """
+    A prompt -> the example that a model reads of it, and what it leaves out, in words. An encoder-decoder reads, behind its
+    start, what it writes greedily; all others read the prompt alone.
+    """
+    special, block_size, device = tokenizer._special_tokens, model.config.block_size, next(model.parameters()).device
+    text = prompt.strip()
+    if not text:
+        raise ValueError("--start is empty: give a text, FILE:path, or - for standard input")
+    if not task and hasattr(model, 'decode'):
+        ids = prompt_ids(tokenizer, prompt)
+        return {'ids': ids[-block_size:]}, f", the newest of {len(ids):,}" * (len(ids) > block_size)
+    if len(lines := text.split('\n')) > 1:
+        raise ValueError(f"--attention shows one line, and --start has {len(lines)}: leave the others out")
+    if task or '[MASK]' not in text:
+        kind = task or 'classify'  # whatever it was trained for, a BERT reads one text or two
+        example, *more = encode_rows(tokenizer, kind, [read_line(kind, text)], labels, block_size)
+    else:
+        example, more = masked_text(tokenizer, text, block_size), []
+    if hasattr(model, 'read'):
+        end_id, forbidden = special['<|endoftext|>'], forbidden_tokens(tokenizer, model.config.vocab_size).to(device)
+        start_id = special.get('<|start|>', end_id)
+        with torch.inference_mode():
+            cache = model.read(torch.tensor([example['ids']], device=device))
+        written = [token.item() for token in generate(
+            model, torch.tensor([[start_id]], device=device), min(max_new_tokens, block_size), temperature=0,
+            forbidden=forbidden, end_id=end_id, cache=cache)]
+        example['decoder_ids'] = [start_id, *written[:-1]]  # nothing looks from the last
+    elif task == 'seq2seq':
+        example['ids'][-1] = special['[SEP]']  # as in write_targets
+    return example, f", the first of {1 + len(more)} parts" * bool(more)
+
+
+SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥'})
+
+
+def spell_token(tokenizer, i):
+    """A token to be seen: ␣ for a space, ⏎ for a line end, ‹E6 98› for bytes that are less than a character."""
+    names = {i: text for text, i in reversed(tokenizer._special_tokens.items())}
+    if i in names:
+        return names[i]
+    text = tokenizer.decode_single_token_bytes(i).decode('utf-8', 'surrogateescape').translate(SIGNS)
+    text = re.sub('[\udc80-\udcff]+', lambda m: f"‹{m[0].encode('utf-8', 'surrogateescape').hex(' ').upper()}›", text)
+    return ''.join(c if c.isprintable() else f'‹U+{ord(c):04X}›' for c in text)
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Attention</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1d24; --paper: #fcfcfa; --soft: #626978; --edge: #d5d8df; --accent: #2563d6 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e9eaef; --paper: #14161b; --soft: #9aa1b1; --edge: #363b47; --accent: #6ea3ff }
+}
+body { margin: 0 auto; max-width: 84rem; padding: 1rem; font: 1rem/1.4 system-ui, sans-serif; color: var(--ink);
+       background: var(--paper) }
+h1 { font-size: 1.35rem; margin: 0 } h2 { font-size: .9rem; font-weight: normal; color: var(--soft); margin: .3rem 0 }
+p { margin: .3rem 0 1rem; color: var(--soft); max-width: 46rem }
+form { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem }
+select { font: inherit; padding: .25rem .4rem }
+output { display: block; position: sticky; top: 0; z-index: 1; padding: .5rem 0; min-height: 2.8em; overflow-wrap: anywhere;
+         background: var(--paper) }
+main { display: grid; gap: 1.5rem; align-items: start }
+@media (min-width: 60rem) {
+  main { grid-template-columns: minmax(0, 3fr) minmax(0, 2fr) }
+  #map { position: sticky; top: 4.5rem }
+}
+#lines { position: relative }
+canvas { color: var(--accent) }
+#curves { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none }
+.tokens { display: flex; flex-wrap: wrap; gap: 2px }
+#rows { margin-bottom: 5rem }
+button { font: inherit; min-width: 2.2rem; max-width: 100%; padding: .1rem .2rem; overflow-wrap: anywhere; cursor: pointer;
+         color: inherit; border: 1px solid var(--edge); border-radius: 4px;
+         background: color-mix(in srgb, var(--accent) calc(var(--weight, 0) * 55%), transparent) }
+button:focus-visible { outline: 2px solid var(--ink); outline-offset: 1px }
+button::after { content: attr(data-number); display: block; height: 1.2em; font-size: .68rem; line-height: 1.2 }
+button.shown { border-color: var(--accent); box-shadow: 0 0 0 2px var(--accent) }
+#map { display: grid; grid-template-columns: auto minmax(0, 1fr); font-size: .7rem; line-height: 1 }
+#map.bare > :not(canvas) { display: none } #map.bare { grid-template-columns: minmax(0, 1fr) }
+#left, #above { display: grid; grid-auto-rows: minmax(0, 1fr) }
+#above { grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr) }
+#map span { margin: auto 0 auto auto; padding: 0 .4em; max-width: 7em; max-height: 7em; overflow: hidden; white-space: pre }
+#above span { writing-mode: vertical-rl; margin: auto auto 0; padding: .4em 0 }
+#heat { width: 100%; image-rendering: pixelated; outline: 1px solid var(--edge) }
+</style>
+<h1>Who looks at whom</h1>
+<p>Point at a token, tap it, or go to it with the Tab key: its lines stand out, and its row of the map. A click or the Enter
+key keeps it, and lets it go again. The weights of a token that looks add up to 1; the stronger a colour, the larger the
+weight.</p>
+<form>
+  <span><label for="kind">Attention</label> <select id="kind"></select></span>
+  <span><label for="layer">Layer</label> <select id="layer"></select></span>
+  <span><label for="head">Head</label> <select id="head"></select></span>
+</form>
+<output id="said" for="kind layer head" aria-live="polite"></output>
+<main>
+  <section id="lines" aria-label="Tokens">
+    <canvas id="curves" aria-hidden="true"></canvas>
+    <h2>who looks</h2><div id="rows" class="tokens"></div>
+    <h2>at whom</h2><div id="cols" class="tokens"></div>
+  </section>
+  <section id="map" aria-label="Map">
+    <i></i><div id="above" aria-hidden="true"></div><div id="left" aria-hidden="true"></div>
+    <canvas id="heat" role="img" aria-label="A row for each token that looks, a column for each that it looks at"></canvas>
+  </section>
+</main>
+<script id="data" type="application/json">DATA</script>
+<script>
+const $ = id => document.getElementById(id), maps = JSON.parse($('data').textContent)
+let map, weights         // what was chosen: {name, rows, cols, weights}, and the numbers of one head or of their mean
+let shown, kept          // the token that stands out, and the one to go back to: {side: 'rows' or 'cols', at: its place}
+
+const fill = (select, names) => select.replaceChildren(...names.map((name, i) => new Option(name, i)))
+const element = (tag, text) => Object.assign(document.createElement(tag), {textContent: text})
+const other = {rows: 'cols', cols: 'rows'}
+const between = (token, i) => token.side === 'rows' ? weights[token.at][i] : weights[i][token.at]
+
+function chooseKind() {  // other tokens
+  map = maps[$('kind').value]
+  kept = undefined
+  for (const side of ['rows', 'cols']) {
+    $(side).dir = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/.test(map[side].join('')) ? 'rtl' : 'ltr'
+    $(side).replaceChildren(...map[side].map((text, at) => {
+      const button = element('button', text), token = {side, at}
+      button.dir = 'auto'
+      button.onpointerenter = button.onfocus = () => show(token)
+      button.onpointerleave = button.onblur = () => show(kept)
+      button.onclick = () => keep(token)
+      return button
+    }))
+  }
+  $('left').replaceChildren(...map.rows.map(text => element('span', text)))
+  $('above').replaceChildren(...map.cols.map(text => element('span', text)))
+  $('map').style.maxWidth = `${2.5 * map.cols.length + 7}rem`
+  chooseHead()
+}
+
+function chooseHead() {  // other numbers
+  const heads = map.weights[$('layer').value], head = $('head').value - 1, chosen = head < 0 ? heads : [heads[head]]
+  weights = map.rows.map((_, i) => map.cols.map((_, j) =>
+    chosen.reduce((sum, rows) => sum + rows[i][j], 0) / chosen.length / 1000))
+  show(kept)
+}
+
+function show(token) {
+  shown = token
+  draw()
+}
+
+function keep(token) {
+  kept = kept && kept.side === token.side && kept.at === token.at ? undefined : token
+  show(kept)
+}
+
+function draw() {
+  for (const side of ['rows', 'cols']) [...$(side).children].forEach((button, i) => {
+    const weight = shown && side !== shown.side ? between(shown, i) : 0
+    button.classList.toggle('shown', !!shown && side === shown.side && i === shown.at)
+    button.style.setProperty('--weight', Math.sqrt(weight))
+    button.dataset.number = weight >= 0.005 ? weight.toFixed(2) : ''
+    button.ariaPressed = !!kept && side === kept.side && i === kept.at
+  })
+  drawCurves()
+  drawMap()
+  $('said').textContent = shown ? say(shown) : `${map.rows.length} tokens look at ${map.cols.length}`
+}
+
+function say({side, at, column}) {  // in words: the five that count most, or the one that is pointed at
+  const name = text => `\u2068${text}\u2069`  // whichever way it is written, the number stands behind it
+  const weigh = i => between({side, at}, i), far = map[other[side]]
+  const best = column === undefined ? [...far.keys()].sort((i, j) => weigh(j) - weigh(i)).slice(0, 5) : [column]
+  return `${name(map[side][at])} ${side === 'rows' ? 'looks at' : 'is looked at by'} ` +
+    best.map(i => `${name(far[i])} ${weigh(i).toFixed(3)}`).join('\u2003')
+}
+
+function drawCurves() {
+  const canvas = $('curves'), pen = canvas.getContext('2d'), scale = devicePixelRatio
+  canvas.width = canvas.clientWidth * scale
+  canvas.height = canvas.clientHeight * scale
+  pen.scale(scale, scale)
+  pen.strokeStyle = getComputedStyle(canvas).color
+  const ends = side => [...$(side).children].map(b => [b.offsetLeft + b.offsetWidth / 2,
+                                                       b.offsetTop + (side === 'rows' ? b.offsetHeight : 0)])
+  const from = ends('rows'), to = ends('cols')
+  weights.forEach((row, i) => row.forEach((weight, j) => {
+    const mine = shown && (shown.side === 'rows' ? i : j) === shown.at
+    if (weight < (shown ? 0.005 : 0.05) || (shown && !mine)) return
+    const [x, y] = from[i], [u, v] = to[j], middle = (y + v) / 2
+    pen.globalAlpha = shown ? Math.sqrt(weight) : weight / 2
+    pen.lineWidth = 1 + 2 * weight
+    pen.beginPath()
+    pen.moveTo(x, y)
+    pen.bezierCurveTo(x, middle, u, middle, u, v)
+    pen.stroke()
+  }))
+}
+
+function drawMap() {  // a pixel a weight; the style sheet makes it large
+  const canvas = $('heat'), [T, S] = [map.rows.length, map.cols.length], most = Math.max(...weights.map(r => Math.max(...r)))
+  $('map').classList.toggle('bare', $('map').clientWidth / (S + 6) < 11)  // no room for names
+  canvas.width = S
+  canvas.height = T
+  const pen = canvas.getContext('2d'), image = pen.createImageData(S, T)
+  const [ink, paper] = [getComputedStyle(canvas).color, getComputedStyle(document.body).backgroundColor]
+    .map(colour => colour.match(/\d+/g).map(Number))
+  weights.flat().forEach((weight, n) => {
+    const dim = shown && (shown.side === 'rows' ? Math.floor(n / S) : n % S) !== shown.at
+    const part = Math.sqrt(weight / most) * (dim ? 0.35 : 1)
+    for (let c = 0; c < 3; c++) image.data[4 * n + c] = paper[c] + part * (ink[c] - paper[c])
+    image.data[4 * n + 3] = 255
+  })
+  pen.putImageData(image, 0, 0)
+}
+
+const cell = event => {
+  const box = $('heat').getBoundingClientRect()
+  const place = (x, size, n) => Math.max(0, Math.min(n - 1, Math.floor(x / size * n)))
+  return {side: 'rows', at: place(event.clientY - box.top, box.height, map.rows.length),
+          column: place(event.clientX - box.left, box.width, map.cols.length)}
+}
+$('heat').onpointermove = event => show(cell(event))
+$('heat').onpointerleave = () => show(kept)
+$('heat').onclick = event => keep({...cell(event), column: undefined})
+fill($('kind'), maps.map(map => map.name))
+fill($('layer'), maps[0].weights.map((_, i) => i + 1))
+fill($('head'), ['mean of heads', ...maps[0].weights[0].map((_, i) => i + 1)])
+$('kind').onchange = chooseKind
+$('layer').onchange = $('head').onchange = chooseHead
+matchMedia('(prefers-color-scheme: dark)').onchange = draw
+chooseKind()
+new ResizeObserver(draw).observe($('lines'))
+</script>
+</html>
+"""
+
+
+def attention_page(maps):
+    """
+    {name: (tokens that look, T; tokens looked at, S; weights (layers, H, T, S))} -> a page to explore them, HTML that needs
+    nothing else. Weights stand in it in thousandths.
+    """
+    data = [{'name': name, 'rows': rows, 'cols': cols, 'weights': np.rint(1000 * weights).astype(int).tolist()}
+            for name, (rows, cols, weights) in maps.items()]
+    return PAGE.replace('DATA', json.dumps(data, ensure_ascii=False, separators=(',', ':')).replace('<', r'\u003c'), 1)
+
+
+def attention_picture(maps):
+    """The same -> a PNG: a row of maps for each layer, a column for each head. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError:
+        raise ValueError("a .png needs one more package: pip install matplotlib (a .html needs none)") from None
+    grid = [(f'{name} {layer + 1}', rows, cols, heads)
+            for name, (rows, cols, weights) in maps.items() for layer, heads in enumerate(weights)]
+    named = max(len(tokens) for _, *both, _ in grid for tokens in both) <= 32  # more names than that could not be read
+    side, n_head = 3.2 if named else 1.6, len(grid[0][3])                              # inches
+    figure = Figure((side * n_head, side * len(grid)), dpi=100, layout='constrained')
+    for row, (name, rows, cols, heads) in zip(figure.subplots(len(grid), n_head, squeeze=False), grid):
+        for head, (axes, weights) in enumerate(zip(row, heads)):
+            axes.imshow(weights ** 0.5, cmap='Blues', vmin=0)
+            axes.set_title(f'{name}, head {head + 1}', fontsize=8)
+            for axis, tokens in ((axes.xaxis, cols), (axes.yaxis, rows)):
+                axis.set_ticks(range(len(tokens)) if named else [], tokens if named else [], fontsize=6, parse_math=False)
+            axes.tick_params(axis='x', rotation=90)
+    file = io.BytesIO()
+    with warnings.catch_warnings(action='ignore'):  # characters that its font lacks
+        figure.savefig(file, format='png')
+    return file.getvalue()
+
+
+def print_attention(model, tokenizer, prompt, task, labels, settings):
+    """Write the file that --attention names, whole or not at all, and say so on standard error."""
+    example, left_out = to_look_at(model, tokenizer, prompt, task, labels, settings.max_new_tokens)
+    device, spell = next(model.parameters()).device, lambda ids: [spell_token(tokenizer, i) for i in ids]
+    read, target = spell(example['ids']), spell(example.get('decoder_ids', []))
+    sides = {'encoder': (read, read), 'decoder': (target, target), 'cross': (target, read)}
+    if not target:
+        sides['decoder'] = sides['encoder']
+    batch = {key: t.to(device) for key, t in collate([example], tokenizer._special_tokens['[PAD]']).items()}
+    maps = {name: (*sides[name], weights[:, 0]) for name, weights in attention_maps(model, batch).items()}
+    made = attention_picture(maps) if settings.attention.lower().endswith('.png') else attention_page(maps).encode()
+    write_file(settings.attention, lambda f: f.write(made))
+    layers, heads = next(iter(maps.values()))[2].shape[:2]
+    print(f"{settings.attention}: {layers} layers of {heads} heads, {len(read)} tokens{left_out}"
+          + f", {len(target)} of what it writes" * bool(target), file=sys.stderr)
+
+# -----------------------------------------------------------------------------
 # The script
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'int8')
@@ -854,6 +1179,7 @@ class Settings:
     score: str = flag('', 'a file to score instead: a text, or labelled rows as prepare_data.py reads them')
     json: bool = flag(False, 'print JSON objects, one a line')
     export: str = flag('', 'write the model into this folder, as the classes of transformers load it, and do nothing else')
+    attention: str = flag('', 'a file, .html or .png: draw who looks at whom in the text of --start, and do nothing else')
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU that has it, else float32',
                       choices=('auto', *DTYPES))
@@ -863,6 +1189,10 @@ class Settings:
         if self.num_beams > 1 and (self.temperature or self.top_k or self.top_p < 1):
             raise ValueError(f"--num_beams {self.num_beams} searches for the likeliest text, and --temperature, --top_k and "
                              "--top_p draw one: leave one of the two out")
+        if self.attention and not self.attention.lower().endswith(('.html', '.png')):
+            raise ValueError(f"--attention {self.attention}: choose a name that ends in .html, for a page, or in .png")
+        if self.attention and (self.score or self.export):
+            raise ValueError(f"--attention {self.attention} does nothing else: leave --score and --export out")
         if 1 < self.num_beams < self.num_samples:
             raise ValueError(f"--num_samples {self.num_samples}: a search with --num_beams {self.num_beams} finds no more "
                              "texts than beams: raise it")
@@ -1050,9 +1380,13 @@ def main(argv):
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
         return
-    half = device == 'cuda' and not settings.score and torch.cuda.is_bf16_supported(including_emulation=False)
+    exact = settings.score or settings.attention
+    half = device == 'cuda' and not exact and torch.cuda.is_bf16_supported(including_emulation=False)
     model = cast(model, ('bfloat16' if half else 'float32') if settings.dtype == 'auto' else settings.dtype)
     task = task or ('seq2seq' if hasattr(model, 'read') else '')  # an encoder-decoder always answers a text with a text
+    if settings.attention:
+        print_attention(model, tokenizer, prompt, task, labels, settings)
+        return
     if not task and 'output.bias' in checkpoint.get('new', []):
         raise ValueError(f"{path} is an encoder without a head, which has nothing to say: fine-tune it first, with "
                          f"python train.py --init_from {path}")

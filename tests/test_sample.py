@@ -11,6 +11,7 @@ with trying everything.
 import collections
 import copy
 import dataclasses
+import html.parser
 import io
 import itertools
 import json
@@ -40,6 +41,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
 
+import model as model_py
 import prepare_data
 import sample
 from model import IGNORE, PRESETS, build, save
@@ -2357,3 +2359,303 @@ def test_one_byte_a_weight_is_at_most_half_a_step_off():
     back = packed.weight.float() * packed.scale.float()[:, None]
     assert packed.weight.dtype == torch.int8 and (back[2] == 0).all()
     assert ((back - layer.weight).abs() <= step[:, None] * 1.02 + packed.weight.abs() * step[:, None] * 0.005).all()
+
+# -----------------------------------------------------------------------------
+# Attention maps
+
+LOOKERS = ['gpt2', 'palm', 'llama', 'nano', 'bert', 'transformer', 't5']
+
+
+def looker(preset, seed=0, **changes):
+    """Two layers of four heads; where heads share keys, two and two do."""
+    config = dataclasses.replace(PRESETS[preset], vocab_size=30, block_size=12, n_layer=2, n_head=4, n_embd=32, head_dim=8,
+                                 n_kv_head=min(PRESETS[preset].n_kv_head, 2), mlp_dim=24, **changes)
+    model = build(config)
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model.eval()
+
+
+def padded_batch(model, lengths, left, seed):
+    """Rows of random ids, padded on one side; a decoder that reads a source has a row of seven ids."""
+    draw, longest = np.random.default_rng(seed), max(lengths)
+    keep = torch.tensor([[False] * (longest - n) + [True] * n if left else [True] * n + [False] * (longest - n)
+                         for n in lengths])
+    ids = lambda size: torch.from_numpy(draw.integers(30, size=(len(lengths), size)))
+    return {'ids': ids(longest), 'keep': keep} | ({'decoder_ids': ids(7)} if hasattr(model, 'read') else {})
+
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize('preset', LOOKERS)
+@settings(max_examples=6)
+@given(lengths=LENGTHS, left=st.booleans(), seed=st.integers(0, 99))
+def test_the_weights_that_are_shown_are_those_that_the_fused_kernel_used(preset, lengths, left, seed):
+    """In every layer, weights @ values is what came out; keys that heads share, distances and padding included. b3"""
+    model, used, fused = looker(preset, seed), [], model_py.attention
+    batch = padded_batch(model, lengths, left, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_py, 'attention', lambda q, k, v, *rest: used.append((v, fused(q, k, v, *rest))) or used[-1][1])
+        maps = sample.attention_maps(model, batch)
+    own = ['encoder'] if preset == 'bert' else ['decoder']
+    calls = [(name, i) for i in range(2) for name in own]
+    if hasattr(model, 'read'):
+        calls = [('encoder', 0), ('encoder', 1)] + [(name, i) for i in range(2) for name in ('decoder', 'cross')]
+    assert len(calls) == len(used) and {name for name, _ in calls} == set(maps), maps.keys()
+    for (name, layer), (v, y) in zip(calls, used):
+        weights = torch.from_numpy(maps[name][layer])                                  # (B, H, T, S)
+        found = weights @ v.repeat_interleave(4 // v.size(1), dim=1)
+        assert torch.allclose(found, y, atol=1e-4), f'{name} {layer}: {(found - y).abs().max()} off'
+
+
+@pytest.mark.parametrize('preset', LOOKERS)
+@settings(max_examples=6)
+@given(lengths=LENGTHS, left=st.booleans(), seed=st.integers(0, 99))
+def test_a_row_sums_to_1_and_nobody_looks_ahead_or_at_padding(preset, lengths, left, seed):
+    """Exact zeros, in the rows of real tokens. b3"""
+    model = looker(preset, seed)
+    batch = padded_batch(model, lengths, left, seed)
+    source, target = batch['keep'].numpy(), np.ones((len(lengths), 7), bool)
+    if not hasattr(model, 'read'):
+        target = source
+    for name, weights in sample.attention_maps(model, batch).items():                  # (layers, B, H, T, S)
+        assert np.allclose(weights.sum(axis=-1), 1, atol=1e-5) and weights.min() >= 0, name
+        rows, cols = {'encoder': (source, source), 'decoder': (target, target), 'cross': (target, source)}[name]
+        assert weights.shape == (2, len(lengths), 4, rows.shape[1], cols.shape[1]), (name, weights.shape)
+        hidden = rows[:, :, None] & ~cols[:, None, :]                                  # (B, T, S)
+        if name == 'decoder':
+            hidden |= rows[:, :, None] & np.triu(np.ones((rows.shape[1], cols.shape[1]), bool), 1)
+        assert not (weights * hidden[:, None]).any(), f'{name} looks where it must not: {lengths}, left {left}'
+
+
+def test_watching_changes_nothing_and_ends():
+    """Neither the logits nor the mode, also where the forward pass fails; dropout does not act."""
+    model, ids = looker('transformer', dropout=0.5), torch.randint(30, (2, 5))
+    batch = {'ids': ids, 'decoder_ids': ids}
+    before = model(**batch)[0]
+    model.train()
+    first, second = (sample.attention_maps(model, batch) for _ in range(2))
+    assert all(np.array_equal(first[name], second[name]) for name in first) and model.training
+    with pytest.raises(ValueError, match='longer than block_size'):
+        sample.attention_maps(model, {'ids': ids, 'decoder_ids': torch.zeros(2, 13, dtype=torch.long)})
+    assert all(m.seen is None for m in model.modules() if isinstance(m, model_py.Attention))
+    assert torch.equal(model.eval()(**batch)[0], before)
+
+
+def spelled(data):
+    tokenizer = Pieces([data])
+    tokenizer._special_tokens = {'[PAD]': 7, '<|endoftext|>': 7}
+    return sample.spell_token(tokenizer, 0)
+
+
+@pytest.mark.parametrize('data, expected', [
+    (b' the', '␣the'), (b'\n\r\t ', '⏎␍⇥␣'), ('中'.encode(), '中'), ('中'.encode()[:2], '‹E4 B8›'), (b' a\xe4', '␣a‹E4›'),
+    (b'\x98\x80b', '‹98 80›b'), ('\u200f\u200b'.encode(), '‹U+200F›‹U+200B›'), (b'</script>', '</script>')], ids=str)
+def test_a_token_can_be_seen(data, expected):
+    """Spaces, line ends, parts of characters, and what has no shape."""
+    assert spelled(data) == expected
+
+
+@given(st.binary(max_size=6))
+def test_any_bytes_can_be_seen_and_written(data):
+    """No white space, no control characters, and no half of a surrogate pair, which no file could hold."""
+    text = spelled(data)
+    assert text.isprintable() and ' ' not in re.sub('‹[^›]*›', '', text) and text.encode().decode() == text, text
+
+
+class PageReader(html.parser.HTMLParser):
+    """The scripts of a page, its tags, and their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.found, self.scripts = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag == 'script':
+            self.scripts.append('')
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.tags.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == 'script':
+            self.scripts[-1] += data
+
+
+def page_of(text):
+    """The data of a page, as {name: (tokens that look, tokens looked at, weights)}."""
+    data, _ = PageReader(text).scripts
+    return {m['name']: (m['rows'], m['cols'], np.array(m['weights']) / 1000) for m in json.loads(data)}
+
+
+@settings(max_examples=30)
+@given(st.lists(st.text(st.characters(exclude_categories=['Cs']), max_size=9), min_size=1, max_size=5), st.integers(0, 99))
+@example(['</script>', '<!--', '<script>', '中文', '😀', 'DATA', '\\u003c', '"', "'", '&lt;', '\u2028'], 0)
+def test_a_page_holds_all_tokens_and_weights_whatever_they_are(tokens, seed):
+    """No token ends the data or begins another tag; weights to a thousandth."""
+    weights = np.random.default_rng(seed).dirichlet([0.3] * len(tokens), size=(2, 3, 4)).astype(np.float32)
+    page = page_of(sample.attention_page({'cross': (['a'] * 4, tokens, weights)}))
+    assert list(page) == ['cross'] and page['cross'][0] == ['a'] * 4 and page['cross'][1] == tokens, page
+    assert np.abs(page['cross'][2] - weights).max() < 5.1e-4
+
+
+def test_a_page_needs_nothing_but_itself():
+    """No address, no file, no library; what its script asks for by name is there, and every control has its label."""
+    page = sample.attention_page({'decoder': (['a'] * 128, ['a'] * 128, np.full((6, 6, 128, 128), 1 / 128))})
+    assert len(page) < 3e6 and not re.search(r'https?:|url\(|@import|\bsrc=|\bhref=|fetch\(|import ', page), 'not alone'
+    found = PageReader(page)
+    ids = [about['id'] for _, about in found.found if 'id' in about]
+    asked = set(re.findall(r"\$\('(\w+)'\)", found.scripts[1]))
+    assert len(ids) == len(set(ids)) and asked <= set(ids) and len(asked) > 8, asked - set(ids)
+    labels = [about['for'] for tag, about in found.found if tag == 'label']
+    assert labels == [about['id'] for tag, about in found.found if tag == 'select'] == ['kind', 'layer', 'head'], labels
+
+
+def looks(ask, file, *flags):
+    """The page that `sample.py --attention` writes, and the one line that says so."""
+    status, out, err = ask('--attention', file, *flags)
+    assert (status, out) == (0, '') and err.startswith(f'{file}: ') and err.count('\n') == 1, (status, out, err)
+    return page_of(file.read_text(encoding='utf-8')), err
+
+
+def test_a_page_shows_the_prompt_and_the_weights_of_the_plain_model(ask, checkpoints, tmp_path):
+    """Of a GPT; in float32, whatever is fast; the newest tokens where it is longer than the window, and it says so."""
+    model, tokenizer = sample.open_model(checkpoints / 'best.pt')[0].eval(), char_tokenizer(CHARACTERS)
+    page, err = looks(ask, tmp_path / 'a.html', '--start', '人之 😀\n')
+    rows, cols, weights = page['decoder']
+    assert list(page) == ['decoder'] and rows == cols == ['人', '之', '␣', '😀', '⏎'] and 'newest' not in err, (page, err)
+    ids = torch.tensor([encode(tokenizer, '人之 😀\n').tolist()])
+    assert np.abs(weights - sample.attention_maps(model, {'ids': ids})['decoder'][:, 0]).max() < 5.1e-4
+    page, err = looks(ask, tmp_path / 'a.html', '--start', 'abc' * 7)
+    assert ''.join(page['decoder'][0]) == ('abc' * 7)[-16:] and 'the newest of 21' in err, err
+    page, _ = looks(ask, tmp_path / 'b.HTML', '--init_from', checkpoints / 'bytes.pt', '--start', '中a')
+    assert page['decoder'][0] == ['‹E4›', '‹B8›', '‹AD›', 'a'] and set(os.listdir(tmp_path)) == {'a.html', 'b.HTML'}
+
+
+@pytest.mark.parametrize('name', ANSWERERS)
+def test_a_page_of_a_model_that_answers(ask, answerers, tmp_path, name):
+    """What it reads of a line: one text or two, framed; a long one in parts, of which the first is shown."""
+    start = 'ab ||| c' if name != 'mlm' else 'ab[MASK] ||| c'
+    page, err = looks(ask, tmp_path / 'a.html', '--init_from', answerers / f'{name}.pt', '--start', start)
+    [(kind, (rows, cols, weights))] = page.items()
+    text = 'ab [MASK] [SEP] c' if name == 'mlm' else 'ab [SEP] c' if 'tag' not in name else 'ab ␣|␣|␣|␣c'
+    assert ''.join(rows) == f"[CLS]{text.replace(' ', '')}[SEP]" and rows == cols, rows
+    assert weights.shape == (2, 2, len(rows), len(rows)), weights.shape
+    assert kind == ('encoder' if ANSWERERS[name][0] == 'bert' else 'decoder') and 'parts' not in err, (kind, err)
+    if name in ('tag', 'qa', 'mlm'):
+        start = {'tag': 'a ' * 40, 'qa': 'who ||| ' + 'a ' * 40, 'mlm': 'abc 人'}[name]
+        page, err = looks(ask, tmp_path / 'a.html', '--init_from', answerers / f'{name}.pt', '--start', start)
+        assert len(page[kind][0]) <= 40 and ('the first of' in err) == (name != 'mlm'), err
+
+
+@pytest.mark.parametrize('n', [1, 9, 200])
+def test_a_page_of_an_encoder_and_a_decoder(ask, tmp_path, n):
+    """The source; the target that it writes greedily, without special tokens, behind its start; the target at the source."""
+    tokenizer = byte_tokenizer()
+    model = tiny('t5', tokenizer.n_vocab, 40, seed=6, tied=False)                      # it writes seven different bytes
+    save(tmp_path / 'a.pt', model, tokenizer=tokenizer_to_dict(tokenizer))
+    page, err = looks(ask, tmp_path / 'a.html', '--init_from', tmp_path / 'a.pt', '--max_new_tokens', n, '--start', '人 b')
+    source, target = [*'‹E4› ‹BA› ‹BA› ␣ b <|endoftext|>'.split()], page['decoder'][0]
+    assert list(page) == ['encoder', 'decoder', 'cross'] and page['encoder'][:2] == (source, source)
+    assert page['decoder'][:2] == (target, target) and page['cross'][:2] == (target, source)
+    assert target[0] == '<|endoftext|>' and len(target) <= min(n, 40) and f'{len(target)} of what it writes' in err, err
+    ids = torch.tensor([[*encode(tokenizer, '人 b').tolist(), tokenizer._special_tokens['<|endoftext|>']]])
+    decoder_ids = ids[:, -1:]
+    with torch.no_grad():
+        forbidden = forbidden_tokens(tokenizer, tokenizer.n_vocab)
+        while decoder_ids.size(1) < len(target):
+            new = model(ids, decoder_ids=decoder_ids)[0][:, -1].masked_fill(forbidden, -math.inf).argmax(dim=-1)
+            decoder_ids = torch.cat([decoder_ids, new[:, None]], dim=1)
+    assert target == [sample.spell_token(tokenizer, i) for i in decoder_ids[0].tolist()], 'not what is likeliest'
+    for name, weights in sample.attention_maps(model, {'ids': ids, 'decoder_ids': decoder_ids}).items():
+        assert np.abs(page[name][2] - weights[:, 0]).max() < 5.1e-4, name
+
+
+def test_a_gpt_that_answers_reads_its_source_as_a_prompt(ask, writers, tmp_path):
+    """Which ends in [SEP], as where it writes."""
+    page, _ = looks(ask, tmp_path / 'a.html', '--init_from', writers / 'gpt2.pt', '--start', 'ab')
+    assert page['decoder'][0] == ['a', 'b', '[SEP]']
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b'\x89PNG\r\n\x1a\n'
+    return int.from_bytes(data[16:20], 'big'), int.from_bytes(data[20:24], 'big')
+
+
+def test_a_picture_has_a_row_a_layer_and_a_column_a_head(ask, checkpoints, writers, tmp_path):
+    """Named tokens need more room; characters that its font lacks, and dollars, are no reason for a word."""
+    pytest.importorskip('matplotlib')
+    tokenizer = char_tokenizer({'$', '𓀀', '人'})
+    save(tmp_path / 'a.pt', tiny('gpt2', tokenizer.n_vocab, 40), tokenizer=tokenizer_to_dict(tokenizer))
+    for flags, size in ((['--init_from', tmp_path / 'a.pt', '--start', '$𓀀$人$'], (640, 640)),
+                        (['--init_from', tmp_path / 'a.pt', '--start', '$人' * 19], (320, 320)),
+                        (['--init_from', writers / 'transformer.pt', '--start', 'ab', '--max_new_tokens', 5], (640, 1920))):
+        status, out, err = ask('--attention', tmp_path / 'a.png', *flags)
+        assert (status, out) == (0, '') and err.count('\n') == 1 and err.startswith(f"{tmp_path / 'a.png'}: 2 layers"), err
+        assert png_size(tmp_path / 'a.png') == size, flags
+    assert sample.attention_picture({'decoder': (['$\\no$'], ['$\\no$'], np.ones((1, 1, 1, 1)))}).startswith(b'\x89PNG')
+
+
+def test_a_picture_draws_each_head_in_its_place(monkeypatch):
+    """Row by row a layer, column by column a head: the roots of its weights."""
+    figure = pytest.importorskip('matplotlib.figure')
+    drawn, weights = [], np.random.default_rng(0).random((2, 3, 4, 5)).astype(np.float32)
+    monkeypatch.setattr(figure.Figure, 'savefig', lambda self, file, **how: drawn.append(self))
+    sample.attention_picture({'cross': (list('abcd'), list('vwxyz'), weights)})
+    axes = drawn[0].axes
+    assert [a.get_title() for a in axes] == [f'cross {i}, head {j}' for i in (1, 2) for j in (1, 2, 3)]
+    assert np.allclose([a.images[0].get_array() for a in axes], weights.reshape(6, 4, 5) ** 0.5)
+    assert [t.get_text() for t in axes[4].get_xticklabels()] == list('vwxyz')
+    assert [t.get_text() for t in axes[4].get_yticklabels()] == list('abcd')
+
+
+def test_without_matplotlib_a_picture_is_one_line_and_a_page_is_written(ask, tmp_path, monkeypatch):
+    """It says what to install, and what needs nothing."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert is_one_line(ask('--start', 'ab', '--attention', tmp_path / 'a.png'), 'pip install matplotlib', '.html')
+    assert os.listdir(tmp_path) == [] and looks(ask, tmp_path / 'a.html', '--start', 'ab')
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--attention', 'a.pdf', '--out_dir', 'nowhere'], ['--attention a.pdf', '.html', '.png']),   # before anything is read
+    (['--attention', 'html'], ['--attention html', '.html', '.png']),
+    (['--attention', 'a.html', '--score', 'a.txt'], ['--attention a.html', '--score']),
+    (['--attention', 'a.html', '--export', 'there'], ['--attention a.html', '--export']),
+    (['--attention', 'a.html', '--start', ''], ['--start is empty']),
+    (['--attention', 'a.html', '--start', 'ab字'], ["'字'"]),
+    (['--attention', 'nowhere/a.html'], ['nowhere']),
+    (['--attention', 'a.html', '--init_from', 'mlm.pt', '--start', 'a\nb\nc'], ['one line', '3']),
+    (['--attention', 'a.html', '--init_from', 'qa.pt', '--start', 'a'], ['question ||| context']),
+    (['--attention', 'a.html', '--init_from', 'lstm.pt', '--start', 'a'], ['no attention', 'LSTM'])], ids=str)
+def test_what_cannot_be_looked_at_is_one_line(ask, answerers, writers, tmp_path, monkeypatch, flags, words):
+    """And nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    found = {path.name: path for folder in (answerers, writers) for path in folder.iterdir()}
+    assert is_one_line(ask('--start', 'ab', *(found.get(word, word) for word in flags)), *words)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('name', ['a.html', 'a.png'])
+def test_a_full_disk_leaves_the_old_page_and_nothing_else(ask, tmp_path, monkeypatch, name):
+    """One line; an older file of that name is whole. Where there is room, it is replaced."""
+    pytest.importorskip('matplotlib')
+    (tmp_path / name).write_text('old')
+
+    def full(number):
+        raise OSError(28, 'No space left on device', str(tmp_path / name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', full)
+        assert is_one_line(ask('--start', 'ab', '--attention', tmp_path / name), name, 'No space left')
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == 'old'
+    assert ask('--start', 'ab', '--attention', tmp_path / name)[0] == 0 and os.path.getsize(tmp_path / name) > 999
+    assert '--attention' in ask('--help')[1]
