@@ -14,6 +14,7 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task tag --input entities.conll        a token and its tag a line, a blank line between texts
     python prepare_data.py --task qa --input squad.json             questions, and answers that stand in a context
     python prepare_data.py --task seq2seq --input en-de.tsv         source<TAB>target: translation, summaries, text to text
+    python prepare_data.py --show "The import statement"            how a text becomes tokens, step by step
 
 What the other scripts share with this one stands here too, since this is the first that a user runs: flags, errors of
 one line, the progress line.
@@ -58,6 +59,7 @@ import signal
 import string
 import sys
 import tokenize
+import tomllib
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
@@ -168,7 +170,32 @@ def read_flags(argv, description, groups):
     given, extra = parser.parse_known_args([spell(word, known) for word in argv])
     if extra:
         raise ValueError(f"{extra[0]} belongs to no flag: see --help")
-    return vars(given)
+    given = vars(given)
+    return {**read_config(given['config'], known), **given} if given.get('config') else given
+
+
+def read_config(path, known):
+    """The flags {name: value} that stand in a TOML file. Raises ValueError naming the line that is no flag."""
+    with open(path, 'rb') as f:
+        try:
+            values = tomllib.load(f)
+        except ValueError as e:  # also where it is not UTF-8
+            raise ValueError(f"--config {path} is not TOML: {e}") from None
+    for name, value in values.items():
+        near = difflib.get_close_matches(name, known, n=1)
+        if name not in known or name == 'config':
+            raise ValueError(f"--config {path}: unknown flag {name}" + (f", did you mean {near[0]}?" if near else ''))
+        try:
+            values[name] = value if known[name] is str and isinstance(value, str) else parse_value(known[name], str(value))
+        except argparse.ArgumentTypeError as e:
+            raise ValueError(f"--config {path}: {name} = {e}") from None
+    return values
+
+
+def write_config(values, notes=()):
+    """{name: value} as TOML that `read_config` reads; None is left out: it stands for what is derived."""
+    lines = [f'{name} = {json.dumps(value, ensure_ascii=False)}' for name, value in values.items() if value is not None]
+    return '\n'.join([*(f'# {note}' for note in notes), *lines]) + '\n'
 
 
 def run(main):
@@ -529,6 +556,18 @@ def load_tokenizer(folder):
     return huggingface_tokenizer(folder)
 
 
+def next_join(ranks, parts):
+    """
+    (rank, i): an encoder joins parts[i] and parts[i + 1] next, the neighbours whose union was learned first; rank is
+    infinite where no two of them are a token.
+
+    >>> next_join({b'a': 0, b'b': 1, b'c': 2, b'bc': 3, b'ab': 4}, [b'a', b'b', b'c'])
+    (3, 1)
+    """
+    return min(((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts))),
+               default=(math.inf, 0))
+
+
 def byte_level(tokenizer):
     """(vocab, merges) of a tiktoken table, as GPT-2's files have them: each token is made of two that came before it."""
     character, ranks = {b[0]: c for c, b in BYTE_OF.items()}, tokenizer._mergeable_ranks
@@ -538,8 +577,8 @@ def byte_level(tokenizer):
         if len(token) > 1:
             parts = [bytes([b]) for b in token]
             while len(parts) > 2:  # join as the encoder would, until two are left
-                best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-                if ranks.get(parts[best] + parts[best + 1], math.inf) >= rank:
+                joined, best = next_join(ranks, parts)
+                if joined >= rank:
                     raise ValueError(f"the token {token!r} is not made of two others, so this is no tokenizer of pairs")
                 parts[best:best + 2] = [parts[best] + parts[best + 1]]
             merges.append([spell(part) for part in parts])
@@ -597,6 +636,42 @@ def encode(tokenizer, text):
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # half of a surrogate pair: not text, though a JSON file can hold it
         raise ValueError(f"this is not valid Unicode text: {text[:40]!r}") from None
+
+
+
+SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥'})
+
+
+def spell_bytes(data):
+    """Bytes to be seen: ␣ for a space, ⏎ for a line end, ‹E6 98› for what is less than a character."""
+    text = data.decode('utf-8', 'surrogateescape').translate(SIGNS)
+    text = re.sub('[\udc80-\udcff]+', lambda m: f"‹{m[0].encode('utf-8', 'surrogateescape').hex(' ').upper()}›", text)
+    return ''.join(c if c.isprintable() else f'‹U+{ord(c):04X}›' for c in text)
+
+
+def spell_token(tokenizer, i):
+    """A token to be seen."""
+    names = {i: text for text, i in reversed(tokenizer._special_tokens.items())}
+    return names[i] if i in names else spell_bytes(tokenizer.decode_single_token_bytes(i))
+
+
+def steps_of(tokenizer, text):
+    """How a text becomes tokens, as lines: cut into pieces; in each, the neighbours join that were learned first."""
+    ids, ranks = encode(tokenizer, text).tolist(), tokenizer._mergeable_ranks
+    if tokenizer.name not in ('char', 'byte', 'foreign'):
+        for piece in regex.findall(tokenizer._pat_str, text):
+            parts, why = [bytes([b]) for b in piece.encode()], 'bytes'
+            yield spell_bytes(piece.encode())
+            while True:
+                yield f"    {' '.join(map(spell_bytes, parts)):<40} {why}"
+                rank, i = next_join(ranks, parts)
+                if rank == math.inf:
+                    break
+                why = f'{spell_bytes(parts[i])} + {spell_bytes(parts[i + 1])} = token {rank}'
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    elif tokenizer.name == 'foreign':
+        yield f'a {type(tokenizer._tokenizer.model).__name__} of the package tokenizers, which does not tell its steps'
+    yield f"{len(ids):,} tokens: " + ', '.join(f'{spell_token(tokenizer, i)} {i}' for i in ids)
 
 # -----------------------------------------------------------------------------
 # Text from files, a block at a time. A block ends where no tokenizer would put a piece across.
@@ -1523,6 +1598,7 @@ class Settings:
     val_fraction: float = flag(0.1, 'share for validation: the end of the text; of a task any rows', above=0, below=1)
     block_size: int = flag(64, 'of a task: longest example, in tokens; what is longer is cut, or makes several', low=8)
     out_dir: str = flag('', 'folder to write, data/NAME if not given')
+    show: str = flag('', 'a text: print how it becomes tokens, step by step, and do nothing else')
     mirror: str = flag('', 'URL or folder to download from, instead of ' + UPSTREAM)
 
 
@@ -1601,8 +1677,23 @@ def prepare(settings):
     return out_dir, meta
 
 
+def show(settings):
+    """Print how --show becomes tokens. A bpe must have learned: it is that of a data set that was prepared."""
+    check_flags(settings)
+    name = settings.tokenizer
+    if name == 'bpe':
+        name = settings.out_dir or os.path.join('data', settings.dataset or 'pydoc')
+        if not os.path.exists(os.path.join(name, 'tokenizer.json')):
+            raise ValueError(f"--show: there is no {name}/tokenizer.json, and bpe has to learn from a text: prepare data "
+                             "first, such as --dataset pydoc, or choose --tokenizer gpt2, byte or FOLDER")
+    tokenizer = choose_tokenizer(dataclasses.replace(settings, tokenizer=name), set(settings.show), [])
+    print(*steps_of(tokenizer, settings.show), sep='\n')
+
+
 def main(argv):
     settings = Settings(**read_flags(argv, __doc__, {'flags': Settings}))
+    if settings.show:
+        return show(settings)
     out_dir, meta = prepare(settings)
     for split, c in meta['counts'].items():
         rest = ('characters', 'sentences', 'documents') if meta['task'] == 'lm' else ('rows', 'examples')

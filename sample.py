@@ -76,6 +76,7 @@ from prepare_data import (
     read_documents,
     read_flags,
     run,
+    spell_token,
     tokenizer_from_dict,
     tokenizer_to_dict,
     write_json,
@@ -845,19 +846,6 @@ def to_look_at(model, tokenizer, prompt, task, labels, max_new_tokens):
     elif task == 'seq2seq':
         example['ids'][-1] = special['[SEP]']  # as in write_targets
     return example, f", the first of {1 + len(more)} parts" * bool(more)
-
-
-SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥'})
-
-
-def spell_token(tokenizer, i):
-    """A token to be seen: ␣ for a space, ⏎ for a line end, ‹E6 98› for bytes that are less than a character."""
-    names = {i: text for text, i in reversed(tokenizer._special_tokens.items())}
-    if i in names:
-        return names[i]
-    text = tokenizer.decode_single_token_bytes(i).decode('utf-8', 'surrogateescape').translate(SIGNS)
-    text = re.sub('[\udc80-\udcff]+', lambda m: f"‹{m[0].encode('utf-8', 'surrogateescape').hex(' ').upper()}›", text)
-    return ''.join(c if c.isprintable() else f'‹U+{ord(c):04X}›' for c in text)
 
 
 PAGE = r"""<!doctype html>

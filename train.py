@@ -31,6 +31,7 @@ References:
     [5] Miyato et al. 2017, Adversarial Training Methods for Text Classification, https://arxiv.org/abs/1605.07725
     [6] Goodfellow et al. 2015, Explaining and Harnessing Adversarial Examples, https://arxiv.org/abs/1412.6572
     [7] Raffel et al. 2019, T5, https://arxiv.org/abs/1910.10683
+    [8] Hoffmann et al. 2022, Training Compute-Optimal Large Language Models (Chinchilla), https://arxiv.org/abs/2203.15556
 """
 
 import contextlib
@@ -46,12 +47,15 @@ import signal
 import sys
 import time
 import warnings
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import prepare_data
 import sample
@@ -67,6 +71,7 @@ from model import (
     read_checkpoint,
     resized,
     save,
+    shapes_of,
     write_file,
 )
 from prepare_data import check_flags, flag, progress, read_flags, read_json, run, tokenizer_to_dict
@@ -82,8 +87,12 @@ class Settings:
     dataset: str = flag('pydoc', 'name of a folder in data/, or a folder that prepare_data.py made')
     preset: str = flag('gpt2', 'row of the table in model.py', choices=tuple(PRESETS))
     init_from: str = flag('scratch', 'scratch | resume (out_dir/ckpt.pt) | auto (resume where there is one) | a checkpoint')
-    out_dir: str = flag('out', 'folder for ckpt.pt, best.pt and log.csv')
+    out_dir: str = flag('out', 'folder for ckpt.pt, best.pt, log.csv and config.toml')
+    config: str = flag('', 'TOML file of flags, such as the config.toml of another run; a flag given here counts more')
     eval_only: bool = flag(False, 'print the loss over the whole validation split, and write nothing')
+    dry_run: bool = flag(False, 'print what the run would cost in memory and time, and write nothing')
+    device_memory: float = flag(0.0, 'of --dry_run: GB of the device; 0: that of this machine', low=0)
+    device_speed: float = flag(0.0, 'of --dry_run: TFLOP/s of training there; 0: half of a measured product', low=0)
     objective: str = flag('', 'what is asked [of text, what the preset was made for; of labelled data, its labels]',
                           choices=('', 'causal_lm', 'masked_lm', 'span_corruption', 'supervised', 'completion'))
     best_by: str = flag('', 'what makes a checkpoint the best [the loss, or the score of a task]; of text to text',
@@ -763,6 +772,12 @@ def compiled(model, batch, machine, wanted):
 # The loop
 
 
+def count_tokens(s, data, config):
+    """Tokens of a step; of labelled data, which are of many lengths, the mean."""
+    return round(s.batch_size * s.gradient_accumulation_steps * (
+        data.lengths.sum(axis=1).mean() if isinstance(data, Examples) else config.block_size))
+
+
 def count_targets(batches, machine):
     """{'targets': how many are asked in the batches of all processes together, ...}"""
     names = [key for key in batches[0] if key.endswith('targets')]
@@ -952,6 +967,139 @@ def freeze(model, what):
         raise ValueError(f"--freeze {what}: nothing is left to train, since there is no head of a task")
 
 
+class Live(TorchDispatchMode):
+    """
+    Inside it, `bytes` is the memory of all tensors that have been made and are still there, `peak` the most of it. A tensor
+    without memory cannot say how many of its values are True: `asked` of them are.
+    """
+
+    def __init__(self, made, asked=None):
+        super().__init__()
+        self.bytes, self.peak, self.known, self.asked = 0, 0, set(), asked
+        tree_map_only(torch.Tensor, self.count, made)
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.bytes -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.asked is not None and function is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
+            args = (args[0].flatten(0, 1), [args[0].new_zeros(self.asked, dtype=torch.long)])
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.count, made)
+        return made
+
+
+def rehearse(config, s, batches, machine):
+    """
+    One step as it would be, but on tensors that have a shape and no memory: (bytes of the weights, of their gradients, of
+    the optimizer, of activations at the peak; FLOPs of the products). Works for models that no machine could hold.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here: they take a second to import
+    from torch.utils.flop_counter import FlopCounterMode
+    flops, asked = FlopCounterMode(display=False), max(int((batch['targets'] != IGNORE).sum()) for batch in batches)
+    with FakeTensorMode() as fake, torch.device(machine.device):
+        model = build(config).train()
+        for module in model.modules():  # tables of positions are made on the CPU
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(machine.device))
+        freeze(model, s.freeze)
+        optimizers = make_optimizers(model, s, machine.dtype)
+        batches = [{key: fake.from_tensor(t) for key, t in batch.items() if config.arch != 'lstm' or key != 'keep'}
+                   for batch in batches]
+        with Live(list(model.parameters()), asked) as live, flops:
+            weights = live.bytes
+            for batch in batches:
+                with machine.precision():
+                    _, loss = model(**batch, counts={'targets': 1})
+                loss.backward()
+                del loss
+            gradients, peak = live.bytes - weights, live.peak
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            state = live.bytes - weights
+    return weights, gradients, state, peak - weights - gradients, flops.get_total_flops()
+
+
+def product_speed(config, machine):
+    """FLOPs a second of the product that an MLP begins with, measured for a fifth of a second."""
+    rows, inner = 2048, config.mlp_dim or 4 * config.n_embd
+    a, b = (torch.randn(shape, dtype=machine.dtype, device=machine.device)
+            for shape in ((rows, config.n_embd), (config.n_embd, inner)))
+    n, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 0.2 or n < 2:
+        (a @ b)[0, 0].item()  # waits for the device
+        n += 1
+        if n == 1:
+            began = time.perf_counter()  # the first call prepares much
+    return 2 * rows * config.n_embd * inner * (n - 1) / (time.perf_counter() - began)
+
+
+def sizes_of(model):
+    """{part: parameters}"""
+    sizes = {}
+    for name, p in model.named_parameters():
+        first = name.removeprefix('trunk.').split('.')[0]
+        part = 'blocks' if '.blocks.' in name or first == 'lstm' else first if first in ('tokens', 'output', 'head') else \
+            'positions' if '.embed.' in name else 'the rest'
+        sizes[part] = sizes.get(part, 0) + p.numel()
+    return sizes
+
+
+def memory_of(machine):
+    """Bytes of the device, 0 where it does not say."""
+    if machine.device.startswith('cuda'):
+        return torch.cuda.get_device_properties(machine.device).total_memory
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 0
+
+
+def dry_run(model, s, data, machine):
+    """Print what a run needs, before it spends it: memory for its longest batch, products, time, devices."""
+    longest, shares = 0, share(0, s, machine)[:2]  # the gradients of the first are there when the second is computed
+    if isinstance(data, Examples):
+        data.examples_of([0])
+        longest = int(data.lengths[data.order].sum(axis=1).argmax()) // s.batch_size * s.batch_size
+    batches = [get_batch(data, s.objective, model.config.block_size, longest + first, n,
+                         data.tokenizer._special_tokens['[PAD]'], machine.device) for first, n in shares]
+    *parts, flops = rehearse(model.config, s, batches, machine)
+    sizes, tokens = sizes_of(model), count_tokens(s, data, model.config)               # of a step
+    n, seen = sum(sizes.values()), tokens * s.max_iters
+    flops /= sum(batch[key].numel() for batch in batches for key in batch if key.endswith('ids'))  # a token
+    if model.config.arch == 'lstm':
+        flops += 6 * sizes['blocks']  # the products inside of its gates are not seen
+    # Measured on a CPU: torch and what it loads, and a heap with gaps between tensors of all sizes.
+    fixed, gaps = (0.33e9, 1.25) if machine.device == 'cpu' else (0.5e9, 1.1)
+    need, have = fixed + sum(parts[:3]) + gaps * parts[3], s.device_memory * 1e9 or memory_of(machine)
+    speed = s.device_speed * 1e12 or 0.5 * product_speed(model.config, machine)
+    for name, text in [
+        ('parameters', f"{n:,}: " + ', '.join(f"{part} {size:,}" for part, size in sizes.items())),
+        ('tokens', f"{tokens:,} a step, {seen / 1e6:,.1f} M in {s.max_iters:,} steps: {seen / data.counts['tokens']:,.1f} "
+                   f"times the data, {seen / n:,.2f} a parameter (with about 20, compute is spent best [8])"),
+        ('compute', f"{flops / 1e6:,.1f} MFLOPs a token (6 a parameter would be {6 * n / 1e6:,.1f}), "
+                    f"{flops * seen / 1e12:,.1f} TFLOPs in all"),
+        ('memory', ', '.join(f"{part} {size / 1e9:,.3f}" for part, size in zip(
+            ('weights', 'gradients', 'optimizer', 'activations'), parts))
+                   + f"; with the program and gaps {need / 1e9:,.2f} GB"),
+        ('time', f"{duration(flops * seen / speed)} without evaluations, at {speed / 1e9:,.0f} GFLOP/s"
+                 + ('' if s.device_speed else ', half of what a product reaches here')),
+        ('devices', f"one{f' of {have / 1e9:,.1f} GB' if have else ''} is enough, and up to "
+                    f"{s.gradient_accumulation_steps * s.batch_size} can share a step" if need <= (have or math.inf) else
+                    f"one of {have / 1e9:,.1f} GB is too small, and each holds a whole copy: lower --batch_size, or take "
+                    f"larger ones. Programs that split a model would need {math.ceil(need / have)}"),
+    ]:
+        machine.say(f'{name:11}{text}')
+
+
 def print_sample(model, tokenizer, s):
     """A few words of what the model would write now, so that one can watch it learn; nothing of one that does not write."""
     if not s.sample_tokens or s.objective != 'causal_lm':
@@ -964,6 +1112,8 @@ def print_sample(model, tokenizer, s):
 
 def duration(seconds):
     """75 -> 1:15"""
+    if seconds > 48 * 3600:
+        return f"{seconds / 86400:,.1f} days"
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
@@ -1064,8 +1214,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
         wrapped = DistributedDataParallel(forward, broadcast_buffers=False,
                                           find_unused_parameters=s.objective != 'causal_lm')
     log = Log(s.out_dir, state['step'] if checkpoint else None) if machine.main else None
-    tokens_per_step = round(s.batch_size * s.gradient_accumulation_steps * (
-        data.lengths.sum(axis=1).mean() if isinstance(data, Examples) else model.config.block_size))
+    tokens_per_step = count_tokens(s, data, model.config)
     began, seconds_before = time.perf_counter(), state['seconds']
     logged_at, logged_step, reached = began, state['step'], False
 
@@ -1245,7 +1394,8 @@ def start(given):
         preset = PRESETS[s.preset]
         if preset.mlp_dim and 'n_embd' in config_given:  # as wide, in proportion
             config_given.setdefault('mlp_dim', max(1, preset.mlp_dim * config_given['n_embd'] // preset.n_embd))
-        model = build(dataclasses.replace(preset, **config_given))
+        config = dataclasses.replace(preset, **config_given)
+        model = shapes_of(config, '--dry_run', math.inf) if s.dry_run else build(config)
     else:
         if checkpoint.get('tokenizer') and checkpoint['tokenizer'] != tokenizer_to_dict(data.tokenizer):
             raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
@@ -1332,12 +1482,23 @@ def with_head(model, checkpoint, path, task, data, machine, fixed, config_given)
 
 def set_aside(folder):
     """A new run in an old folder: what the old one left gets another name. Nothing is ever overwritten in silence."""
-    for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'log.csv'):
+    for name in ('ckpt.pt', 'ckpt.prev.pt', 'best.pt', 'log.csv', 'config.toml'):
         old, new = os.path.join(folder, name), os.path.join(folder, '.old'.join(os.path.splitext(name)))
         if os.path.exists(old):
             print(f"{old} is of an earlier run: moved to {new}"
                   + (", in the place of one still older" if os.path.exists(new) else ''), flush=True)
             os.replace(old, new)
+
+
+def flags_of(s, config):
+    """out/config.toml: all flags of a run, so that --config repeats it. What weights or data decide is left to them."""
+    once = ('config', 'eval_only', 'dry_run', 'device_memory', 'device_speed')
+    flags = {name: value for name, value in dataclasses.asdict(s).items() if name not in once}
+    mine = dataclasses.asdict(config)
+    names = ('block_size', 'dropout') if s.init_from not in ('scratch', 'auto') else [
+        name for name in mine if name not in ('task', 'n_labels', 'vocab_size')]
+    return prepare_data.write_config(flags | {name: mine[name] for name in names}, [
+        'python train.py --config this_file', f"the data says: vocab_size = {config.vocab_size}"])
 
 
 def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
@@ -1346,6 +1507,8 @@ def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
         os.makedirs(s.out_dir, exist_ok=True)
         if checkpoint is None:
             set_aside(s.out_dir)
+            flags = flags_of(s, model.config).encode()
+            write_file(os.path.join(s.out_dir, 'config.toml'), lambda f: f.write(flags))
     n = sum(p.numel() for p in model.parameters())
     machine.say(f"{s.preset}: {n:,} parameters, {str(machine.dtype).removeprefix('torch.')} on {machine.device}"
                 + (f", {machine.world} processes" if machine.world > 1 else '')
@@ -1370,7 +1533,9 @@ def main(argv):
     model, s, tokenizer, data, val, checkpoint, machine = start(given)
     status = 0
     try:
-        if s.eval_only:
+        if s.dry_run:
+            dry_run(model, s, data, machine)
+        elif s.eval_only:
             machine.say('val ' + sample.format_scores(evaluate(model.to(machine.device), val, s, machine)))
         else:
             status = train_and_report(model, s, tokenizer, data, val, checkpoint, machine)

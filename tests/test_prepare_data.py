@@ -2084,3 +2084,55 @@ def test_progress_writes_one_line_over_again_on_a_terminal(monkeypatch, capsys):
     prepare_data.progress('0123456789abc')
     prepare_data.progress('')
     assert capsys.readouterr() == ('', '\r012345678\x1b[K\r\x1b[K')
+
+
+# -----------------------------------------------------------------------------
+# Tokens to look at, and a rule that stands only in the text
+
+
+@given(text=st.text(max_size=20), seed=st.integers(0, 3))
+def test_the_steps_that_are_shown_end_in_the_tokens_of_the_text(text, seed):
+    """Each step joins two neighbours into a token of the table; the last is what the encoder gives."""
+    words = ['the cat sat on the mat, ', '明月几时有，把酒问青天。明月', '🦊🦊 fox e\u0301 ', 'aaaa abab '][seed]
+    tokenizer = prepare_data.bpe_tokenizer([20 * words], 256 + 105 + 30)
+    text = words[:5] + text.encode('utf-8', 'ignore').decode()
+    *steps, last = prepare_data.steps_of(tokenizer, text)
+    ids = tokenizer.encode_ordinary(text)
+    assert last == f"{len(ids):,} tokens: " + ', '.join(f'{prepare_data.spell_token(tokenizer, i)} {i}' for i in ids)
+    joins = [int(line.rpartition(' ')[2]) for line in steps if ' = token ' in line]
+    assert len(joins) == len(text.encode()) - len(ids), f'{len(joins)} joins make {len(ids)} tokens of {text!r}'
+    assert all(rank in tokenizer._mergeable_ranks.values() for rank in joins)
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--tokenizer', 'byte'], '4 tokens: T 84, h 104, ‹C3› 195, ‹A9› 169'),
+    (['--tokenizer', 'char'], '3 tokens: T 0, h 1, é 2'), (['--out_dir', 'data/d'], "T + h = token 256")])
+def test_show_prints_how_a_text_becomes_tokens_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, said):
+    """With a tokenizer that needs no text, or that of a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'd.txt').write_text(9 * 'Thé Th ', encoding='utf-8')
+    prepare_data.prepare(prepare_data.Settings(input=['d.txt'], vocab_size=400))
+    before = sorted(tmp_path.rglob('*'))
+    prepare_data.main(['--show', 'Thé', *flags])
+    assert said in capsys.readouterr().out
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_show_names_what_is_missing(tmp_path, monkeypatch):
+    """A bpe must have learned from a text."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='--dataset pydoc'):
+        prepare_data.main(['--show', 'Thé'])
+
+
+def test_in_recall_a_letter_has_one_digit_within_a_document_and_others_elsewhere():
+    """Eight letters, thirty pairs; nothing of a document can be known from another one."""
+    train_text, val_text = prepare_data.recall()
+    documents = [text.strip('\n') for text in val_text.split('<|endoftext|>\n')]
+    assert len(documents) == 1000 and train_text.count('<|endoftext|>') == 39_999
+    rules = [dict(zip(d[::2], d[1::2])) for d in documents]
+    for d, rule in zip(documents, rules):
+        assert len(d) == 2 * prepare_data.SHOTS and len(rule) <= 8 and d[::2].isalpha() and d[1::2].isdigit()
+        assert all(rule[a] == b for a, b in zip(d[::2], d[1::2])), f'{d}: a letter has two digits'
+    same = [a[letter] == b[letter] for a, b in itertools.pairwise(rules) for letter in a.keys() & b.keys()]
+    assert 0.07 < np.mean(same) < 0.13, f'{np.mean(same)}: a rule is to be had from the document before'

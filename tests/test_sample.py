@@ -2659,3 +2659,44 @@ def test_a_full_disk_leaves_the_old_page_and_nothing_else(ask, tmp_path, monkeyp
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == 'old'
     assert ask('--start', 'ab', '--attention', tmp_path / name)[0] == 0 and os.path.getsize(tmp_path / name) > 999
     assert '--attention' in ask('--help')[1]
+
+
+# -----------------------------------------------------------------------------
+# Learning in context
+
+
+class Recaller:
+    """A model that looks the letter up among the pairs before it, and says 0 where it is new."""
+    training = False
+    eval = train = lambda self, mode=False: self
+    parameters = lambda self: iter([torch.zeros(1)])
+
+    def __init__(self, forgets=0):
+        self.forgets = forgets
+
+    def __call__(self, ids):
+        logits = torch.zeros(*ids.shape, 200)
+        for row, out in zip(ids.tolist(), logits):
+            for t in range(1, len(row), 2):
+                known = dict(zip(row[1:t][self.forgets::2], row[2:t][self.forgets::2]))
+                out[t, known.get(row[t], ord('0'))] = 1
+        return logits, None
+
+
+def test_a_model_that_looks_things_up_is_right_as_often_as_the_letter_was_shown():
+    """Accuracy after n pairs: the share of letters that stand among them, and a tenth of the others by chance."""
+    _, text = prepare_data.recall()
+    documents = [d.strip('\n') for d in text.split('<|endoftext|>\n')][:200]
+    tokens = np.array([[*d.encode(), 10, 199] for d in documents], np.uint16).ravel()
+    scores = sample.shot_scores(Recaller(), tokens, 199)
+    for n in (0, 1, 2, 4, 8, 16, 29):
+        expected = np.mean([d[2 * n] in d[:2 * n:2] or d[2 * n + 1] == '0' for d in documents])
+        assert scores[f'after_{n}'] == pytest.approx(expected, abs=1e-6), f'{n}: {scores}'
+    assert scores['after_29'] > 0.95 > 0.2 > scores['after_0']
+    assert sample.shot_scores(Recaller(1), tokens, 199)['after_29'] < 0.5, 'pairs are read from the wrong side'
+
+
+def test_recall_that_was_cut_into_other_tokens_is_refused():
+    """There, an answer is not every second token."""
+    with pytest.raises(ValueError, match='--tokenizer char'):
+        sample.shot_scores(Recaller(), np.arange(62, dtype=np.uint16), 199)

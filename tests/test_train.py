@@ -1777,7 +1777,8 @@ def test_a_first_run_without_data_prepares_pydoc(tmp_path, monkeypatch, capsys):
 
 FLAGS = {
     'train.py': """
-        dataset preset init_from out_dir eval_only objective best_by batch_size gradient_accumulation_steps max_iters
+        dataset preset init_from out_dir config eval_only dry_run device_memory device_speed objective best_by batch_size
+        gradient_accumulation_steps max_iters
         eval_interval eval_iters log_interval sample_tokens patience target_loss optimizer learning_rate muon_learning_rate
         min_lr
         warmup_iters lr_decay_iters lr_schedule weight_decay beta1 beta2 grad_clip freeze adversarial seed device dtype
@@ -1787,8 +1788,8 @@ FLAGS = {
         buckets max_distance scale_embedding scale_output tied logit_cap init dropout label_smoothing""",
     'sample.py': """
         start out_dir init_from num_samples max_new_tokens temperature num_beams length_penalty top_k top_p stop seed stream
-        score json export device dtype""",
-    'prepare_data.py': 'dataset input val task tokenizer vocab_size val_fraction block_size out_dir mirror',
+        score json export attention device dtype""",
+    'prepare_data.py': 'dataset input val task tokenizer vocab_size val_fraction block_size out_dir show mirror',
 }
 OF_SCRIPT = {'train.py': (train.main, train.Settings, models.Config), 'sample.py': (sample.main, sample.Settings),
              'prepare_data.py': (prepare_data.main, prepare_data.Settings)}
@@ -2285,3 +2286,99 @@ def test_a_preparation_that_is_told_to_end_leaves_nothing(tmp_path):
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
     assert not os.path.exists(tmp_path / 'data') or not os.listdir(tmp_path / 'data'), os.listdir(tmp_path / 'data')
+
+
+# -----------------------------------------------------------------------------
+# Before it spends, and again: --dry_run, --config
+
+
+@pytest.mark.parametrize('preset, dataset', [('gpt2', 'text'), ('bert', 'text'), ('nano', 'd'), ('llama', 'tag'),
+                                             ('t5', 'd'), ('lstm', 'classify')])
+def test_a_rehearsal_counts_what_a_real_step_holds(folders, preset, dataset):
+    """Tensors without memory add up to those of the same step with memory: weights, gradients, optimizer, and the peak."""
+    given = {'dataset': str(folders / dataset), 'preset': preset, 'batch_size': 4, 'dtype': 'float32', 'n_layer': 2, **WIDE}
+    model, s, _, data, _, _, machine = train.start(given)
+    batch = train.get_batch(data, s.objective, model.config.block_size, 0, 4, data.tokenizer._special_tokens['[PAD]'])
+    weights, gradients, state, activations, flops = train.rehearse(model.config, s, [batch], machine)
+    n = sum(p.numel() for p in model.parameters())
+    optimizers = train.make_optimizers(model, s, torch.float32)
+    model.train()
+    if preset == 'lstm':
+        batch.pop('keep', None)
+    with train.Live(list(model.parameters())) as live:
+        model(**batch, counts={'targets': 1})[1].backward()
+        peak = live.peak
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    real = sum(t.numel() * t.element_size() for o in optimizers for tensors in o.state.values() for t in tensors)
+    assert weights == 4 * n
+    assert real == pytest.approx(state, rel=0.05), f'{preset}: the optimizer holds {real}, and {state} were foretold'
+    assert weights + gradients + activations == pytest.approx(peak, rel=0.15), f'{preset}: {peak} at the peak'
+    assert flops > 0 and gradients >= 0.5 * weights
+
+
+def test_the_products_of_a_gpt_are_six_for_each_parameter_and_token(data, tmp_path):
+    """Two for the way forward and four for the way back; attention adds its share, and embeddings cost none."""
+    given = {'dataset': data, 'n_layer': 3, 'n_head': 1, 'n_embd': 64, 'block_size': 8, 'batch_size': 4, 'dtype': 'float32'}
+    model, s, _, text, _, _, machine = train.start(given)
+    batch = train.get_batch(text, s.objective, 8, 0, 4)
+    products = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and 'positions' not in name)
+    flops = train.rehearse(model.config, s, [batch], machine)[-1]
+    attention = 3 * 12 * 64 * 8 * 32                   # layers, 2 products forward and 4 back of 2 C T FLOPs a token
+    assert flops == pytest.approx(6 * products * 32 + attention, rel=0.06), f'{flops} FLOPs, {products} weights'
+
+
+@pytest.mark.parametrize('flags, said', [
+    ('', 'is enough'), ('--device_memory 0.2', 'one of 0.2 GB is too small'),
+    ('--preset palm-8b --device_memory 80', 'would need'),
+    ('--preset bert', 'MFLOPs a token'), ('--device_speed 100 --max_iters 7', 'at 100,000 GFLOP/s')])
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(folders, tmp_path, monkeypatch, capsys, flags, said):
+    """Six lines, in a second, even of a model that no machine here could hold."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--dataset', str(folders / 'text'), '--batch_size', '2', '--dry_run',
+                                      '--block_size', '16', *flags.split()])
+    prepare_data.run(train.main)
+    out = capsys.readouterr().out
+    assert said in out, out
+    assert [line.split()[0] for line in out.splitlines()] == ['parameters', 'tokens', 'compute', 'memory', 'time', 'devices']
+    assert not list(tmp_path.iterdir()), 'something was written'
+
+
+@pytest.mark.parametrize('preset', ['gpt2', 'llama', 'nano', 'bert', 't5'])
+def test_the_config_of_a_run_repeats_it_bit_for_bit(folders, tmp_path, monkeypatch, preset):
+    """out/config.toml holds every choice; with it alone, and another out_dir, the same weights come about."""
+    monkeypatch.chdir(tmp_path)
+    run = lambda *flags: (monkeypatch.setattr(sys, 'argv', ['train.py', *flags]), prepare_data.run(train.main))
+    run('--dataset', str(folders / 'text'), '--preset', preset, '--out_dir', 'a', *'--max_iters 3 --eval_iters 1 '
+        '--n_layer 1 --block_size 16 --batch_size 2 --seed 7 --dropout 0.2 --sample_tokens 0'.split())
+    run('--config', 'a/config.toml', '--out_dir', 'b')
+    assert not different(read('a/ckpt.pt')['model'], read('b/ckpt.pt')['model'])
+    text = (tmp_path / 'b' / 'config.toml').read_text()
+    assert text.replace('"b"', '"a"') == (tmp_path / 'a' / 'config.toml').read_text()
+
+
+def test_a_flag_counts_more_than_the_config_and_that_more_than_a_recipe(folders, tmp_path, monkeypatch):
+    """default < recipe and preset < --config < flag."""
+    seen, text = [], '# 真\nlearning_rate = 1\nbatch_size = 3\nbias = false\ndataset = "真"\nmin_lr = 1e-3\n'
+    (tmp_path / 'c.toml').write_text(text, encoding='utf-8')
+    _, s, *_ = train.start({'dataset': str(folders / 'd'), 'preset': 'nano', 'learning_rate': 0.5, **WIDE})
+    assert (s.learning_rate, s.optimizer) == (0.5, 'muon')
+    monkeypatch.setattr(train, 'start', lambda given: seen.append(given) or sys.exit(0))
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--batch_size', '5', '--config', str(tmp_path / 'c.toml')])
+    with pytest.raises(SystemExit):
+        prepare_data.run(train.main)
+    del seen[0]['config']
+    assert seen[0] == {'learning_rate': 1.0, 'batch_size': 5, 'bias': False, 'dataset': '真', 'min_lr': 1e-3}
+
+
+@pytest.mark.parametrize('text, said', [
+    ('max_iter = 3', 'did you mean max_iters'), ('max_iters = "many"', 'max_iters = many is not a whole number'),
+    ('max_iters = 2.5', 'such as 2'), ('max_iters =', 'is not TOML'), ('compile = "perhaps"', 'neither True nor False'),
+    ('config = "b.toml"', 'unknown flag config'), ('seed = -1', '--seed -1'), ('\udcff', 'is not TOML'),
+    ('preset = ["gpt2"]', '--preset'), ('dropout = true', 'dropout = True is not a number')])
+def test_a_config_that_is_wrong_is_refused_in_one_line(data, tmp_path, monkeypatch, capsys, text, said):
+    """It names the file and the flag."""
+    (tmp_path / 'c.toml').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    assert said in refused(['--dataset', data, '--config', str(tmp_path / 'c.toml'), '--out_dir', f'{tmp_path}/out'], capsys,
+                           monkeypatch)

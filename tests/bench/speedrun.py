@@ -30,7 +30,8 @@ def main():
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        command('prepare_data.py', '--input', os.path.abspath(args.input), '--tokenizer', 'char', '--out_dir', 'data/text', cwd=folder)
+        command('prepare_data.py', '--input', os.path.abspath(args.input), '--tokenizer', 'char', '--out_dir', 'data/text',
+                cwd=folder)
         results = {name: [] for name in RECIPES}
         for seed in range(1, args.runs + 1):
             for name, flags in RECIPES.items():
