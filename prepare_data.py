@@ -978,6 +978,7 @@ def new_folder(path):
     if os.path.exists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - ours):
         raise ValueError(f"--out_dir {path} exists and is not a data folder, or holds files of yours: choose another name, "
                          "or move it away")
+    beside, fresh = os.path.dirname(path), not os.path.exists(os.path.dirname(path))
     os.makedirs(temporary)
     try:
         yield temporary
@@ -992,6 +993,9 @@ def new_folder(path):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if fresh:
+            with contextlib.suppress(OSError):  # it is not empty: all went well
+                os.rmdir(beside)
 
 # -----------------------------------------------------------------------------
 # Tasks. A reader turns a file that people have into rows; an encoder turns a row into examples, each a dict whose keys are

@@ -2136,3 +2136,22 @@ def test_in_recall_a_letter_has_one_digit_within_a_document_and_others_elsewhere
         assert all(rule[a] == b for a, b in zip(d[::2], d[1::2])), f'{d}: a letter has two digits'
     same = [a[letter] == b[letter] for a, b in itertools.pairwise(rules) for letter in a.keys() & b.keys()]
     assert 0.07 < np.mean(same) < 0.13, f'{np.mean(same)}: a rule is to be had from the document before'
+
+
+def test_json_is_utf8_whatever_the_platform_prefers(tmp_path):
+    """As on Windows, where the encoding of the platform is another one."""
+    code = ("import locale, prepare_data as p; assert locale.getencoding() != 'utf-8'; text = {'\\u6625': '\\xe9'}; "
+            "p.write_json('a.json', text); assert p.read_json('a.json') == text")
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, encoding='utf-8')
+    assert result.returncode == 0, result.stderr
+
+
+def test_run_works_outside_of_the_main_thread(monkeypatch):
+    """Only a main thread may set a handler of signals; elsewhere there is none."""
+    monkeypatch.setattr(sys, 'argv', ['x.py', 'a'])
+    seen = []
+    thread = threading.Thread(target=prepare_data.run, args=(seen.append,))
+    thread.start()
+    thread.join()
+    assert seen == [['a']]

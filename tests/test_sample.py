@@ -2700,3 +2700,12 @@ def test_recall_that_was_cut_into_other_tokens_is_refused():
     """There, an answer is not every second token."""
     with pytest.raises(ValueError, match='--tokenizer char'):
         sample.shot_scores(Recaller(), np.arange(62, dtype=np.uint16), 199)
+
+
+@pytest.mark.parametrize('logits, top_k, expected', [
+    ([1.0, 1.0, 1.0, 0.0], 2, [0, 0, 1 / 2, 1 / 2]),
+    ([0.0, 2.0, 1.0, 1.0], 2, [0, 0, 1 / (math.e + 1), math.e / (math.e + 1)])])
+def test_of_equals_no_more_than_top_k_survive(logits, top_k, expected):
+    """Exactly k, also where the k-th has an equal: which of the two stays is left open. b12"""
+    found = probabilities(torch.tensor(logits), top_k=top_k)
+    assert found.sort().values.tolist() == pytest.approx(expected, abs=2e-4), found

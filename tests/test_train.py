@@ -2382,3 +2382,27 @@ def test_a_config_that_is_wrong_is_refused_in_one_line(data, tmp_path, monkeypat
     (tmp_path / 'c.toml').write_bytes(text.encode('utf-8', 'surrogateescape'))
     assert said in refused(['--dataset', data, '--config', str(tmp_path / 'c.toml'), '--out_dir', f'{tmp_path}/out'], capsys,
                            monkeypatch)
+
+
+def test_the_end_of_a_document_is_a_target_like_any_other(data):
+    """Or the model would never learn to stop. b14"""
+    text = text_data(data, 18)
+    end_id = text.tokenizer._special_tokens['<|endoftext|>']
+    text.tokens, text.vocab_size = np.full(18, end_id, np.uint16), end_id + 1
+    batch = train.get_batch(text, 'causal_lm', 8, 0, 2)
+    assert (batch['targets'] == end_id).all(), batch['targets']
+
+
+def test_memory_is_pinned_for_cuda_alone(data):
+    """MPS has no pinned memory; neither has a device without data, which stands in for it here."""
+    batch = train.get_batch(text_data(data, 18), 'causal_lm', 8, 0, 2, device='meta')
+    assert {t.device.type for t in batch.values()} == {'meta'}
+
+
+def test_a_step_in_which_nothing_is_asked_is_no_nan(data, tmp_path, monkeypatch):
+    """Labelled data whose answers were all cut off: the loss is 0 and the gradient too, not 0 / 0."""
+    plain = train.OBJECTIVES['causal_lm']
+    monkeypatch.setitem(train.OBJECTIVES, 'causal_lm', lambda *args: [
+        {**e, 'targets': np.full_like(e['targets'], models.IGNORE)} for e in plain(*args)])
+    model, state = fit(data, tmp_path, max_iters=2)
+    assert state['step'] == 2 and state['best'] == 0 and all(p.isfinite().all() for p in model.parameters())

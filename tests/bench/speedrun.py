@@ -27,7 +27,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--input', required=True, help='a text file, such as Shakespeare')
     parser.add_argument('--runs', type=int, default=3, help='runs of each recipe, with seeds 1, 2, ...')
+    parser.add_argument('--quick', action='store_true', help='a few steps, to see that all of it works')
     args = parser.parse_args()
+    if args.quick:
+        args.runs = 1
+        RECIPES.update({name: f'{flags} --max_iters 3 --warmup_iters 1' for name, flags in RECIPES.items()})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         command('prepare_data.py', '--input', os.path.abspath(args.input), '--tokenizer', 'char', '--out_dir', 'data/text',

@@ -1,0 +1,155 @@
+"""
+The READMEs are true: what they name is there, and their commands work.
+
+    python tests/test_readme.py          run every command of both READMEs, shortened, in a copy of the project
+
+Commands are the lines of code blocks that begin with python, torchrun or pip (behind a $ or not), and such text in
+backticks. Long ones get flags that end them after a few steps. What needs a download, a GPU or several machines has a
+comment <!-- not run here: why --> in the line before its block, or in its own line, and is listed at the end.
+"""
+
+import ast
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [path for path in (ROOT / 'README.md', ROOT / 'README.zh.md') if path.exists()]
+SCRIPTS = ('model', 'train', 'sample', 'prepare_data')
+NOT_RUN = re.compile('<!-- not run here: (.*?) -->')
+COMMAND = re.compile(r'(?:\$ )?((?:python|torchrun|pip|unzip|printf) .*)')
+SHORTER = {  # flags behind those of the README: the last one counts
+    'tests/bench/train_speed.py': '--rounds 1 --steps 1', 'tests/bench/generate.py': '--rounds 1 --shapes 1x16',
+    'tests/bench/prepare.py': '--sizes 2 3', 'tests/bench/': '--quick', 'tests/soak.py': '--minutes 0.2',
+    'train.py': '--max_iters 4 --eval_interval 4 --eval_iters 1 --log_interval 4 --sample_tokens 5 --warmup_iters 1',
+    'sample.py': '--max_new_tokens 5'}
+
+
+def commands(path):
+    """(command, why it is not run, or '') of every command of a README, in order."""
+    found, text, inside, reason = [], path.read_text(encoding='utf-8').replace('\\\n', ' '), False, ''
+    for line in text.split('\n'):
+        marked = NOT_RUN.search(line)
+        if line.startswith('```'):
+            inside = not inside
+            reason = reason if inside else ''
+        elif inside and (command := COMMAND.match(line.strip())):
+            found.append((command[1].split(' # ')[0].strip(), reason))
+        elif not inside:
+            found += [(command, marked[1] if marked else '')
+                      for command in re.findall('`((?:python|torchrun) [^`]+)`', line)]
+            reason = marked[1] if marked else reason if not line.strip() else ''
+    return found
+
+
+def shortened(command):
+    """The command, ended soon, and without what has been checked elsewhere."""
+    if any(flag in command for flag in ('--help', '--dry_run', '--eval_only', '--quick')):
+        return command
+    return ' '.join([command, *[flags for script, flags in SHORTER.items() if script in command][:1]])
+
+
+def names_in(path):
+    """The functions, classes and constants that a source file defines."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found |= {target.id for target in getattr(node, 'targets', [node.target] if hasattr(node, 'target') else [])
+                      if isinstance(target, ast.Name)}
+    return found
+
+
+def test_the_map_from_theory_to_code_names_what_is_there():
+    """Each name stands in a source file or is a field or a flag; each test is one of ours."""
+    text = READMES[0].read_text(encoding='utf-8')
+    rows = re.search(r'## From theory to code\n.*?\n(\|.*?)\n\n', text, re.S)[1].splitlines()[2:]
+    ours = set().union(*(names_in(f'{name}.py') for name in SCRIPTS), names_in('tests/bench/history.py'),
+                       names_in('tests/bench/scaling.py'))
+    tests = set().union(*(names_in(path) for path in (ROOT / 'tests').glob('test_*.py')))
+    assert len(rows) >= 30
+    for row in rows:
+        _, concept, _, where, _, test, _ = re.split(r' ?(?<!\\)\| ?', row)
+        for name in re.findall('`([^`]+)`', where):
+            assert name in ours or name in ('causal=False', 'n_kv_head'), f'{concept}: there is no {name}'
+        name = test.strip('` ')
+        assert name in tests or name.startswith('python'), f'{concept}: there is no test {name}'
+
+
+def test_every_flag_that_is_named_exists():
+    """In either language, also in prose."""
+    import model
+    import prepare_data
+    import sample
+    import train
+    known = {f.name for cls in (model.Config, *(m.Settings for m in (prepare_data, sample, train)))
+             for f in dataclasses.fields(cls)}
+    others = {'nproc_per_node', 'nnodes', 'node_rank', 'master_addr', 'no-deps', 'help', 'quick', 'minutes'}
+    for path in (ROOT / 'tests').glob('**/*.py'):
+        others |= set(re.findall(r"add_argument\('--([\w-]+)'", path.read_text(encoding='utf-8')))
+    for path in READMES:
+        text = re.sub(r'```.*?```', lambda m: '\n'.join(l for l in m[0].split('\n') if not l.startswith('train.py')),
+                      path.read_text(encoding='utf-8'), flags=re.S)
+        for flag in sorted(set(re.findall(r'(?<![\w<!-])--([a-z][\w-]*)', text))):
+            plain = flag.replace('-', '_')
+            assert plain in known or plain.removeprefix('no_') in known or flag in others, f'{path.name}: --{flag}'
+
+
+def test_the_family_is_the_table_of_the_code():
+    """A row for each preset of a small size."""
+    import model
+    for path in READMES:
+        rows = re.findall(r'^\| `(\w+)` (\d{4}) \|', path.read_text(encoding='utf-8'), re.M)
+        assert {name for name, _ in rows} == {name for name in model.PRESETS if '-' not in name}, f'{path.name}: {rows}'
+        assert rows[0] == ('lstm', '1997') and rows[-1] == ('nano', '2026')
+
+
+@pytest.mark.parametrize('text, found', [
+    ('```\n$ python a.py --x \\\n    1  # why\nout\n```', [('python a.py --x      1', '')]),
+    ('<!-- not run here: no GPU -->\n```\npip install x\n```\n```\npython b.py\n```', [('pip install x', 'no GPU'),
+                                                                                   ('python b.py', '')]),
+    ('| a | `python c.py` | <!-- not run here: far --> |', [('python c.py', 'far')]), ('Type `--x`, or python.', [])])
+def test_commands_are_found_with_the_reason_not_to_run_them(tmp_path, text, found):
+    """In blocks and in tables, over several lines, with or without a prompt."""
+    (tmp_path / 'R.md').write_text(text, encoding='utf-8')
+    assert commands(tmp_path / 'R.md') == found
+
+
+def main():
+    shared = Path(os.environ.get('PLAINFORMER_SHARED', ROOT.parent / 'shared'))
+    asked = {}
+    for path in READMES:
+        for command, reason in commands(path):
+            asked.setdefault(command, reason)
+    failed, left_out = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for path in [*ROOT.glob('*.py'), ROOT / 'tests', ROOT / 'requirements.txt']:
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, Path(folder, path.name))
+        for path in (shared / 'data').iterdir():  # as the READMEs name them
+            os.symlink(path, Path(folder, path.name.replace('tinyshakespeare', 'shakespeare').replace('multi30k.', '')))
+        env = {**os.environ, 'TIKTOKEN_CACHE_DIR': str(shared / 'tiktoken_cache')}
+        for n, (command, reason) in enumerate(asked.items(), 1):
+            if reason or ' -m pytest' in command or command.startswith('pip install -r'):
+                left_out.append((command, reason or 'run by .ci/run itself'))
+                continue
+            print(f'{n} of {len(asked)}: {shortened(command)}', flush=True)
+            done = subprocess.run(['bash', '-c', shortened(command)], cwd=folder, env=env, capture_output=True,
+                                  encoding='utf-8', timeout=600)
+            if done.returncode:
+                failed.append(command)
+                print(f'FAILED with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}', flush=True)
+    print('\nnot run here:', *(f'    {command}    ({reason})' for command, reason in left_out), sep='\n')
+    if failed:
+        sys.exit('\n'.join(['these commands failed:', *failed]))
+
+
+if __name__ == '__main__':
+    main()
