@@ -979,15 +979,15 @@ def new_folder(path):
         raise ValueError(f"--out_dir {path} exists and is not a data folder, or holds files of yours: choose another name, "
                          "or move it away")
     beside, fresh = os.path.dirname(path), not os.path.exists(os.path.dirname(path))
-    os.makedirs(temporary)
     try:
+        os.makedirs(temporary)
         yield temporary
-        if os.path.exists(path):
-            os.rename(path, old)
         try:
+            if os.path.exists(path):
+                os.rename(path, old)
             os.rename(temporary, path)
-        except OSError:
-            if os.path.exists(old):
+        except BaseException:  # also where the process is told to end just now
+            if os.path.exists(old) and not os.path.exists(path):
                 os.rename(old, path)
             raise
         shutil.rmtree(old, ignore_errors=True)

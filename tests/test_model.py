@@ -2372,3 +2372,10 @@ def test_the_examples_in_the_docstrings_are_true():
     """What model.py shows at a prompt is what it answers."""
     result = doctest.testmod(sys.modules['model'])
     assert result.attempted >= 2 and result.failed == 0, result
+
+
+def test_published_sizes_have_the_published_window():
+    """Of a model without learned positions no number of parameters tells it."""
+    found = {name: config.block_size for name, config in PRESETS.items() if '-' in name}
+    assert found == {'transformer-base': 512, 't5-small': 512, 'bert-base': 512, 'gpt2-124m': 1024, 'palm-8b': 2048,
+                     'llama-7b': 2048}
