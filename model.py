@@ -921,6 +921,8 @@ def write_file(path, write, keep=None):
     except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(e, OSError) and not e.filename:
+            raise OSError(e.errno, f'{e.strerror}: make room, then go on', path) from e
         if isinstance(e, RuntimeError):  # how torch reports that its file could not be written, a full disk for one
             cause = e.__context__ if isinstance(e.__context__, OSError) else OSError(errno.EIO, 'cannot be written')
             raise OSError(cause.errno, f'{cause.strerror}: make room, then go on', path) from e
@@ -958,6 +960,10 @@ def load(path, device='cpu', **changes):
         trained = Config(**checkpoint['config'])
     except TypeError as e:
         raise ValueError(f"{path} has a configuration that this version does not know: {e!r}") from None
+    labels, task = checkpoint.get('labels', []), checkpoint.get('task', '')
+    if not all(isinstance(label, str) for label in labels) or task not in ('', 'seq2seq', trained.task) or (
+            trained.task in ('classify', 'tag') and trained.n_labels != len(set(labels))):
+        raise ValueError(f"{path} does not fit its own configuration: it has the task {task!r} and {len(labels)} labels")
     model = with_weights(trained, checkpoint['model'], path)
     return resized(model, path, **changes).to(device), checkpoint
 
@@ -1000,6 +1006,11 @@ def shapes_of(config, path, n_tensors):
         raise ValueError(f"{path}: a model of these sizes cannot be built") from None
 
 
+def whole(t):
+    """Whether all numbers of a tensor are there: one that is spread over many places costs a stranger nothing."""
+    return t.layout == torch.strided and not t.is_meta and t.untyped_storage().nbytes() >= t.numel() * t.element_size()
+
+
 def with_weights(config, weights, path):
     """
     A model made of given tensors {name: tensor}, which become its parameters; nothing is copied, and no random weights are
@@ -1012,7 +1023,7 @@ def with_weights(config, weights, path):
             state[name] = made[id(p)]
             continue
         found = weights.get(name)
-        if not isinstance(found, torch.Tensor) or found.shape != p.shape or not found.is_floating_point():
+        if not (isinstance(found, torch.Tensor) and found.shape == p.shape and found.is_floating_point() and whole(found)):
             raise ValueError(f"{path} does not fit its own configuration: {name} should be a tensor of shape "
                              f"{tuple(p.shape)}, and is "
                              + (f'{tuple(found.shape)} of {found.dtype}' if isinstance(found, torch.Tensor) else 'missing'))
@@ -1049,6 +1060,11 @@ def resized(model, path, **changes):
     return with_weights(config, weights, path)
 
 
+# what a checkpoint of ours holds besides weights, of what kind
+PARTS = {'settings': dict, 'labels': list, 'task': str, 'optimizer': list, 'scaler': dict, 'step': int, 'evaluated': int,
+         'waited': int, 'best': float, 'best_loss': float, 'seconds': float}
+
+
 def read_checkpoint(path, device='cpu'):
     """Open a file that `save` wrote, without running any code from it. Raises as `load` does."""
     if not os.path.exists(path):
@@ -1071,6 +1087,11 @@ def read_checkpoint(path, device='cpu'):
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get('model_args', checkpoint.get('config')), dict)
             and isinstance(checkpoint.get('model'), dict)):
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'config' and 'model'")
+    for key, kind in PARTS.items() if 'model_args' not in checkpoint else ():
+        value = checkpoint.get(key, kind())
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or (key in ('step', 'seconds') and not 0 <= value < 1e18):
+            raise ValueError(f"{path} is not a whole checkpoint: its {key!r} is {str(value)[:40]!r}")
     return checkpoint
 
 
@@ -1287,7 +1308,7 @@ def open_tensors(folder):
         for name in files:
             if name.endswith('.bin'):
                 weights = torch.load(path(name), map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path(name)))
-                if not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in weights.items()):
+                if not all(isinstance(k, str) and isinstance(t, torch.Tensor) and whole(t) for k, t in weights.items()):
                     raise ValueError(f"{path(name)} holds something other than tensors: fetch it again")
                 found |= {key: functools.partial(weights.pop, key) for key in weights}
                 continue

@@ -98,6 +98,9 @@ def check_flags(settings):
         value, rules = getattr(settings, f.name), f.metadata
         if rules['choices'] and value not in rules['choices']:
             raise ValueError(f"--{f.name} {value}: choose one of {', '.join(filter(None, rules['choices']))}")
+        right = type(value) is rules['kind'] or (rules['kind'] is float and type(value) is int) or value is f.default is None
+        if not right:  # settings come from the files of strangers too
+            raise ValueError(f"--{f.name} {value!r}: must be a {rules['kind'].__name__}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             finite = isinstance(value, int) or math.isfinite(value)
             limits = {f'{text} {rules[name]}': holds(value, rules[name])
@@ -171,6 +174,9 @@ def read_flags(argv, description, groups):
     if extra:
         raise ValueError(f"{extra[0]} belongs to no flag: see --help")
     given = vars(given)
+    for name, value in given.items():
+        if isinstance(value, list) and known[name] is not list:  # what argparse makes of --
+            raise ValueError(f"--{name} --: is no value")
     return {**read_config(given['config'], known), **given} if given.get('config') else given
 
 
@@ -210,11 +216,11 @@ def run(main):
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
         named = isinstance(e, OSError) and e.strerror
-        message = f"{e.filename + ': ' if e.filename else ''}{e.strerror}" if named else str(e)
+        message = f"{f'{e.filename}: ' if e.filename else ''}{e.strerror}" if named else str(e) or "not enough memory"
         progress('')
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         progress('')
@@ -961,7 +967,7 @@ def read_json(path):
     with open(path, encoding='utf-8') as f:
         try:
             return json.load(f)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path} is damaged ({e}): prepare the data again") from None
 
 
@@ -1343,12 +1349,15 @@ def prepare_task(settings, task, folder, files, val_files, source):
     alphabet = set().union(*texts(rows), *texts(val_rows))
     unique = dict.fromkeys(texts(train_rows))          # one context has many questions
     tokenizer = choose_tokenizer(settings, alphabet, unique)
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, 'rb') as f:
-            digest.update(f.read())
+    digests = {}
+    for name, paths in (('sha256', files), ('val_sha256', val_files)):
+        digest = hashlib.sha256()
+        for path in paths:
+            with open(path, 'rb') as f:
+                digest.update(f.read())
+        digests |= {name: digest.hexdigest()} if paths else {}
     return write_examples(folder, task, tokenizer, {'train': train_rows, 'val': val_rows}, labels, settings.block_size,
-                          source=source, sha256=digest.hexdigest())
+                          source=source, **digests)
 
 # -----------------------------------------------------------------------------
 # Built-in data sets: functions that return a text, or one for training and one for validation
@@ -1649,7 +1658,8 @@ def prepare_text(settings, folder, files, val_files, source):
     val_blocks = split_blocks(read_blocks(val_files, val_text.by_line), 0)
     tokenizer = choose_tokenizer(settings, text.alphabet | val_text.alphabet, training_sample(blocks(), cut))
     return write_text(folder, tokenizer, itertools.chain(split_blocks(blocks(), cut), val_blocks),
-                      text.characters + val_text.characters, source=source, sha256=text.sha256)
+                      text.characters + val_text.characters, source=source, sha256=text.sha256,
+                      **({'val_sha256': val_text.sha256} if val_files else {}))
 
 
 def prepare(settings):

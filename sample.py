@@ -1157,7 +1157,7 @@ class Settings:
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
     temperature: float = flag(None, '0 takes the likeliest token, 1 draws as the model says [0.8; text to text: 0]', low=0,
                               kind=float)
-    num_beams: int = flag(1, 'continuations followed at once; above 1 the likeliest text is searched for', low=1)
+    num_beams: int = flag(1, 'continuations followed at once; above 1 the likeliest text is searched for', low=1, high=4096)
     length_penalty: float = flag(1.0, 'of beams: the power of the length by which log-probabilities are divided', low=0)
     top_k: int = flag(0, 'draw from the k likeliest tokens; 0: from all. For [MASK]: show so many; 0: five', low=0)
     top_p: float = flag(1.0, 'draw from the fewest likeliest tokens that reach this probability', low=0, high=1)

@@ -359,18 +359,26 @@ class Data:
         try:
             self.counts, self.vocab_size = self.meta['counts'][split], self.meta['vocab_size']
             self.task, self.labels = self.meta['task'], self.meta['labels']
+            if not (type(self.vocab_size) is int and 0 < self.vocab_size < 2 ** 31
+                    and self.task in ('lm', *prepare_data.TASKS)
+                    and type(self.labels) is list and all(type(label) is str for label in self.labels)
+                    and all(type(n) is int for n in [self.counts['bytes'], *self.counts.values()])):
+                raise TypeError("a field is of another kind")
             self.read()
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{folder}/meta.json is not that of a data set ({e!r}): prepare the data again") from None
 
     @property
     def fingerprint(self):
         """What tells this data from other data: a run that goes on must go on with the same."""
-        return {key: self.meta.get(key) for key in ('sha256', 'counts', 'vocab_size', 'labels')}
+        return {key: self.meta.get(key) for key in ('sha256', 'val_sha256', 'counts', 'vocab_size', 'labels')}
 
     @functools.cached_property
     def tokenizer(self):
-        return prepare_data.load_tokenizer(self.folder)
+        tokenizer = prepare_data.load_tokenizer(self.folder)
+        if not all(type(i) is int and 0 <= i < self.vocab_size for i in tokenizer._special_tokens.values()):
+            raise ValueError(f"{self.folder}: tokenizer.json is not that of meta.json: prepare the data again")
+        return tokenizer
 
     @functools.cached_property
     def is_text(self):
@@ -437,8 +445,15 @@ class Text(Data):
     @functools.cached_property
     def sentences(self):
         """Where sentences start, and the last one ends (S + 1,); their documents (S,); those with a successor (F,)."""
-        table = np.load(os.path.join(self.folder, f'{self.split}.sentences.npy'))
-        document = np.ascontiguousarray(table[:, 1])
+        path = os.path.join(self.folder, f'{self.split}.sentences.npy')
+        try:
+            table = np.load(path)
+            starts, document = np.ascontiguousarray(table.T)
+            rising = (np.diff(starts) >= 0).all() and (np.diff(document) >= 0).all()
+            if table.dtype.kind != 'i' or not rising or (len(table) and not 0 <= starts[0] <= starts[-1] < len(self.tokens)):
+                raise ValueError
+        except (ValueError, TypeError, EOFError):
+            raise ValueError(f"{path} is damaged: prepare the data again") from None
         return np.append(table[:, 0], len(self.tokens)), document, np.flatnonzero(document[1:] == document[:-1])
 
     @functools.cached_property
@@ -449,6 +464,38 @@ class Text(Data):
 
     def check_length(self, block_size, whole=False):
         self.window_starts([0], block_size)  # raises where it is too short
+
+
+def check_example(example, task, labels, vocab_size):
+    """
+    (len(ids), len(decoder_ids)) of an example of labelled data. Raises ValueError, KeyError, TypeError, ... where it is not
+    one: ids and targets within their bounds, parts that belong to each other, and all that scoring will ask for.
+    """
+    ids, targets, segments, decoder_ids = (np.array(example.get(key, []), int) for key in (
+        'ids', 'targets', 'segments', 'decoder_ids'))
+    parts, about = np.concatenate([ids, decoder_ids]), example['about']
+    if not ids.size or not 0 <= parts.min() <= parts.max() < vocab_size:
+        raise ValueError(f"ids must be below {vocab_size}")
+    classes = {'seq2seq': vocab_size, 'qa': len(ids)}.get(task, len(labels))
+    if not ((targets == IGNORE) | (targets >= 0) & (targets < classes)).all():
+        raise ValueError(f"targets must be below {classes}")
+    texts = lambda *values: all(type(value) is str for value in values)
+    if task == 'classify':
+        fits = targets.shape == () and about['label'] in labels
+    elif task == 'tag':
+        fits = (targets.shape == ids.shape and len(about['tokens']) == len(about['where']) == len(about['tags'])
+                and texts(*about['tokens']) and set(about['tags']) <= set(labels)
+                and all(0 <= t < len(ids) for t in about['where']))
+    elif task == 'qa':
+        fits = (targets.shape == (2,) and texts(about['context'], *about['answers']) and type(about['start']) is int
+                and 0 < about['first'] <= len(ids) - 1 - len(about['offsets'])
+                and np.array(about['offsets'], int).reshape(-1, 2).shape == (len(about['offsets']), 2))
+    else:
+        fits = 0 < decoder_ids.size == targets.size and targets.ndim == 1 and texts(about['source'], about['target'])
+    if not (fits and ids.ndim == 1 and type(about['row']) is int and segments.shape in ((0,), ids.shape)
+            and set(segments.tolist()) <= {0, 1}):
+        raise ValueError("its parts do not fit together")
+    return len(ids), len(decoder_ids)
 
 
 class Examples(Data):
@@ -462,21 +509,12 @@ class Examples(Data):
         with open(self.path, 'rb') as f:
             for line in f:
                 try:
-                    example = json.loads(line)
-                    classes = self.vocab_size if self.task == 'seq2seq' else len(
-                        example['ids'] if self.task == 'qa' else self.labels)
-                    ids, targets = (np.array(example[key], int) for key in ('ids', 'targets'))
-                    decoder_ids = np.array(example.get('decoder_ids', []), int)
-                    if not ((targets == IGNORE) | (targets >= 0) & (targets < classes)).all():
-                        raise ValueError(f"targets must be below {classes}")
-                    parts = np.concatenate([ids, decoder_ids])
-                    if not ids.size or not 0 <= parts.min() <= parts.max() < self.vocab_size:
-                        raise ValueError(f"ids must be below {self.vocab_size}")
-                except (ValueError, KeyError, TypeError, OverflowError) as e:
+                    sizes = check_example(json.loads(line), self.task, self.labels, self.vocab_size)
+                except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as e:
                     raise ValueError(f"{self.path}, line {len(places) + 1}: not an example of {self.task} ({e!r}): prepare "
                                      "the data again") from None
                 places.append(at)
-                lengths.append((len(ids), len(decoder_ids)))
+                lengths.append(sizes)
                 at += len(line)
         if len(places) != n or not n:
             raise ValueError(f"{self.path} has {len(places)} examples, not the {n} that meta.json speaks of: prepare the "
@@ -586,7 +624,12 @@ class Optimizer:
     def load_state_dict(self, saved):
         """What is remembered comes back; settings stay, since flags given on resume count."""
         weights = [p for group in self.param_groups for p in group['params']]
-        self.state = {weights[i]: [t.to(weights[i].device) for t in tensors] for i, tensors in saved['state'].items()}
+        for i, tensors in saved['state'].items():
+            self.state[weights[i]] = fresh = self.start(weights[i])
+            for new, old in zip(fresh, tensors, strict=True):
+                if new.shape != old.shape:  # AdamW works on bare memory
+                    raise ValueError(f"{tuple(old.shape)} instead of {tuple(new.shape)}")
+                new.copy_(old)
 
 
 class AdamW(Optimizer):
@@ -793,13 +836,13 @@ def estimate(forward, model, data, s, machine, pad_id):
         return evaluate(model, data, s, machine)
     scores = {'loss': mean_loss(forward, model, data, s, machine, pad_id, s.eval_iters * s.batch_size)}
     if data.split == 'val' and s.best_by not in ('', 'loss'):
-        scores |= task_scores(model, data, machine)
+        scores = task_scores(model, data, machine) | scores
     return scores | shot_scores(model, data, machine)
 
 
 def shot_scores(model, data, machine):
     """Of `recall`, how well a model learns from what it reads, by the number of examples; of other data nothing."""
-    if data.split != 'val' or data.meta['source'] != 'recall' or hasattr(model, 'encoder'):
+    if data.split != 'val' or data.meta.get('source') != 'recall' or hasattr(model, 'encoder'):
         return {}
     end_id = data.tokenizer._special_tokens['<|endoftext|>']
     return signals.hurry(lambda: sample.shot_scores(model, data.tokens, end_id, context=machine.precision), {})
@@ -1143,7 +1186,7 @@ class Log:
 
     def plot(self):
         """loss.png, where matplotlib is installed."""
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # nor does the log have to be there
             from matplotlib.figure import Figure  # without pyplot: no window, no global state
             rows = np.atleast_1d(np.genfromtxt(self.path, delimiter=',', names=True))
             axes = Figure(figsize=(7, 4)).subplots()
@@ -1180,9 +1223,13 @@ def update(step, loss, model, optimizers, s, machine):
 
 def restore(optimizers, scaler, checkpoint):
     """Give optimizers and scaler the state they had."""
-    for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
-        optimizer.load_state_dict(saved)
-    scaler.load_state_dict(checkpoint['scaler'])
+    try:
+        for optimizer, saved in zip(optimizers, checkpoint['optimizer'], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(checkpoint['scaler'])
+    except Exception as e:  # files of strangers hold anything
+        raise ValueError(f"the checkpoint does not fit its own model: the state of its optimizer is damaged ({e}): start a "
+                         "new run with --init_from and its path") from None
 
 
 def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
@@ -1218,6 +1265,9 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     began, seconds_before = time.perf_counter(), state['seconds']
     logged_at, logged_step, reached = began, state['step'], False
 
+    # a run that goes on from ckpt.prev.pt must not put a damaged ckpt.pt in its place
+    fallen_back = bool(checkpoint) and checkpoint.get('path', '').endswith('ckpt.prev.pt')
+
     def write_checkpoint(name, **extra):
         if machine.main:
             os.makedirs(s.out_dir, exist_ok=True)  # somebody may have removed it
@@ -1226,8 +1276,10 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
                  settings=dataclasses.asdict(s), data=data.fingerprint, **state, **extra)
 
     def write_latest():
+        nonlocal fallen_back
         write_checkpoint('ckpt.pt', optimizer=[o.state_dict() for o in optimizers], scaler=machine.scaler.state_dict(),
-                         keep=os.path.join(s.out_dir, 'ckpt.prev.pt'))
+                         keep=None if fallen_back else os.path.join(s.out_dir, 'ckpt.prev.pt'))
+        fallen_back = False
 
     while True:
         step, now = state['step'], time.perf_counter()
@@ -1344,7 +1396,7 @@ def from_checkpoint(path, resume, s, settings_given, config_given):
                              f"{'and optimizer ' if key in of_optimizer else ''}are made for: leave the flag "
                              "out, or start "
                              + (f"a new run with --init_from {path}" if key in of_optimizer else "from scratch"))
-    if resume and 'optimizer' not in checkpoint:
+    if resume and not {'optimizer', 'scaler', 'step'} <= checkpoint.keys():
         raise ValueError(f"{path} has no state of an optimizer, so it cannot be resumed: start a new run from it with "
                          f"--init_from {path}")
     if resume or s.eval_only:  # the folder may have been moved or renamed since: it is the one that was asked for
@@ -1366,6 +1418,7 @@ def start(given):
     checkpoint = None
     if path is not None:
         model, checkpoint, s = from_checkpoint(path, resume, s, settings_given, config_given)
+        checkpoint['path'] = path
     machine = Machine(s)
     folder = find_dataset(s.dataset, machine)
     data, val = (open_data(folder, split, s.seed) for split in SPLITS)
@@ -1395,7 +1448,15 @@ def start(given):
         if preset.mlp_dim and 'n_embd' in config_given:  # as wide, in proportion
             config_given.setdefault('mlp_dim', max(1, preset.mlp_dim * config_given['n_embd'] // preset.n_embd))
         config = dataclasses.replace(preset, **config_given)
-        model = shapes_of(config, '--dry_run', math.inf) if s.dry_run else build(config)
+        sizes = ('vocab_size', 'block_size', 'n_head', 'n_embd', 'head_dim', 'mlp_dim', 'segments')
+        for name, most in {'n_layer': 10_000, **dict.fromkeys(sizes, 2 ** 31)}.items():
+            if getattr(config, name) > most:
+                raise ValueError(f"--{name} {getattr(config, name)}: must be at most {most}")
+        try:
+            model = shapes_of(config, '--dry_run', math.inf) if s.dry_run else build(config)
+        except (RuntimeError, MemoryError):
+            raise ValueError("a model of these sizes has no room in memory: lower --n_embd, --vocab_size or "
+                             "--block_size") from None
     else:
         if checkpoint.get('tokenizer') and checkpoint['tokenizer'] != tokenizer_to_dict(data.tokenizer):
             raise ValueError(f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it again "
@@ -1520,8 +1581,10 @@ def train_and_report(model, s, tokenizer, data, val, checkpoint, machine):
                     "question whether the second text follows the first")
     signals.listen()
     state = train(model, data, val, s, tokenizer, checkpoint, stop=lambda: bool(signals.caught))
-    if signals.caught:
-        return 128 + signals.caught
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    caught = [n for n, came in zip(numbers, machine.sum(*(float(signals.caught == n) for n in numbers))) if came]
+    if caught:
+        return 128 + caught[0]
     machine.say(f"done: {state['step']} steps in {duration(state['seconds'])}, best validation "
                 f"{s.best_by or METRICS.get(model.config.task, 'loss')} {state['best']:.4f}. "
                 f"Ask the model: python sample.py --out_dir {s.out_dir} --start \"...\"")

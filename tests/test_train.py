@@ -2389,7 +2389,7 @@ def test_the_end_of_a_document_is_a_target_like_any_other(data):
     """Or the model would never learn to stop. b14"""
     text = text_data(data, 18)
     end_id = text.tokenizer._special_tokens['<|endoftext|>']
-    text.tokens, text.vocab_size = np.full(18, end_id, np.uint16), end_id + 1
+    text.tokens = np.full(18, end_id, np.uint16)
     batch = train.get_batch(text, 'causal_lm', 8, 0, 2)
     assert (batch['targets'] == end_id).all(), batch['targets']
 
