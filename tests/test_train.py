@@ -2387,7 +2387,7 @@ def test_a_config_that_is_wrong_is_refused_in_one_line(data, tmp_path, monkeypat
 
 def test_the_end_of_a_document_is_a_target_like_any_other(data):
     """Or the model would never learn to stop. b14"""
-    text = text_data(data, 18)
+    text = train.Text(data, 'train')
     end_id = text.tokenizer._special_tokens['<|endoftext|>']
     text.tokens = np.full(18, end_id, np.uint16)
     batch = train.get_batch(text, 'causal_lm', 8, 0, 2)
