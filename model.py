@@ -960,9 +960,9 @@ def load(path, device='cpu', **changes):
         trained = Config(**checkpoint['config'])
     except TypeError as e:
         raise ValueError(f"{path} has a configuration that this version does not know: {e!r}") from None
-    labels, task = checkpoint.get('labels', []), checkpoint.get('task', '')
-    if not all(isinstance(label, str) for label in labels) or task not in ('', 'seq2seq', trained.task) or (
-            trained.task in ('classify', 'tag') and trained.n_labels != len(set(labels))):
+    labels, task = checkpoint.get('labels', [str(i) for i in range(trained.n_labels)]), checkpoint.get('task', '')
+    fits = all(isinstance(label, str) for label in labels) and task in ('', 'seq2seq', trained.task)
+    if not fits or (trained.task in ('classify', 'tag') and trained.n_labels != len(set(labels))):
         raise ValueError(f"{path} does not fit its own configuration: it has the task {task!r} and {len(labels)} labels")
     model = with_weights(trained, checkpoint['model'], path)
     return resized(model, path, **changes).to(device), checkpoint
