@@ -580,16 +580,14 @@ class Stack(nn.Module):
                 old = cache.get('keep', torch.ones_like(ids[:, :1], dtype=torch.bool).expand(B, past))
                 new = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
                 keep = cache['keep'] = torch.cat([old, new], dim=1)                    # (B, S)
-        if keep is None:
-            where = torch.arange(past, past + T, device=ids.device)[None]              # (1, T)
-        else:
-            where = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, past:]                    # (B, T)
+        there = torch.arange(past + T, device=ids.device)[None] if keep is None else (keep.cumsum(dim=1) - 1).clamp(min=0)
+        where = there[:, past:]                                                        # (1 or B, T) of (1 or B, S)
 
         look = {'mask': self.visible(T, past, keep, ids.device), 'causal': False}
         if look['mask'] is None:  # then the kernel draws the triangle by itself; one new token may see all
             look['causal'] = self.causal and T > 1
         if hasattr(self, 'distances'):
-            look = {'mask': self.with_distances(look['mask'], look['causal'], where, past, keep), 'causal': False}
+            look = {'mask': self.with_distances(look['mask'], look['causal'], where, there), 'causal': False}
         if hasattr(self, 'cos'):
             look['rotary'] = self.cos[where][:, None], self.sin[where][:, None]        # 2 x (1 or B, 1, T, D/2)
         read = None
@@ -601,9 +599,8 @@ class Stack(nn.Module):
             x = block(x, look, read, None if cache is None else cache.setdefault(i, {}))
         return self.norm(x)                                                            # (B, T, C)
 
-    def with_distances(self, mask, causal, where, past, keep):
+    def with_distances(self, mask, causal, where, there):
         """The mask of `visible` as scores to add, (1 or B, H, T, S): a learned number a distance, -inf where hidden."""
-        there = torch.arange(past + where.size(1), device=where.device)[None] if keep is None else keep.cumsum(dim=1) - 1
         distance = there[:, None, :] - where[:, :, None]                               # (1 or B, T, S)
         bias = self.distances(distance_buckets(distance, not self.causal, self.distances.num_embeddings,
                                                self.max_distance)).permute(0, 3, 1, 2)

@@ -733,7 +733,7 @@ def test_without_positions_an_encoder_does_not_know_the_order(order):
         assert (decoder(ids)[:, order] - decoder(ids[:, order])).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary', 'relative'])
+@pytest.mark.parametrize('positions', sorted({*Config.__dataclass_fields__['positions'].metadata['choices']} - {'none'}))
 def test_every_kind_of_position_tells_the_order(positions):
     """An encoder that is told positions answers the same tokens differently in another order."""
     stack, ids = awake(Stack(tiny('gpt2', positions=positions), nn.Embedding(V, 32), causal=False)), some(2, 9)
@@ -1837,7 +1837,7 @@ def test_where_a_text_stands_does_not_matter_to_t5(length, shift, seed):
     plain = model.decode(decoder_ids, cache=model.read(ids))
     far = [torch.cat([some(2, shift), t], dim=1) for t in (ids, decoder_ids)]
     close(model.decode(far[1], keep, model.read(far[0], keep)), plain, 1e-4)
-    bias = model.encoder.with_distances(None, False, torch.arange(length)[None], 0, None)[0]  # (H, T, S)
+    bias = model.encoder.with_distances(None, False, *[torch.arange(length)[None]] * 2)[0]  # (H, T, S)
     same(bias[:, 1:, 1:], bias[:, :-1, :-1])
 
 
@@ -2357,12 +2357,12 @@ def test_optimizer_groups_share_out_all_weights_and_vectors_never_decay(preset):
         assert group['weight_decay'] == (0.0 if name == 'vectors' else 0.3), name
         assert all((p.dim() < 2) == (name == 'vectors') for p in group['params']), name
     tables = [model.tokens.weight, *([] if model.config.tied else [model.output.weight])]
-    if preset in ('gpt2', 'bert'):
+    if model.config.positions == 'learned':
         tables += [(model.encoder if preset == 'bert' else model.decoder).embed.positions.weight]
     if preset == 'bert':
         tables += [model.encoder.embed.segments.weight, model.is_next.weight]
     assert {id(p) for p in groups['embeddings']['params']} == {id(p) for p in tables}
-    assert ('vectors' in groups) == (preset != 'nano'), 'nano has no vectors at all'
+    assert ('vectors' in groups) == (model.config.bias or model.config.norm_weight), 'nano has no vectors at all'
     model.tokens.weight.requires_grad_(False)
     frozen = [p for group in optimizer_groups(model, 0.3) for p in group['params']]
     assert len(frozen) == len(ids) - 1 and all(p is not model.tokens.weight for p in frozen), 'a frozen weight takes part'
