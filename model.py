@@ -918,12 +918,13 @@ def write_file(path, write, keep=None):
     except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        if isinstance(e, OSError) and not e.filename:
-            raise OSError(e.errno, f'{e.strerror}: make room, then go on', path) from e
         if isinstance(e, RuntimeError):  # how torch reports that its file could not be written, a full disk for one
             cause = e.__context__ if isinstance(e.__context__, OSError) else OSError(errno.EIO, 'cannot be written')
-            raise OSError(cause.errno, f'{cause.strerror}: make room, then go on', path) from e
-        raise
+        elif isinstance(e, OSError) and not e.filename:  # which does not say where there was no room
+            cause = e
+        else:
+            raise
+        raise OSError(cause.errno, f'{cause.strerror}: make room, then go on', path) from e
 
 
 def save(path, model, keep=None, **extra):

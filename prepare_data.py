@@ -644,7 +644,6 @@ def encode(tokenizer, text):
         raise ValueError(f"this is not valid Unicode text: {text[:40]!r}") from None
 
 
-
 SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥'})
 
 

@@ -20,7 +20,9 @@ saving, and a resumed run is the unbroken one.
     causal_lm, masked_lm, supervised    what is shown and what is asked: the objectives
     Text, Examples, get_batch           which part of the data a step sees
     learning_rate                       and the optimizers
+    Machine, Signals                    where it runs, and what ends it early
     evaluate, train                     the loop
+    rehearse, dry_run                   what a run costs, before it is spent
     start, main                         new, resumed, or from another checkpoint
 
 References:
@@ -454,7 +456,7 @@ class Text(Data):
                 raise ValueError
         except (ValueError, TypeError, EOFError):
             raise ValueError(f"{path} is damaged: prepare the data again") from None
-        return np.append(table[:, 0], len(self.tokens)), document, np.flatnonzero(document[1:] == document[:-1])
+        return np.append(starts, len(self.tokens)), document, np.flatnonzero(document[1:] == document[:-1])
 
     @functools.cached_property
     def has_pairs(self):
@@ -1010,139 +1012,6 @@ def freeze(model, what):
         raise ValueError(f"--freeze {what}: nothing is left to train, since there is no head of a task")
 
 
-class Live(TorchDispatchMode):
-    """
-    Inside it, `bytes` is the memory of all tensors that have been made and are still there, `peak` the most of it. A tensor
-    without memory cannot say how many of its values are True: `asked` of them are.
-    """
-
-    def __init__(self, made, asked=None):
-        super().__init__()
-        self.bytes, self.peak, self.known, self.asked = 0, 0, set(), asked
-        tree_map_only(torch.Tensor, self.count, made)
-
-    def count(self, tensor):
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.bytes += size
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key, size):
-        self.bytes -= size
-        self.known.discard(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if self.asked is not None and function is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
-            args = (args[0].flatten(0, 1), [args[0].new_zeros(self.asked, dtype=torch.long)])
-        made = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.count, made)
-        return made
-
-
-def rehearse(config, s, batches, machine):
-    """
-    One step as it would be, but on tensors that have a shape and no memory: (bytes of the weights, of their gradients, of
-    the optimizer, of activations at the peak; FLOPs of the products). Works for models that no machine could hold.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # here: they take a second to import
-    from torch.utils.flop_counter import FlopCounterMode
-    flops, asked = FlopCounterMode(display=False), max(int((batch['targets'] != IGNORE).sum()) for batch in batches)
-    with FakeTensorMode() as fake, torch.device(machine.device):
-        model = build(config).train()
-        for module in model.modules():  # tables of positions are made on the CPU
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(machine.device))
-        freeze(model, s.freeze)
-        optimizers = make_optimizers(model, s, machine.dtype)
-        batches = [{key: fake.from_tensor(t) for key, t in batch.items() if config.arch != 'lstm' or key != 'keep'}
-                   for batch in batches]
-        with Live(list(model.parameters()), asked) as live, flops:
-            weights = live.bytes
-            for batch in batches:
-                with machine.precision():
-                    _, loss = model(**batch, counts={'targets': 1})
-                loss.backward()
-                del loss
-            gradients, peak = live.bytes - weights, live.peak
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            state = live.bytes - weights
-    return weights, gradients, state, peak - weights - gradients, flops.get_total_flops()
-
-
-def product_speed(config, machine):
-    """FLOPs a second of the product that an MLP begins with, measured for a fifth of a second."""
-    rows, inner = 2048, config.mlp_dim or 4 * config.n_embd
-    a, b = (torch.randn(shape, dtype=machine.dtype, device=machine.device)
-            for shape in ((rows, config.n_embd), (config.n_embd, inner)))
-    n, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 0.2 or n < 2:
-        (a @ b)[0, 0].item()  # waits for the device
-        n += 1
-        if n == 1:
-            began = time.perf_counter()  # the first call prepares much
-    return 2 * rows * config.n_embd * inner * (n - 1) / (time.perf_counter() - began)
-
-
-def sizes_of(model):
-    """{part: parameters}"""
-    sizes = {}
-    for name, p in model.named_parameters():
-        first = name.removeprefix('trunk.').split('.')[0]
-        part = 'blocks' if '.blocks.' in name or first == 'lstm' else first if first in ('tokens', 'output', 'head') else \
-            'positions' if '.embed.' in name else 'the rest'
-        sizes[part] = sizes.get(part, 0) + p.numel()
-    return sizes
-
-
-def memory_of(machine):
-    """Bytes of the device, 0 where it does not say."""
-    if machine.device.startswith('cuda'):
-        return torch.cuda.get_device_properties(machine.device).total_memory
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 0
-
-
-def dry_run(model, s, data, machine):
-    """Print what a run needs, before it spends it: memory for its longest batch, products, time, devices."""
-    longest, shares = 0, share(0, s, machine)[:2]  # the gradients of the first are there when the second is computed
-    if isinstance(data, Examples):
-        data.examples_of([0])
-        longest = int(data.lengths[data.order].sum(axis=1).argmax()) // s.batch_size * s.batch_size
-    batches = [get_batch(data, s.objective, model.config.block_size, longest + first, n,
-                         data.tokenizer._special_tokens['[PAD]'], machine.device) for first, n in shares]
-    *parts, flops = rehearse(model.config, s, batches, machine)
-    sizes, tokens = sizes_of(model), count_tokens(s, data, model.config)               # of a step
-    n, seen = sum(sizes.values()), tokens * s.max_iters
-    flops /= sum(batch[key].numel() for batch in batches for key in batch if key.endswith('ids'))  # a token
-    if model.config.arch == 'lstm':
-        flops += 6 * sizes['blocks']  # the products inside of its gates are not seen
-    # Measured on a CPU: torch and what it loads, and a heap with gaps between tensors of all sizes.
-    fixed, gaps = (0.33e9, 1.45) if machine.device == 'cpu' else (0.5e9, 1.1)
-    need, have = fixed + sum(parts[:3]) + gaps * parts[3], s.device_memory * 1e9 or memory_of(machine)
-    speed = s.device_speed * 1e12 or 0.5 * product_speed(model.config, machine)
-    for name, text in [
-        ('parameters', f"{n:,}: " + ', '.join(f"{part} {size:,}" for part, size in sizes.items())),
-        ('tokens', f"{tokens:,} a step, {seen / 1e6:,.1f} M in {s.max_iters:,} steps: {seen / data.counts['tokens']:,.1f} "
-                   f"times the data, {seen / n:,.2f} a parameter (with about 20, compute is spent best [8])"),
-        ('compute', f"{flops / 1e6:,.1f} MFLOPs a token (6 a parameter would be {6 * n / 1e6:,.1f}), "
-                    f"{flops * seen / 1e12:,.1f} TFLOPs in all"),
-        ('memory', ', '.join(f"{part} {size / 1e9:,.3f}" for part, size in zip(
-            ('weights', 'gradients', 'optimizer', 'activations'), parts))
-                   + f"; with the program and gaps {need / 1e9:,.2f} GB"),
-        ('time', f"{duration(flops * seen / speed)} without evaluations, at {speed / 1e9:,.0f} GFLOP/s"
-                 + ('' if s.device_speed else ', half of what a product reaches here')),
-        ('devices', f"one{f' of {have / 1e9:,.1f} GB' if have else ''} is enough, and up to "
-                    f"{s.gradient_accumulation_steps * s.batch_size} can share a step" if need <= (have or math.inf) else
-                    f"one of {have / 1e9:,.1f} GB is too small, and each holds a whole copy: lower --batch_size, or take "
-                    f"larger ones. Programs that split a model would need {math.ceil(need / have)}"),
-    ]:
-        machine.say(f'{name:11}{text}')
-
-
 def print_sample(model, tokenizer, s):
     """A few words of what the model would write now, so that one can watch it learn; nothing of one that does not write."""
     if not s.sample_tokens or s.objective != 'causal_lm':
@@ -1292,6 +1161,7 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
                 scores = evaluate(model, val, s, machine)
                 reached = scores['loss'] <= s.target_loss
             interrupted = bool(machine.sum(float(signals.caught))[0])  # then these scores are of a part, and do not count
+            reached = reached and not interrupted
         if scores and not interrupted:
             machine.say(line)
             state |= {'waited': state['waited'] + 1, 'evaluated': step}
@@ -1309,7 +1179,6 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
         elif interrupted:
             write_latest()
         tired = s.patience and state['waited'] >= s.patience
-        reached = reached and not interrupted
         if step >= s.max_iters or interrupted or reached or tired:
             break
 
@@ -1340,6 +1209,146 @@ def train(model, data, val, s, tokenizer, checkpoint=None, stop=lambda: False):
     return state
 
 # -----------------------------------------------------------------------------
+# What a run costs
+
+
+class Live(TorchDispatchMode):
+    """
+    Inside it, `bytes` is the memory of all tensors that have been made and are still there, `peak` the most of it. A tensor
+    without memory cannot say how many of its values are True: `asked` of them are.
+    """
+
+    def __init__(self, made, asked=None):
+        super().__init__()
+        self.bytes, self.peak, self.known, self.asked = 0, 0, set(), asked
+        tree_map_only(torch.Tensor, self.count, made)
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.bytes -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.asked is not None and function is torch.ops.aten.index.Tensor and args[1][0].dtype == torch.bool:
+            args = (args[0].flatten(0, 1), [args[0].new_zeros(self.asked, dtype=torch.long)])
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.count, made)
+        return made
+
+
+def rehearse(config, s, batches, machine):
+    """
+    One step as it would be, but on tensors that have a shape and no memory: (bytes of the weights, of their gradients, of
+    the optimizer, of activations at the peak; FLOPs of the products). Works for models that no machine could hold.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here: they take a second to import
+    from torch.utils.flop_counter import FlopCounterMode
+    flops, asked = FlopCounterMode(display=False), max(int((batch['targets'] != IGNORE).sum()) for batch in batches)
+    with FakeTensorMode() as fake, torch.device(machine.device):
+        model = build(config).train()
+        for module in model.modules():  # tables of positions are made on the CPU
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(machine.device))
+        freeze(model, s.freeze)
+        optimizers = make_optimizers(model, s, machine.dtype)
+        batches = [{key: fake.from_tensor(t) for key, t in batch.items() if config.arch != 'lstm' or key != 'keep'}
+                   for batch in batches]
+        with Live(list(model.parameters()), asked) as live, flops:
+            weights = live.bytes
+            for batch in batches:
+                with machine.precision():
+                    _, loss = model(**batch, counts={'targets': 1})
+                loss.backward()
+                del loss
+            gradients, peak = live.bytes - weights, live.peak
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            state = live.bytes - weights
+    return weights, gradients, state, peak - weights - gradients, flops.get_total_flops()
+
+
+def product_speed(config, machine):
+    """FLOPs a second of the product that an MLP begins with, measured for a fifth of a second."""
+    rows, inner = 2048, config.mlp_dim or 4 * config.n_embd
+    a, b = (torch.randn(shape, dtype=machine.dtype, device=machine.device)
+            for shape in ((rows, config.n_embd), (config.n_embd, inner)))
+    n, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 0.2 or n < 2:
+        (a @ b)[0, 0].item()  # waits for the device
+        n += 1
+        if n == 1:
+            began = time.perf_counter()  # the first call prepares much
+    return 2 * rows * config.n_embd * inner * (n - 1) / (time.perf_counter() - began)
+
+
+def sizes_of(model):
+    """{part: parameters}"""
+    sizes = {}
+    for name, p in model.named_parameters():
+        part = name.removeprefix('trunk.').split('.')[0]
+        if '.blocks.' in name or part == 'lstm':
+            part = 'blocks'
+        elif '.embed.' in name:
+            part = 'positions'
+        elif part not in ('tokens', 'output', 'head'):
+            part = 'the rest'
+        sizes[part] = sizes.get(part, 0) + p.numel()
+    return sizes
+
+
+def memory_of(machine):
+    """Bytes of the device, 0 where it does not say."""
+    if machine.device.startswith('cuda'):
+        return torch.cuda.get_device_properties(machine.device).total_memory
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') if hasattr(os, 'sysconf') else 0
+
+
+def dry_run(model, s, data, machine):
+    """Print what a run needs, before it spends it: memory for its longest batch, products, time, devices."""
+    longest, shares = 0, share(0, s, machine)[:2]  # the gradients of the first are there when the second is computed
+    if isinstance(data, Examples):
+        data.examples_of([0])
+        longest = int(data.lengths[data.order].sum(axis=1).argmax()) // s.batch_size * s.batch_size
+    batches = [get_batch(data, s.objective, model.config.block_size, longest + first, n,
+                         data.tokenizer._special_tokens['[PAD]'], machine.device) for first, n in shares]
+    *parts, flops = rehearse(model.config, s, batches, machine)
+    sizes, tokens = sizes_of(model), count_tokens(s, data, model.config)               # of a step
+    n, seen = sum(sizes.values()), tokens * s.max_iters
+    flops /= sum(batch[key].numel() for batch in batches for key in batch if key.endswith('ids'))  # a token
+    if model.config.arch == 'lstm':
+        flops += 6 * sizes['blocks']  # the products inside of its gates are not seen
+    # Measured on a CPU: torch and what it loads, and a heap with gaps between tensors of all sizes.
+    fixed, gaps = (0.33e9, 1.45) if machine.device == 'cpu' else (0.5e9, 1.1)
+    need, have = fixed + sum(parts[:3]) + gaps * parts[3], s.device_memory * 1e9 or memory_of(machine)
+    speed = s.device_speed * 1e12 or 0.5 * product_speed(model.config, machine)
+    for name, text in [
+        ('parameters', f"{n:,}: " + ', '.join(f"{part} {size:,}" for part, size in sizes.items())),
+        ('tokens', f"{tokens:,} a step, {seen / 1e6:,.1f} M in {s.max_iters:,} steps: {seen / data.counts['tokens']:,.1f} "
+                   f"times the data, {seen / n:,.2f} a parameter (with about 20, compute is spent best [8])"),
+        ('compute', f"{flops / 1e6:,.1f} MFLOPs a token (6 a parameter would be {6 * n / 1e6:,.1f}), "
+                    f"{flops * seen / 1e12:,.1f} TFLOPs in all"),
+        ('memory', ', '.join(f"{part} {size / 1e9:,.3f}" for part, size in zip(
+            ('weights', 'gradients', 'optimizer', 'activations'), parts))
+                   + f"; with the program and gaps {need / 1e9:,.2f} GB"),
+        ('time', f"{duration(flops * seen / speed)} without evaluations, at {speed / 1e9:,.0f} GFLOP/s"
+                 + ('' if s.device_speed else ', half of what a product reaches here')),
+        ('devices', f"one{f' of {have / 1e9:,.1f} GB' if have else ''} is enough, and up to "
+                    f"{s.gradient_accumulation_steps * s.batch_size} can share a step" if need <= (have or math.inf) else
+                    f"one of {have / 1e9:,.1f} GB is too small, and each holds a whole copy: lower --batch_size, or take "
+                    f"larger ones. Programs that split a model would need {math.ceil(need / have)}"),
+    ]:
+        machine.say(f'{name:11}{text}')
+
+# -----------------------------------------------------------------------------
 # The script
 
 
@@ -1368,9 +1377,9 @@ def find_origin(s, given):
     if s.init_from == 'auto' and len(there) == 2:
         try:
             read_checkpoint(latest)
-        except ValueError as e:
+        except ValueError:
             if os.environ.get('RANK', '0') == '0':
-                print(f"{str(e).partition(':')[0]}: going on from the one before, {before}", flush=True)
+                print(f"{latest} is not a whole checkpoint: going on from the one before, {before}", flush=True)
             there = [before]
     if s.init_from == 'resume' or (s.init_from == 'auto' and there):
         return (there or [latest])[0], not s.eval_only
