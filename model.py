@@ -918,6 +918,8 @@ def write_file(path, write, keep=None):
     except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(e, OSError) and e.filename == temporary:
+            e.filename = path  # nobody has asked for the other name
         if isinstance(e, RuntimeError):  # how torch reports that its file could not be written, a full disk for one
             cause = e.__context__ if isinstance(e.__context__, OSError) else OSError(errno.EIO, 'cannot be written')
         elif isinstance(e, OSError) and not e.filename:  # which does not say where there was no room
