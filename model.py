@@ -51,6 +51,8 @@ References, cited by number:
     [17] Szegedy et al. 2015, Rethinking the Inception Architecture (label smoothing), https://arxiv.org/abs/1512.00567
     [18] Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from Overfitting
     [19] Grattafiori et al. 2024, The Llama 3 Herd of Models, https://arxiv.org/abs/2407.21783
+    [20] Beltagy et al. 2020, Longformer (sliding windows), https://arxiv.org/abs/2004.05150
+    [21] Jiang et al. 2023, Mistral 7B, https://arxiv.org/abs/2310.06825
 """
 
 import contextlib
@@ -116,6 +118,8 @@ class Config:
     positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'relative', 'none')
     rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
     rope_scaling: str = choice('', 'rotary, stretched for long texts: linear FACTOR | llama3 FACTOR LOW HIGH LENGTH')
+    window: str = choice('0', 'how many of the newest tokens a block sees, itself included; 0: all. One number, or one for '
+                              'each block in turn: 4 4 4 0')
     buckets: int = choice(32, 'relative: how many distances are told apart')
     max_distance: int = choice(128, 'relative: from here on, all distances are one')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
@@ -164,6 +168,9 @@ class Config:
         if kind == 'llama3' and float(numbers[1]) >= float(numbers[2]):
             raise ValueError(f"rope_scaling={self.rope_scaling}: of llama3 FACTOR LOW HIGH LENGTH, LOW must be below HIGH")
         self.rope_scaling = ' '.join([kind, *(str(float(n)) for n in numbers)])
+        if not re.fullmatch(r'[0-9]{1,9}( [0-9]{1,9})*', ' '.join(self.window.split())):
+            raise ValueError(f"window={self.window} must be a whole number, or several with spaces between them")
+        self.window = ' '.join(str(int(n)) for n in self.window.split())
         for name in ('norm_eps', 'rope_theta'):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a number above 0")
@@ -319,9 +326,9 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     scores = (q * (q.size(-1) ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)  # (B, H, T, S)
     if causal:
         scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    elif mask is not None:
+    if mask is not None and mask.dtype == torch.bool:  # to add is faster than to fill, and nothing to do on the way back
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
+    if mask is not None:
         scores = scores + mask
     return scores.softmax(dim=-1)
 
@@ -549,7 +556,7 @@ class Stack(nn.Module):
 
     def __init__(self, config, tokens, causal, cross=False):
         super().__init__()
-        self.causal, self.block_size = causal, config.block_size
+        self.causal, self.block_size, self.windows = causal, config.block_size, [int(n) for n in config.window.split()]
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, cross) for _ in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd) if config.norm_first else nn.Identity()
@@ -583,21 +590,28 @@ class Stack(nn.Module):
         there = torch.arange(past + T, device=ids.device)[None] if keep is None else (keep.cumsum(dim=1) - 1).clamp(min=0)
         where = there[:, past:]                                                        # (1 or B, T) of (1 or B, S)
 
-        look = {'mask': self.visible(T, past, keep, ids.device), 'causal': False}
-        if look['mask'] is None:  # then the kernel draws the triangle by itself; one new token may see all
-            look['causal'] = self.causal and T > 1
-        if hasattr(self, 'distances'):
-            look = {'mask': self.with_distances(look['mask'], look['causal'], where, there), 'causal': False}
-        if hasattr(self, 'cos'):
-            look['rotary'] = self.cos[where][:, None], self.sin[where][:, None]        # 2 x (1 or B, 1, T, D/2)
+        looks = {window: self.look(where, there, keep, window) for window in set(self.windows)}
         read = None
         if memory is not None:
             read = {'context': memory, 'mask': never_blind(memory_keep)}
 
         x = self.embed(ids, where, segments)                                           # (B, T, C)
         for i, block in enumerate(self.blocks):
+            look = looks[self.windows[i % len(self.windows)]]
             x = block(x, look, read, None if cache is None else cache.setdefault(i, {}))
         return self.norm(x)                                                            # (B, T, C)
+
+    def look(self, where, there, keep, window):
+        """The arguments of self-attention, the same for all blocks of one window; where and there as in `visible`."""
+        mask, causal = self.visible(where, there, keep, window), False
+        if mask is None:  # then the kernel draws the triangle by itself; one new token may see all
+            causal = self.causal and where.size(1) > 1
+        if hasattr(self, 'distances'):
+            mask, causal = self.with_distances(mask, causal, where, there), False
+        look = {'mask': mask, 'causal': causal}
+        if hasattr(self, 'cos'):
+            look['rotary'] = self.cos[where][:, None], self.sin[where][:, None]        # 2 x (1 or B, 1, T, D/2)
+        return look
 
     def with_distances(self, mask, causal, where, there):
         """The mask of `visible` as scores to add, (1 or B, H, T, S): a learned number a distance, -inf where hidden."""
@@ -608,16 +622,23 @@ class Stack(nn.Module):
             mask = (distance <= 0)[:, None]
         return bias if mask is None else bias.masked_fill(~mask, -math.inf)
 
-    def visible(self, T, past, keep, device):
-        """Which keys the T newest queries may see: bool (1 or B, 1, T or 1, S), or None where no mask is needed."""
-        if keep is None and not (self.causal and past and T > 1):
+    def visible(self, where, there, keep, window=0):
+        """
+        Which keys the T newest queries may see: bool (1 or B, 1, T or 1, S), or None where no mask is needed. where (1 or B,
+        T) and there (1 or B, S): the positions of queries and keys. window: only keys less than so far away [20]; 0: all.
+        """
+        T, S = where.size(1), there.size(1)
+        causal, near = self.causal and T > 1, 0 < window < S
+        if keep is None and not near and not (causal and T < S):
             return None
-        mask = never_blind(keep)                                                       # (B, 1, 1, S)
-        if self.causal and T > 1:
-            # Query i stands at position past + i. is_causal would put query 0 beside key 0: wrong with a cache.
-            triangle = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
-            mask = triangle if mask is None else never_blind(keep, triangle)
-        return mask
+        seen = None                                                                    # (1 or B, 1, T, S)
+        if causal:
+            # Query i stands at position S - T + i. is_causal would put query 0 beside key 0: wrong with a cache.
+            seen = torch.ones(T, S, dtype=torch.bool, device=where.device).tril(S - T)[None, None]
+        if near:
+            close = ((where[:, :, None] - there[:, None, :]).abs() < window)[:, None]
+            seen = close if seen is None else seen & close
+        return seen if keep is None else never_blind(keep, seen)
 
 # -----------------------------------------------------------------------------
 # Models. Each maps a batch, given as keyword arguments, to (logits, loss).
@@ -1207,6 +1228,11 @@ FAMILIES = {
              'mlp.fc': ('mlp.gate_proj', 'mlp.up_proj'), 'mlp.proj': 'mlp.down_proj'})},
         r'.*rotary_emb\.inv_freq|lm_head\.weight'),
 }
+FAMILIES['mistral'] = FAMILIES['llama']._replace(  # [21]: Llama with a window, and never a bias
+    classes={'MistralForCausalLM': '', 'MistralModel': ''},
+    fields={name: field for name, field in FAMILIES['llama'].fields.items() if name != 'attention_bias'} | {
+        'max_position_embeddings': ('block_size', 131072), 'num_key_value_heads': ('n_kv_head', 8),
+        'intermediate_size': ('mlp_dim', 14336), 'sliding_window': ('window', 4096)})
 # Fields of config.json that change nothing of what a model computes. One that stands neither here nor in its family is
 # refused, unless it is off (None, False, empty).
 HARMLESS = re.compile(
@@ -1247,8 +1273,7 @@ def config_from(theirs, where):
         if 'scale_decoder_outputs' not in theirs:
             values['scale_output'] = theirs.get('tie_word_embeddings') is not False
     if family.preset == 'llama':
-        special |= {'rope_parameters', 'rope_scaling', 'mlp_bias'}
-        values['bias'] = bool(values['bias'] or theirs.get('mlp_bias'))  # those that a file lacks are 0
+        special |= {'rope_parameters', 'rope_scaling'}
         for field in ('rope_scaling', 'rope_parameters'):
             check(isinstance(theirs.get(field) or {}, dict), field, "it should be a dict")
         rope = {**(theirs.get('rope_scaling') or {}), **(theirs.get('rope_parameters') or {})}
@@ -1258,6 +1283,13 @@ def config_from(theirs, where):
         check(str(kind) in ROPE and all(n in rope for n in ROPE[kind]) and rope.get('partial_rotary_factor', 1.0) == 1.0,
               field, f"choose one of {', '.join(ROPE)}")
         values['rope_scaling'] = '' if kind == 'default' else ' '.join([kind, *(str(rope[n]) for n in ROPE[kind])])
+    if 'attention_bias' in family.fields:
+        special |= {'mlp_bias'}
+        values['bias'] = bool(values['bias'] or theirs.get('mlp_bias'))  # those that a file lacks are 0
+    if 'sliding_window' in family.fields:
+        n = theirs.get('sliding_window', values['window'])
+        check(n is None or (type(n) is int and n > 0), 'sliding_window', "it should be a number of tokens, or null")
+        values['window'] = str(n or 0)
     for name, value in theirs.items():
         check(name in special or HARMLESS.fullmatch(name) or value in (None, False, '', [], {}, ONLY.get(name)), name,
               "leave it out if the weights do not need it")
@@ -1415,10 +1447,14 @@ def config_to(kind, config):
         about[theirs] = acts.get(config.activation) if ours == 'activation' else getattr(config, ours)
     if kind == 't5':
         about |= {'num_decoder_layers': config.n_layer, 'is_encoder_decoder': True, 'tie_word_embeddings': config.tied}
-    if kind == 'llama':
+    if family.preset == 'llama':
         scaling, *numbers = config.rope_scaling.split() or ['default']
-        about |= {'mlp_bias': config.bias, 'rope_parameters': {
+        about |= {'rope_parameters': {
             'rope_type': scaling, 'rope_theta': config.rope_theta, **dict(zip(ROPE[scaling], map(float, numbers)))}}
+    if 'attention_bias' in about:
+        about['mlp_bias'] = config.bias
+    if 'sliding_window' in about:  # one for all blocks
+        about['sliding_window'] = int(config.window) or None if config.window.isdigit() else None
     return about
 
 

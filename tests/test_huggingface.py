@@ -41,9 +41,12 @@ NAMES = {  # the class whose folder is meant where a test says only which family
                                               num_heads=2, decoder_start_token_id=0, eos_token_id=None)),
     'llama': ('LlamaForCausalLM', dict(vocab_size=V, max_position_embeddings=T, hidden_size=24, intermediate_size=20,
                                        num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)),
+    'mistral': ('MistralForCausalLM', dict(vocab_size=V, max_position_embeddings=T, hidden_size=24, intermediate_size=20,
+                                           num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+                                           sliding_window=5)),
 }
 every_family = pytest.mark.parametrize('kind', NAMES)
-every_decoder = pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+every_decoder = pytest.mark.parametrize('kind', ['gpt2', 'llama', 'mistral'])
 
 
 def awake(model):
@@ -163,13 +166,16 @@ CHOICES = {
         'mlp_bias': bools, 'num_key_value_heads': st.sampled_from([1, 2, 6]), 'head_dim': st.sampled_from([None, 2, 10]),
         'hidden_act': st.sampled_from(['silu', 'gelu_pytorch_tanh']), 'rms_norm_eps': st.sampled_from([1e-6, 1e-2]),
         'tie_word_embeddings': bools, 'rope_parameters': ropes}),
+    'mistral': st.fixed_dictionaries({
+        'num_hidden_layers': few, 'num_key_value_heads': st.sampled_from([1, 2, 6]), 'head_dim': st.sampled_from([None, 10]),
+        'sliding_window': st.sampled_from([None, 1, 2, 7, T - 1, T, 4096]), 'rope_parameters': ropes}),
 }
 
 
 @every_decoder
 @given(data=st.data(), lengths=rows, left=bools)
 def test_a_decoder_has_the_logits_and_the_loss_of_transformers(kind, data, lengths, left, saved):
-    """GPT-2 and Llama, with padding on either side (b3, b4, b16)."""
+    """GPT-2, Llama and Mistral, with padding on either side (b3, b4, b16)."""
     there = theirs(kind, **data.draw(CHOICES[kind]))
     here, _ = load(saved(there))
     ids, keep = some(len(lengths), max(lengths)), padded(lengths, left)
@@ -290,7 +296,7 @@ def test_t5_that_remembers_says_what_transformers_says(choices, lengths, left, c
             close(here.decode(decoder_ids[:, start:end], cache=cache), expected[:, end - 1])
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama', 't5'])
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'mistral', 't5'])
 def test_greedy_text_is_that_of_transformers_token_by_token(kind, saved):
     """A batch of prompts of several lengths, padded on the left (T5: on the right)."""
     there = theirs(kind)
@@ -603,7 +609,8 @@ def few_blocks(monkeypatch):
     ('llama', 'rope_parameters', {'rope_type': 'yarn', 'factor': 2.0, 'rope_theta': 1e4}),
     ('llama', 'rope_parameters', {'rope_type': 'llama3', 'factor': 2.0}),
     ('llama', 'rope_parameters', {'rope_type': 'default', 'partial_rotary_factor': 0.5}),
-    ('llama', 'quantization_config', {'bits': 4}), ('llama', 'model_type', 'mistral'), ('llama', 'model_type', '喵'),
+    ('llama', 'quantization_config', {'bits': 4}), ('llama', 'model_type', 'mixtral'), ('llama', 'model_type', '喵'),
+    ('mistral', 'attention_bias', True), ('mistral', 'sliding_window', -1),
     ('gpt2', 'eine_neue_Größe', '🙂'), ('bert', 'embedding_size', 128), ('llama', 'attention_sinks', 1)])
 def test_a_field_that_cannot_be_honoured_is_refused_by_name(kind, field, value, whole, place):
     """Never ignored: a model that computes something else is worse than none."""
@@ -830,7 +837,7 @@ def test_training_goes_on_from_what_was_loaded(kind, name, whole, place):
     """Every weight is trained, each once; a tied one stays one (b5); and the file stays as it was."""
     folder = write(place(), *whole(kind), name)
     model, _ = load(folder)
-    assert model.config.tied == (kind != 'llama') == (model.output.weight is model.tokens.weight)
+    assert model.config.tied == (kind not in ('llama', 'mistral')) == (model.output.weight is model.tokens.weight)
     groups = optimizer_groups(model, 0.1)
     assert len({id(p) for group in groups for p in group['params']}) == len(list(model.parameters()))
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -910,7 +917,8 @@ def logits_of(model, ids, decoder_ids):
     ('t5', {'activation': 'swiglu', 'scale_output': False, 'n_head': 3}), ('t5', {'activation': 'gelu', 'tied': False}),
     ('llama', {}), ('llama', {'bias': True, 'tied': True, 'head_dim': 10, 'n_kv_head': 4}),
     ('llama', {'activation': 'geglu', 'rope_scaling': 'linear 4', 'n_kv_head': 1}),
-    ('llama', {'rope_theta': 500.0, 'rope_scaling': 'llama3 8 1 4 16'})])
+    ('llama', {'rope_theta': 500.0, 'rope_scaling': 'llama3 8 1 4 16'}),
+    ('llama', {'window': '5', 'n_kv_head': 1})])
 def test_what_was_trained_here_opens_in_transformers(preset, choices, place):
     """No key missing, none unexpected, the same logits; and read back here, every weight has the same bits (b16)."""
     model, folder = ours(preset, **choices), os.path.join(place(), 'new')
@@ -992,6 +1000,8 @@ def test_labels_without_names_are_numbered(place):
     ('gpt2', {'logit_cap': 5.0}, ['gpt2', 'logit_cap=5.0']), ('gpt2', {'activation': 'swiglu'}, ['activation=swiglu']),
     ('gpt2', {'n_kv_head': 2}, ['n_kv_head=2']), ('gpt2', {'head_dim': 10}, ['head_dim=10']),
     ('bert', {'norm_first': True}, ['bert', 'norm_first=True']), ('t5', {'bias': True}, ['t5', 'bias=True']),
+    ('llama', {'window': '5 0'}, ['window=5 0']), ('llama', {'window': '5', 'bias': True}, ['window=5']),
+    ('gpt2', {'window': '5'}, ['window=5']),
     ('llama', {'qk_norm': True, 'scale_embedding': True}, ['llama', 'qk_norm=True', 'scale_embedding=True']),
     ('gpt2', {'task': 'classify', 'n_labels': 3}, ['task=classify']), ('llama', {'task': 'qa'}, ['task=qa'])])
 def test_what_no_class_computes_is_refused_with_the_choices_in_the_way(preset, choices, named, place):

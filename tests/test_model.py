@@ -55,6 +55,7 @@ from model import (
 )
 
 V, T = 50, 16  # vocabulary and block_size of the tiny models
+PRESETS = PRESETS | {'near': dataclasses.replace(PRESETS['llama'], window='3 0')}  # no row of history, tested like one
 SAME = ('bert-base', 'gpt2-124m', 'transformer-base', 't5-small')  # made tiny, these equal their row
 PAIRS = [name for name in PRESETS if PRESETS[name].arch == 'encdec' and name not in SAME]  # a source and a target go in
 ROWS = [name for name in PRESETS if name not in (*SAME, *PAIRS)]  # one text goes in
@@ -195,7 +196,8 @@ def test_rows_of_the_table_fix_what_history_chose():
     ({'positions': 'relative', 'max_distance': 0}, 'max_distance=0'), ({'arch': 'encdec', 'segments': 2}, 'segments=2'),
     ({'arch': 'encdec', 'positions': 'sinusoids', 'n_embd': 9, 'n_head': 3}, 'n_embd=9'),
     ({'n_labels': 2.0}, 'n_labels=2.0 int'), ({'task': None}, 'task=None str'),
-    ({'rope_scaling': 2.0}, 'rope_scaling=2.0 str'),
+    ({'rope_scaling': 2.0}, 'rope_scaling=2.0 str'), ({'window': 4}, 'window=4 str'),
+    *[({'window': text}, f'window={text} whole') for text in ('', 'all', '-1', '4,4', '4 x', '1.5', '四', '9' * 10)],
     *[({'rope_scaling': text}, f'rope_scaling={text} FACTOR') for text in (
         'linear', 'linear 0', 'linear -2', 'linear 二', 'linear 2 3', 'linear inf', 'linear nan', 'linear 1e999', '4',
         'yarn 4', 'Linear 2', 'default', 'llama3', 'llama3 8 1 4', 'llama3 8 1 4 8192 1', 'llama3 8 1 4 0',
@@ -232,6 +234,10 @@ def test_one_scaling_of_the_rotation_is_spelled_in_one_way(text, kept):
     """However it was written: so that configurations can be compared, and one read from a file is the one written there."""
     config = Config(positions='rotary', rope_scaling=text)
     assert config.rope_scaling == kept and Config(**dataclasses.asdict(config)) == config, config.rope_scaling
+
+
+def test_one_window_is_spelled_in_one_way():
+    assert Config(window=' 04  0 ') == Config(window='4 0') != Config(window='4')
 
 # -----------------------------------------------------------------------------
 # Positions
@@ -578,6 +584,28 @@ def test_the_loss_of_a_position_sends_no_gradient_to_the_future(preset):
         assert reached.tolist() == [i <= t for i in range(T)], f'{t} reads {reached.nonzero().flatten().tolist()}'
 
 
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('positions', ['learned', 'rotary', 'relative', 'none'])
+@pytest.mark.parametrize('window, n_layer, reach', [('1', 2, 0), ('3', 1, 2), ('3', 2, 4), ('2 4', 3, 5), ('2 0', 1, 1),
+                                                    ('2 0', 2, T), ('0 2', 1, T), (str(T - 1), 1, T - 2), (str(T), 1, T)])
+def test_a_window_reaches_as_far_as_it_says(window, n_layer, reach, positions, causal):
+    """W - 1 tokens back, and in an encoder ahead; those of the blocks add up, each in its turn. Said by autograd (b3)."""
+    config = tiny('gpt2', window=window, n_layer=n_layer, positions=positions)
+    tokens, seen = nn.Embedding(V, 32), {}
+    stack = awake(Stack(config, tokens, causal))
+    tokens.register_forward_hook(lambda module, args, y: seen.update(x=y.requires_grad_()))
+    for t in (0, T // 2, T - 1):
+        gradient, = torch.autograd.grad(stack(torch.arange(T)[None])[0, t].square().sum(), seen['x'])
+        reached = (gradient[0].abs().sum(dim=-1) > 0).tolist()
+        assert reached == [(i <= t or not causal) and abs(i - t) <= reach for i in range(T)], f'{t} reads {reached}'
+
+
+def test_a_window_that_holds_everything_is_none():
+    """Bit for bit, and by the same fast road."""
+    ids = some(2, T)
+    same(*(awake(build(tiny('llama', window=window))).hidden(ids) for window in ('0', str(T))))
+
+
 @every_decoder
 @given(cuts_of_a_sequence, st.integers(1, T))
 def test_a_cache_changes_nothing(preset, cuts, length):
@@ -648,11 +676,12 @@ def test_padding_is_invisible_wherever_it_lies(preset, length, seed):
         close(h[i, keep[i]], model.hidden(ids[i:i + 1, keep[i]])[0], 1e-4)
 
 
+@pytest.mark.parametrize('window', ['0', '3'])
 @pytest.mark.parametrize('positions', ['learned', 'sinusoids', 'rotary', 'relative', 'none'])
 @given(st.integers(1, T), st.integers(0, 99))
-def test_padding_is_invisible_to_an_encoder(positions, length, seed):
+def test_padding_is_invisible_to_an_encoder(positions, window, length, seed):
     """Where everything sees everything, only the mask keeps padding out, on the axis of the keys (b3)."""
-    stack = awake(Stack(tiny('gpt2', positions=positions), nn.Embedding(V, 32), causal=False))
+    stack = awake(Stack(tiny('gpt2', positions=positions, window=window), nn.Embedding(V, 32), causal=False))
     torch.manual_seed(seed)
     keep, ids = torch.rand(4, length) < 0.6, some(4, length)
     keep[:, -1] |= ~keep.any(dim=1)

@@ -1786,7 +1786,7 @@ FLAGS = {
         compile backend
         arch task n_labels vocab_size block_size n_layer n_head n_kv_head n_embd head_dim mlp_dim norm norm_eps norm_weight
         norm_first qk_norm parallel activation scale_attention bias segments embedding_norm positions rope_theta rope_scaling
-        buckets max_distance scale_embedding scale_output tied logit_cap init dropout label_smoothing""",
+        window buckets max_distance scale_embedding scale_output tied logit_cap init dropout label_smoothing""",
     'sample.py': """
         start out_dir init_from num_samples max_new_tokens temperature num_beams length_penalty top_k top_p stop seed stream
         score json export attention device dtype""",

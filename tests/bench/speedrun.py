@@ -4,12 +4,13 @@ Time to a loss: how long whole commands take, from the shell to a checkpoint, an
     python tests/bench/speedrun.py --input shakespeare.txt
 
 The text is encoded by characters. `gpt2` is nanoGPT's recipe for a CPU (4 layers, 128 channels, block 64, batch 12, 2,000
-steps); `nano` is this project's. The loss is that of the whole validation split.
+steps); `nano` is this project's, at the learning rates of a sprint. The loss is that of the whole validation split.
 """
 
 import argparse
 import os
 import re
+import shlex
 import statistics
 import tempfile
 
@@ -18,8 +19,8 @@ from common import command, table
 RECIPES = {
     'gpt2': '--preset gpt2 --n_layer 4 --n_head 4 --n_embd 128 --block_size 64 --batch_size 12 --max_iters 2000 '
             '--warmup_iters 100 --learning_rate 1e-3 --beta2 0.99 --dropout 0 --no-bias --eval_interval 250',
-    'nano': '--preset nano --block_size 64 --max_iters 168 --learning_rate 2e-2 --muon_learning_rate 0.05 '
-            '--eval_interval 168 --eval_iters 5 --sample_tokens 0',
+    'nano': '--preset nano --block_size 64 --window "2 4 4 0" --activation swiglu --mlp_dim 256 --max_iters 80 '
+            '--learning_rate 4e-2 --muon_learning_rate 0.055 --eval_interval 80 --eval_iters 5 --sample_tokens 0',
 }
 
 
@@ -40,7 +41,7 @@ def main():
         for seed in range(1, args.runs + 1):
             for name, flags in RECIPES.items():
                 out = f'out-{name}-{seed}'
-                seconds, _ = command('train.py', '--dataset', 'text', '--out_dir', out, '--seed', seed, *flags.split(),
+                seconds, _ = command('train.py', '--dataset', 'text', '--out_dir', out, '--seed', seed, *shlex.split(flags),
                                      cwd=folder)
                 _, said = command('train.py', '--eval_only', '--out_dir', out, cwd=folder)
                 results[name].append((seconds, float(re.search(r'loss ([\d.]+)', said)[1])))

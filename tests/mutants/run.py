@@ -78,6 +78,9 @@ class Judge:
     def __init__(self, folder):
         self.folder, self.clean, self.green = Path(folder), Path(folder, 'clean'), {}
         shutil.copytree(ROOT, self.clean, ignore=LEFT_OUT)
+        status, out = run_tests(self.clean, 'tests/test_model.py', '--collect-only')
+        if status:  # then every bug would look noticed
+            sys.exit(f"the tests do not run here: pip install -r requirements.txt -r tests/requirements.txt\n{out}")
 
     def is_green(self, test):
         """Whether a test passes without any bug: one that always fails would kill everything."""
