@@ -362,12 +362,17 @@ def make_norm(config, channels):
     return nn.RMSNorm(channels, config.norm_eps, elementwise_affine=config.norm_weight)
 
 
+def keeping(t):
+    """As what keys and values are cached: on a CPU, one query asks many keys 5 times as fast in float32 as in bfloat16."""
+    return t.float() if t.is_cpu else t
+
+
 def remember(cache, k, v):
     """Write the newest keys and values (B, G, T, D) behind the old ones; returns views of all, (B, G, S, D)."""
     past, total = cache.get('length', 0), cache.get('length', 0) + k.size(2)
     for name, new in (('k', k), ('v', v)):
         if name not in cache or cache[name].size(2) < total:  # no room: twice as much, so copies stay rare
-            room = new.new_empty(*new.shape[:2], max(2 * past, total, 16), new.size(3))
+            room = keeping(new[:0]).new_empty(*new.shape[:2], max(2 * past, total, 16), new.size(3))
             if past:
                 room[:, :, :past] = cache[name][:, :, :past]
             cache[name] = room
@@ -426,12 +431,14 @@ class Attention(nn.Module):
                 k, v = self.project(context, slice(H * D, None)).chunk(2, dim=1)       # 2 x (B, G, S, D)
                 k = self.k_norm(k)
                 if cache is not None:
+                    k, v = keeping(k), keeping(v)
                     cache.update(k=k, v=v)
             # the beams of one source stand in neighbouring rows, and ask it together, as if they were positions
             q = q.unflatten(0, (len(k), -1)).transpose(1, 2).flatten(2, 3)             # (B / beams, H, beams T, D)
+        dtype, q = q.dtype, q.type_as(k)
         if self.seen is not None:
             self.seen.append(attention_weights(q, k.repeat_interleave(H // G, dim=1), mask, causal, self.scale))
-        y = attention(q, k, v, mask, causal, self.scale, self.dropout if self.training else 0.0)
+        y = attention(q, k, v, mask, causal, self.scale, self.dropout if self.training else 0.0).to(dtype)
         if context is not None:
             y = y.unflatten(2, (-1, x.size(1))).transpose(1, 2).flatten(0, 1)          # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))                                 # heads side by side
