@@ -118,8 +118,8 @@ class Config:
     positions: str = choice('learned', 'how order is told', 'learned', 'sinusoids', 'rotary', 'relative', 'none')
     rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
     rope_scaling: str = choice('', 'rotary, stretched for long texts: linear FACTOR | llama3 FACTOR LOW HIGH LENGTH')
-    window: str = choice('0', 'how many of the newest tokens a block sees, itself included; 0: all. One number, or one for '
-                              'each block in turn: 4 4 4 0')
+    window: str = choice('0', 'how many of the newest tokens one sees, itself included (an encoder: to both sides); 0: all. '
+                              'For all blocks, or for each in turn: 4 4 4 0')
     buckets: int = choice(32, 'relative: how many distances are told apart')
     max_distance: int = choice(128, 'relative: from here on, all distances are one')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
