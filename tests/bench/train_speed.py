@@ -81,6 +81,12 @@ def side(pipe, make, shape, dtype, n):
         pipe.send(steps(net, optimizer, forward, precision, tokens, n))
 
 
+def ask(pipe):
+    """Have a side train: its tokens a second."""
+    pipe.send(True)
+    return pipe.recv()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=5)
@@ -95,11 +101,7 @@ def main():
                 processes.Process(target=side, args=(end, make, shape, dtype, args.steps), daemon=True).start()
                 pipes[make.__name__], said[make.__name__] = pipe, pipe.recv()
 
-            def ask(name, pipes=pipes):
-                pipes[name].send(True)
-                return pipes[name].recv()
-
-            found = alternate({name: functools.partial(ask, name) for name in pipes}, args.rounds)
+            found = alternate({name: functools.partial(ask, pipe) for name, pipe in pipes.items()}, args.rounds)
             for pipe in pipes.values():
                 pipe.send(False)
             weights, most = said['ours']
