@@ -119,7 +119,7 @@ class Config:
     rope_theta: float = choice(10000.0, 'rotary: base of the speeds theta^(-2i/D); a larger one turns slower')
     rope_scaling: str = choice('', 'rotary, stretched for long texts: linear FACTOR | llama3 FACTOR LOW HIGH LENGTH')
     window: str = choice('0', 'how many of the newest tokens one sees, itself included (an encoder: to both sides); 0: all. '
-                              'For all blocks, or for each in turn: 4 4 4 0')
+                              'For all blocks, or for each in turn: "4 4 4 0"')
     buckets: int = choice(32, 'relative: how many distances are told apart')
     max_distance: int = choice(128, 'relative: from here on, all distances are one')
     scale_embedding: bool = choice(False, 'multiply token embeddings by sqrt(C)')
@@ -560,8 +560,8 @@ def never_blind(keep, visible=None):
 class Stack(nn.Module):
     """
     An embedding and n_layer blocks. causal=True: a decoder, where a token sees itself and the past (all of GPT).
-    causal=False: an encoder, where everything sees everything. cross=True: a decoder that also reads `memory`, the
-    output of an encoder.
+    causal=False: an encoder, where everything sees everything. Both only as far as the windows say, which the blocks take in
+    turn. cross=True: a decoder that also reads `memory`, the output of an encoder.
     """
 
     def __init__(self, config, tokens, causal, cross=False):
