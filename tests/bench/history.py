@@ -134,7 +134,8 @@ def main(argv):
         source = ['--dataset', 'pydoc'] if args.input == 'pydoc' else ['--input', os.path.abspath(args.input)]
         command('prepare_data.py', *source, '--tokenizer', args.tokenizer, '--vocab_size', args.vocab_size, '--out_dir',
                 'data/text', cwd=folder)
-        data, val = (train.open_data(os.path.join(folder, 'data', 'text'), split) for split in ('train', 'val'))
+        data, val = (train.Data(os.path.join(folder, 'data', 'text'), split)
+                     for split in ('train', 'val'))
         rows = []
         for order in args.order:
             prepare_data.progress(f'counting {order}-grams')

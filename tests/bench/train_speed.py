@@ -54,11 +54,15 @@ def ours(shape, dtype):
     train.keep_memory()
     n_layer, n_head, n_embd, length, batch = SHAPES[shape]
     s = train.Settings(dtype=dtype, device='cpu')
-    machine = train.Machine(s)
-    net = model.build(model.Config(vocab_size=V, block_size=length, n_layer=n_layer, n_head=n_head, n_embd=n_embd)).train()
+    runtime = train.Runtime(s)
+    net = model.build(model.Config(vocab_size=V, block_size=length, n_layer=n_layer, n_head=n_head,
+                                   n_embd=n_embd)).train()
     ids = torch.randint(V, (batch, length + 1))
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return net, train.make_optimizers(net, s, machine.dtype)[0], lambda: net(x, targets=y)[1], machine.dtype, x.numel()
+    optimizer, = train.adamw(model.optimizer_groups(net, s.weight_decay), s, runtime.dtype)
+    for group in optimizer.param_groups:
+        group['lr'] = s.learning_rate
+    return net, optimizer, lambda: net(x, targets=y)[1], runtime.dtype, x.numel()
 
 
 def theirs(shape, dtype):

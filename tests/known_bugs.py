@@ -1,0 +1,142 @@
+"""
+Bugs that other projects had, as one-line changes to this one. Each is put into a copy, and the
+tests that are named must turn red.
+
+    python tests/known_bugs.py               all of them
+    python tests/known_bugs.py -k padding    those whose name has this word
+
+A row: name; who had it; file; the old text, which occurs exactly once; the new text; the tests.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, SAMPLE, TRAIN, DATA = 'model.py', 'sample.py', 'train.py', 'prepare_data.py'
+
+BUGS = [
+    # attention and masks
+    ('the causal mask is off by one', 'many', MODEL,
+     'mask = distance <= 0 if causal', 'mask = distance <= 1 if causal', 'test_model.py'),
+    ('the mask means the opposite', 'nyu-mll/jiant#465', MODEL,
+     "mask = mask & real[:, None, :] ", "mask = mask & ~real[:, None, :] ", 'test_model.py'),
+    ('the padding mask is on the query axis', 'hyunwoongko/transformer#40', MODEL,
+     "mask = mask & real[:, None, :] ", "mask = mask & real[:, :, None] ", 'test_model.py'),
+    ('a query that sees nothing is NaN', 'pytorch#103749', MODEL,
+     'mask = mask | ~mask.any(dim=-1, keepdim=True)', 'mask = mask | False', 'test_model.py'),
+    ('cross-attention ignores the padding of the source', 'keras-io#1046', MODEL,
+     "'mask': self.source_mask(positions, memory_mask)}", "'mask': None}", 'test_model.py'),
+    ('is_causal aligns query 0 with key 0 behind a cache', 'torch, many', MODEL,
+     'and (not self.causal or T in (1, S))):', 'and True):', 'test_model.py'),
+    ('a window reaches one token too far', 'many', MODEL,
+     'mask & (distance.abs() < window)', 'mask & (distance.abs() <= window)', 'test_model.py'),
+    ('dropout of attention acts in evaluation', 'nanoGPT#240', MODEL,
+     'p = drop.p if drop.training else 0.0', 'p = drop.p', 'test_model.py'),
+    ('the formula has another scale than the kernel', 'nanoGPT#331', MODEL,
+     'scale = q.size(-1) ** -0.5 if scale is None else scale',
+     'scale = q.size(1) ** -0.5 if scale is None else scale', 'test_model.py'),
+    # positions and caches
+    ('positions begin anew behind the cache', 'transformers#18104', MODEL,
+     'positions = key_positions[past:] ', 'positions = key_positions[:end - past] ',
+     'test_model.py'),
+    ('the bound looks at the new tokens alone', 'nanochat#520', MODEL,
+     'if end > self.block_size:', 'if ids.size(1) > self.block_size:', 'test_model.py'),
+    ('the cache is reordered without its values', 'many', MODEL,
+     'self.layers = {i: (k[rows], v[rows]) for', 'self.layers = {i: (k[rows], v) for',
+     'test_model.py'),
+    ('a cropped model keeps its positions', 'nanoGPT#220', MODEL,
+     'weights[name] = p[:config.block_size]', 'weights[name] = p', 'test_model.py'),
+    ('T5 takes a table of distances for each side of the decoder', 'transformers#10221', MODEL,
+     'distance_buckets(distance, not self.causal,', 'distance_buckets(distance, True,',
+     'test_model.py test_huggingface.py'),
+    ('the rotation turns the other way for keys', 'many', MODEL,
+     'q, k = rotate(q, *rotary), rotate(k, *rotary)', 'q = rotate(q, *rotary)', 'test_model.py'),
+    # blocks and weights
+    ('post-norm normalises the branch', 'annotated-transformer#1', MODEL,
+     'return norm(x + self.drop(sublayer(x)))', 'return x + norm(self.drop(sublayer(x)))',
+     'test_model.py'),
+    ('the exact GELU for weights of the tanh GELU', 'nanoGPT, model.py:83', MODEL,
+     "'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # GPT-2",
+     "'gelu_tanh': lambda x: F.gelu(x),  # GPT-2", 'test_model.py test_huggingface.py'),
+    ('the tied weight is a copy', 'nanoGPT#21', MODEL,
+     'self.weight = W if config.tied', 'self.weight = nn.Parameter(W.clone()) if config.tied',
+     'test_model.py'),
+    ('norms and biases decay', 'minGPT#16', MODEL,
+     "'weight_decay': 0.0 if kind == 'vectors' else weight_decay}", "'weight_decay': weight_decay}",
+     'test_model.py'),
+    ('residual projections start as wide as all others', 'minGPT', MODEL,
+     "std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' and writes else 0.02",
+     'std = 0.02', 'test_model.py'),
+    # losses
+    ('the number of targets of the global batch is ignored', 'transformers#34191', MODEL,
+     'return loss / num_targets', 'return loss / (targets != IGNORE_INDEX).sum().clamp(min=1)',
+     'test_model.py test_train.py'),
+    ('a batch without targets is NaN', 'transformers#16711', MODEL,
+     'num_targets = (targets != IGNORE_INDEX).sum().clamp(min=1)',
+     'num_targets = (targets != IGNORE_INDEX).sum()', 'test_model.py'),
+    ('label smoothing in evaluation', 'annotated-transformer#38', MODEL,
+     'label_smoothing=smoothing)\n    if num_targets', 'label_smoothing=0.1)\n    if num_targets',
+     'test_model.py'),
+    ('a decoder is classified at its last position, padding or not', 'many', MODEL,
+     'real.sum(dim=1) - 1]', '-1]', 'test_model.py'),
+    ('an answer may lie in the padding', 'many', MODEL,
+     'logits = logits.masked_fill(~attention_mask[:, None], lowest)', 'pass', 'test_model.py'),
+    # files
+    ('a checkpoint is written in place', 'nanoGPT, train.py', MODEL,
+     "temporary = f'{path}.{os.getpid()}.tmp'", 'temporary = path', 'test_model.py test_robust.py'),
+    ('a square matrix is not transposed', 'many', MODEL,
+     "t = t.mT if '.c_' in name and t.dim() == 2 else t\n        if '.c_attn.' in name:",
+     "t = t.mT if '.c_' in name and t.dim() == 2 and len(t) != t.size(1) else t\n"
+     "        if '.c_attn.' in name:", 'test_huggingface.py'),
+    ("Google's class 0, which means is-next, is taken for ours", 'bert#125', MODEL,
+     "files[name] = t.flip(0) if name.startswith('cls.seq_relationship') else t",
+     'files[name] = t', 'test_huggingface.py'),
+]
+
+
+def run(bug, folder):
+    """The seconds that the tests took to turn red; None where they did not."""
+    _, _, file, old, new, tests = bug
+    text = (ROOT / file).read_text(encoding='utf-8')
+    if text.count(old) != 1:
+        raise ValueError(f'{bug[0]}: the old text occurs {text.count(old)} times in {file}')
+    (folder / file).write_text(text.replace(old, new), encoding='utf-8')
+    started = time.perf_counter()
+    paths = [str(folder / 'tests' / name) for name in tests.split()]
+    command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *paths]
+    shared = os.environ.get('PLAINFORMER_SHARED', str(ROOT.parent / 'shared'))
+    done = subprocess.run(command, cwd=folder, capture_output=True,
+                          env={**os.environ, 'PLAINFORMER_SHARED': shared})
+    (folder / file).write_text(text, encoding='utf-8')
+    return time.perf_counter() - started if done.returncode == 1 else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-k', default='', help='only bugs whose name has this word')
+    word = parser.parse_args().k.replace('_', ' ')
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for path in ROOT.glob('*.py'):
+            shutil.copy(path, folder)
+        shutil.copytree(ROOT / 'tests', folder / 'tests')
+        for bug in BUGS:
+            if word in bug[0]:
+                seconds = run(bug, folder)
+                print(f"{'SURVIVES' if seconds is None else f'red after {seconds:3.0f} s'}   "
+                      f'{bug[0]} ({bug[1]})', flush=True)
+                survivors += [bug[0]] if seconds is None else []
+    if survivors:
+        sys.exit(f'{len(survivors)} bugs survive')
+
+
+if __name__ == '__main__':
+    main()
