@@ -47,16 +47,13 @@ IGNORE_INDEX = -100  # a position with this target has no target: it does not co
 # -----------------------------------------------------------------------------
 # Configuration. It is saved in every checkpoint, so a model can be rebuilt from its file alone.
 
-
 def flag(default, help, choices=(), low=None, high=2 ** 31, above=None, below=None):
     """A field that describes itself: train.py makes a flag of it, and --help prints its text."""
     rules = dict(help=help, choices=choices, low=low, high=high, above=above, below=below)
     return dataclasses.field(default=default, metadata=rules)
 
-
 BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
           'above': ('above', operator.gt), 'below': ('below', operator.lt)}
-
 
 def check_fields(config):
     """Raise ValueError for the first field of another type, or with a value beyond its bounds."""
@@ -72,9 +69,7 @@ def check_fields(config):
                 raise ValueError(f"{f.name}={value} must be {words} {rules[bound]}")
         setattr(config, f.name, kind(value))
 
-
 TASKS = ('classify', 'tag', 'qa')  # what a TaskModel can be trained for
-
 
 @dataclass
 class Config:
@@ -163,7 +158,6 @@ class Config:
     def head_size(self):
         return self.head_dim or self.n_embd // self.n_head
 
-
 # Each row is a step of history. It fixes the choices, and leaves sizes at small defaults.
 PRESETS = {
     'transformer': Config(arch='encdec', norm_first=False, positions='sinusoids', activation='relu',
@@ -199,7 +193,6 @@ PRESETS |= {  # the published sizes, on top of their row
 # -----------------------------------------------------------------------------
 # Positions. Attention sums over a set of tokens: without these it would not know their order.
 
-
 def sinusoids(length, channels):
     """
     PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same): section 3.5 of [1].
@@ -209,7 +202,6 @@ def sinusoids(length, channels):
     frequency = 10000.0 ** (-torch.arange(0, channels, 2) / channels)      # (C/2,)
     angle = position * frequency                                           # (T, C/2)
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
-
 
 def rotary_angles(length, channels, theta, scaling=''):
     """
@@ -227,7 +219,6 @@ def rotary_angles(length, channels, theta, scaling=''):
         frequency = unscaled * frequency + (1 - unscaled) * frequency / factor
     return torch.arange(length)[:, None] * frequency
 
-
 def rotate(x, cos, sin):
     """
     Rotate each pair of channels of x (B, H, T, D) by the angle of its position: section 3.4.2 of
@@ -240,7 +231,6 @@ def rotate(x, cos, sin):
     first = torch.addcmul(a * cos, b, sin, value=-1)                       # a cos - b sin
     second = torch.addcmul(b * cos, a, sin)                                # b cos + a sin
     return torch.cat([first, second], dim=-1)
-
 
 def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     """
@@ -263,7 +253,6 @@ def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
 
 # -----------------------------------------------------------------------------
 # Attention
-
 
 def attention_mask(positions, key_positions, causal, window=0, real=None):
     """
@@ -290,7 +279,6 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     # queries are padding and their output is never used, so let them see everything.
     mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
-
 
 def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
@@ -319,7 +307,6 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
         scores = scores + mask
     return scores.softmax(dim=-1)
 
-
 class Dropout(nn.Dropout):
     """
     Zero each value with probability p in training, and scale the others up so that the mean stays
@@ -336,7 +323,6 @@ class Dropout(nn.Dropout):
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2 ** 63, None)
         kept = draws.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
         return x * kept.to(x.dtype) * (256 / (256 - zeroed))
-
 
 def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     """
@@ -360,7 +346,6 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
     return drop(attention_weights(q, k, mask, causal, scale)) @ v
 
-
 def make_norm(config, channels):
     """
     LayerNorm: (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016, arxiv.org/abs/1607.06450).
@@ -370,7 +355,6 @@ def make_norm(config, channels):
     if config.norm == 'layernorm':
         return nn.LayerNorm(channels, config.norm_eps, config.norm_weight, config.bias)
     return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
-
 
 class KVCache:
     """
@@ -415,10 +399,8 @@ class KVCache:
             self.memory = self.memory[rows]
             self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
-
 def cache_dtype(t):
     return torch.float32 if t.is_cpu and not torch.is_autocast_enabled('cpu') else t.dtype
-
 
 class Attention(nn.Module):
     """
@@ -478,7 +460,6 @@ ACTIVATIONS = {
     'geglu': lambda x: F.gelu(x, approximate='tanh'),
 }
 
-
 class MLP(nn.Module):
     """
     max(0, x W_1 + b_1) W_2 + b_2, section 3.3 of [1]: at each position alone, expand, apply the
@@ -501,7 +482,6 @@ class MLP(nn.Module):
         else:
             h = self.activation(self.gate(x)) * h
         return self.proj(h)                                                # (B, T, C)
-
 
 class Block(nn.Module):
     """
@@ -542,7 +522,6 @@ class Block(nn.Module):
 # -----------------------------------------------------------------------------
 # Stacks
 
-
 class Embedding(nn.Module):
     """Token + position (+ segment) embeddings: the input of a stack. It shares the token table."""
 
@@ -569,7 +548,6 @@ class Embedding(nn.Module):
         if self.segments is not None:
             x = x + self.segments(torch.zeros_like(ids) if segments is None else segments)
         return self.drop(self.norm(x))
-
 
 class Stack(nn.Module):
     """
@@ -651,7 +629,6 @@ class Stack(nn.Module):
 # -----------------------------------------------------------------------------
 # Models. Each maps a batch, given as keyword arguments, to (logits, loss).
 
-
 def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
     """
     The one loss of this project, in nats: whatever is predicted is a choice among classes. logits
@@ -668,7 +645,6 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
     if num_targets is None:
         num_targets = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return loss / num_targets
-
 
 def init_weights(model, config):
     """
@@ -699,7 +675,6 @@ def init_weights(model, config):
             std *= config.head_size ** -0.5  # what the scale would have done
         nn.init.normal_(p, std=std)
 
-
 class Output(nn.Module):
     """Hidden states -> logits: h W^T + b, where W is the embedding matrix or one of its own."""
 
@@ -716,7 +691,6 @@ class Output(nn.Module):
         if self.cap:  # Gemma Team 2024, https://arxiv.org/abs/2408.00118
             logits = self.cap * torch.tanh(logits.float() / self.cap)
         return logits
-
 
 class LanguageModel(nn.Module):
     """What GPT and LSTM share: `hidden` reads the tokens, `output` predicts the next ones."""
@@ -735,7 +709,6 @@ class LanguageModel(nn.Module):
         """The newest tokens (B, T) -> logits of the token after the last one, (B, V)."""
         return self.output(self.hidden(ids, cache=cache)[:, -1])
 
-
 class GPT(LanguageModel):
     """
     A decoder-only Transformer [2]: P(x) = product over t of P(x_t given x_<t). At every position it
@@ -753,7 +726,6 @@ class GPT(LanguageModel):
     def hidden(self, ids, **inputs):
         """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
         return self.decoder(ids, **inputs)
-
 
 class LSTM(LanguageModel):
     """
@@ -779,7 +751,6 @@ class LSTM(LanguageModel):
         if cache is not None:
             cache.state, cache.length = state, cache.length + ids.size(1)
         return self.drop(x)
-
 
 class BERT(nn.Module):
     """
@@ -834,7 +805,6 @@ class BERT(nn.Module):
             logits = self.mlm_logits(x)                                    # (B, T, V)
         return logits, loss
 
-
 class EncoderDecoder(nn.Module):
     """
     The Transformer of 2017 [1], and T5 [4]. The encoder reads the source, every token seeing all of
@@ -877,9 +847,7 @@ class EncoderDecoder(nn.Module):
         x = self.decoder(ids, memory=cache.memory, memory_mask=cache.memory_mask, cache=cache)
         return self.output(x[:, -1])
 
-
 MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
-
 
 class TaskModel(nn.Module):
     """
@@ -928,11 +896,9 @@ class TaskModel(nn.Module):
 # -----------------------------------------------------------------------------
 # From a configuration to a model, to a file, and back
 
-
 def build(config):
     """A new model with random weights."""
     return TaskModel(config) if config.task else MODELS[config.arch](config)
-
 
 def write_file(path, write):
     """
@@ -954,12 +920,10 @@ def write_file(path, write):
         if os.path.exists(temporary):
             os.remove(temporary)
 
-
 def save(path, model, **extra):
     """Write a checkpoint: tensors and plain data only, so that opening one runs no code."""
     checkpoint = {'config': dataclasses.asdict(model.config), 'model': model.state_dict(), **extra}
     write_file(path, lambda f: torch.save(checkpoint, f))
-
 
 @contextlib.contextmanager
 def reading(path, remedy):
@@ -971,7 +935,6 @@ def reading(path, remedy):
     except Exception as e:
         reason = ' '.join(str(e).split())[:120]
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
-
 
 def load(path, device='cpu', **changes):
     """
@@ -988,7 +951,6 @@ def load(path, device='cpu', **changes):
             model = build(Config(**checkpoint['config']))
             model.load_state_dict(checkpoint['model'])
     return resize(model, path, **changes).to(device), checkpoint
-
 
 def find_checkpoint(path):
     """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
@@ -1009,7 +971,6 @@ def find_checkpoint(path):
                                 f"python train.py --out_dir {path}")
     return path
 
-
 def read_checkpoint(path, device='cpu'):
     """Open a file that `save` wrote; runs no code from it. Raises ValueError if it is damaged."""
     if not os.path.exists(path):
@@ -1023,7 +984,6 @@ def read_checkpoint(path, device='cpu'):
         checkpoint = torch.load(f, map_location=device, weights_only=True)
         checkpoint['config'], checkpoint['model']
     return checkpoint
-
 
 def resize(model, path, **changes):
     """
@@ -1048,7 +1008,6 @@ def resize(model, path, **changes):
     model = build(config)
     model.load_state_dict(weights)
     return model
-
 
 def optimizer_groups(model, weight_decay):
     """

@@ -69,12 +69,10 @@ import tiktoken
 # -----------------------------------------------------------------------------
 # Flags. Every field of a dataclass is a flag of a script: --max_iters 10, --max-iters=10.
 
-
 BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
           'above': ('above', operator.gt), 'below': ('below', operator.lt)}
 KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a text',
          list: 'a list'}
-
 
 def flag(default, help, choices=(), low=None, high=None, above=None, below=None, kind=None):
     """
@@ -86,7 +84,6 @@ def flag(default, help, choices=(), low=None, high=None, above=None, below=None,
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
-
 
 def check_flags(settings):
     """Raise ValueError for the first field of a dataclass of flags whose value breaks its rules."""
@@ -106,7 +103,6 @@ def check_flags(settings):
             if rules[bound] is not None and not holds(value, rules[bound]):
                 raise ValueError(f"--{f.name} {value}: must be {words} {rules[bound]}")
 
-
 def parse_value(kind, text):
     """The text of a flag as a value of its kind."""
     booleans = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
@@ -114,7 +110,6 @@ def parse_value(kind, text):
         return booleans[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{text} is not {KINDS[kind]}") from None
-
 
 def normalize_flag(word, kinds):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
@@ -131,11 +126,9 @@ def normalize_flag(word, kinds):
     hint = f"did you mean --{near[0]}?" if near else "see --help"
     raise ValueError(f"unknown flag {name}: {hint}")
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message.removeprefix('argument '))
-
 
 def read_flags(argv, description, groups):
     """
@@ -175,7 +168,6 @@ def read_flags(argv, description, groups):
     except ValueError as e:
         raise ValueError(f"--config {path}: {e}") from None
 
-
 def write_config(values, notes=()):
     """{name: value} as TOML that --config reads. None, which stands for derived, is left out."""
     lines = [f'# {note}\n' for note in notes]
@@ -183,7 +175,6 @@ def write_config(values, notes=()):
         if value is not None:
             lines.append(f'{name} = {json.dumps(value, ensure_ascii=False)}\n')
     return ''.join(lines)
-
 
 def run(main):
     """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
@@ -203,13 +194,11 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
 
-
 def progress(text):
     """The live line of long work, on a terminal only. An empty text clears it."""
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print('\r' + text[:width] + '\x1b[K', end='', file=sys.stderr, flush=True)
-
 
 # -----------------------------------------------------------------------------
 # Tokenizers: how text becomes ids and back
@@ -228,7 +217,6 @@ CUTS = [regex.compile(pattern) for pattern in (r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\
                                                r'(?r)(?<=\S)(?= \S)')]
 SHORT = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
-
 def safe_pieces(texts, size):
     """
     Join texts and cut them again, into pieces of about `size` characters that no token crosses. A
@@ -246,11 +234,9 @@ def safe_pieces(texts, size):
             rest = rest[cut:]
     yield rest
 
-
 def short_pieces(text):
     """A text in pieces of about SHORT characters."""
     return safe_pieces((text[i:i + SHORT] for i in range(0, len(text), SHORT)), SHORT)
-
 
 class Tokenizer:
     """
@@ -376,16 +362,13 @@ class Tokenizer:
         return {'tokenizer.json': json.loads(self.hf_engine(special).to_str()),
                 'tokenizer_config.json': config}
 
-
 def char_tokenizer(characters):
     """One token for each character of the text."""
     return Tokenizer('char', ONE, {c.encode(): i for i, c in enumerate(sorted(characters))})
 
-
 def byte_tokenizer():
     """256 tokens, which can write any text."""
     return Tokenizer('byte', ONE, {bytes([b]): b for b in range(256)})
-
 
 def gpt2_tokenizer():
     """That of GPT-2, with our special tokens behind its own 50,257."""
@@ -397,7 +380,6 @@ def gpt2_tokenizer():
                          "--tokenizer bpe") from None
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
-
 def count_pairs(tokens):
     """
     How often each pair of neighbours occurs.
@@ -406,7 +388,6 @@ def count_pairs(tokens):
     {(1, 2): 2, (2, 3): 1, (3, 1): 1}
     """
     return collections.Counter(itertools.pairwise(tokens))
-
 
 def merge(tokens, pair, new):
     """
@@ -424,7 +405,6 @@ def merge(tokens, pair, new):
             merged.append(tokens[i])
             i += 1
     return merged
-
 
 def train_bpe(piece_counts, n_tokens):
     """
@@ -477,7 +457,6 @@ def train_bpe(piece_counts, n_tokens):
     unique = dict.fromkeys(tokens)  # two pairs may give the same bytes: one token
     return {token: i for i, token in enumerate(unique)}
 
-
 def bpe_tokenizer(texts, vocab_size):
     """A byte-level BPE learned from texts. vocab_size counts the special tokens too."""
     n_tokens = vocab_size - len(SPECIALS)
@@ -490,7 +469,6 @@ def bpe_tokenizer(texts, vocab_size):
             counts.update(pattern.findall(piece))
     return Tokenizer('bpe', WORDS, train_bpe(counts, n_tokens))
 
-
 def next_merge(ranks, parts):
     """
     (rank, i): parts[i] and parts[i + 1] are merged next, the neighbours whose union was learned
@@ -501,7 +479,6 @@ def next_merge(ranks, parts):
     """
     pairs = enumerate(itertools.pairwise(parts))
     return min(((ranks.get(a + b, math.inf), i) for i, (a, b) in pairs), default=(math.inf, 0))
-
 
 def explain(tokenizer, text):
     """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
@@ -516,9 +493,7 @@ def explain(tokenizer, text):
             parts[i:i + 2] = [b''.join(parts[i:i + 2])]
     yield f"{len(ids):,} tokens: " + ', '.join(f'{render_token(tokenizer, i)} {i}' for i in ids)
 
-
 SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥'})
-
 
 def render_bytes(data):
     """Bytes to be seen: ␣ is a space, ⏎ a line end, ‹E6 98› less than a character."""
@@ -527,13 +502,11 @@ def render_bytes(data):
     text = re.sub('[\udc80-\udcff]+', as_hex, text)
     return ''.join(c if c.isprintable() else f'‹U+{ord(c):04X}›' for c in text)
 
-
 def render_token(tokenizer, i):
     """A token to be seen."""
     if i in tokenizer.special.values():
         return tokenizer.text_of(i)
     return render_bytes(tokenizer.token_bytes(i))
-
 
 # -----------------------------------------------------------------------------
 # The tokenizers of other models, through the package `tokenizers`
@@ -542,7 +515,6 @@ def render_token(tokenizer, i):
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in VISIBLE}
 BYTE_OF |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)}.difference(VISIBLE)))}
-
 
 def vocab_and_merges(ranks):
     """A table {bytes: id} as GPT-2's files have it: with the two tokens that each is merged of."""
@@ -557,14 +529,12 @@ def vocab_and_merges(ranks):
             merges.append(tuple(map(write, parts)))
     return {write(token): i for token, i in ranks.items()}, merges
 
-
 def import_tokenizers():
     try:
         import tokenizers
     except ImportError:
         raise ValueError("this tokenizer needs one more package: pip install tokenizers") from None
     return tokenizers
-
 
 class HFTokenizer(Tokenizer):
     """That of another model (WordPiece, SentencePiece, ...); engine is a tokenizers.Tokenizer."""
@@ -623,7 +593,6 @@ class HFTokenizer(Tokenizer):
     def hf_engine(self, special):
         return self.engine
 
-
 # Our special tokens, and what theirs may be: a key of tokenizer_config.json, or a text.
 ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
@@ -640,7 +609,6 @@ UNDERSTOOD = {
     'subword_tokenizer_type': ('wordpiece',), 'word_tokenizer_type': ('basic',),
     'do_subword_tokenize': (True,), 'do_word_tokenize': (True,), 'do_basic_tokenize': (True,),
 }
-
 
 def read_vocabulary(folder, config, added):
     """
@@ -675,7 +643,6 @@ def read_vocabulary(folder, config, added):
         if engine.token_to_id(text) != added[text]:
             raise ValueError(f"{folder}: the added token {text!r} cannot have the id {added[text]}")
     return hf.Tokenizer.from_str(engine.to_str())
-
 
 def open_huggingface(folder):
     """The tokenizer of a Hugging Face folder. Raises ValueError where it has none, or no end."""
@@ -724,7 +691,6 @@ def open_huggingface(folder):
             special[f'{token.content} {i}' if token.content in special else token.content] = i
     return HFTokenizer(engine, special, ends)
 
-
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
     files = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model'} & {*os.listdir(folder)}
@@ -743,13 +709,11 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: its tokenizer cannot be read ({type(e).__name__}: "
                          f"{str(e)[:80]}): fetch its files again") from None
 
-
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
 
 PIECE = 1 << 22                                        # characters that are read at once
 MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on a line of its own it ends a document
-
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out."""
@@ -769,7 +733,6 @@ def find_files(paths):
         found += inside
     return found
 
-
 def read_text(path):
     """The text of a file in pieces, its line ends as \\n. Raises ValueError at a bad byte."""
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
@@ -781,7 +744,6 @@ def read_text(path):
             raise ValueError(f"{path} is not UTF-8: the byte at offset {offset} cannot be read as "
                              "text. Convert the file, or leave it out") from None
 
-
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
     n, rest = 1, ''
@@ -792,7 +754,6 @@ def read_lines(path):
     if rest:
         yield n, rest
 
-
 def is_json_lines(path):
     """Whether a file has a JSON object a line: its name tells, or the first line of a .json."""
     if not path.endswith('.json'):
@@ -801,7 +762,6 @@ def is_json_lines(path):
         return isinstance(json.loads(next(read_lines(path))[1]), dict)
     except (StopIteration, ValueError):
         return False
-
 
 def read_rows(path, names, optional=()):
     """(number, texts) of every row: JSON lines with the keys `names`, or columns between tabs."""
@@ -823,7 +783,6 @@ def read_rows(path, names, optional=()):
                                  f"{example} ({type(e).__name__})") from None
             yield n, texts
 
-
 def read_pieces(path):
     """
     Yield a file as (text, ends_document), up to PIECE characters at a time. Documents are the rows
@@ -840,7 +799,6 @@ def read_pieces(path):
         yield rest, False
     yield '', True
 
-
 def split_pieces(pieces, cut):
     """(split, text, ends_document): the first `cut` characters are train, what follows is val."""
     seen, split = 0, 'train' if cut else 'val'
@@ -854,15 +812,12 @@ def split_pieces(pieces, cut):
             split = 'train' if seen <= cut else 'val'
         yield split, text, ends
 
-
 # -----------------------------------------------------------------------------
 # Writing a folder
-
 
 def write_json(path, data):
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(data, f, ensure_ascii=False, indent=1)
-
 
 def read_json(path):
     """Raises ValueError where the file is not JSON."""
@@ -874,7 +829,6 @@ def read_json(path):
             raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself") from None
         raise ValueError(f"{path} is damaged ({e}): make or fetch it again") from None
 
-
 @contextlib.contextmanager
 def new_folder(path):
     """
@@ -883,7 +837,8 @@ def new_folder(path):
     """
     path = os.path.realpath(path)  # a link stays a link
     meta = Path(path, 'meta.json')
-    if os.path.exists(path) and not (meta.exists() and b'plainformer data' in meta.read_bytes()):
+    ours = meta.exists() and b'plainformer data' in meta.read_bytes()
+    if os.path.exists(path) and not ours and (os.path.isfile(path) or os.listdir(path)):
         raise ValueError(f"--out_dir {path} exists and is not a data folder: choose another name, "
                          "or move it away")
     beside = next(parent for parent in Path(path).parents if parent.exists())
@@ -896,7 +851,6 @@ def new_folder(path):
             os.rename(path, old)
         os.rename(new, path)
 
-
 def sha256_of(paths):
     digest = hashlib.sha256()
     for path in paths:
@@ -904,7 +858,6 @@ def sha256_of(paths):
             while data := f.read(PIECE):
                 digest.update(data)
     return digest.hexdigest()
-
 
 def batches(pieces):
     """Short pieces, in lists of about PIECE characters: work for all cores."""
@@ -917,7 +870,6 @@ def batches(pieces):
             yield batch
             batch, size = [], 0
     yield batch
-
 
 def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
@@ -939,7 +891,6 @@ def write_ids(path, dtype, tokenizer, pieces):
     counts['documents'] += is_open  # cut in two by the split: it counts on both sides
     return counts
 
-
 # -----------------------------------------------------------------------------
 # Tasks. A reader turns a file into rows: dicts of texts, and `where` (file, line). A row that is
 # to be answered has no label, tags or answers. `..._examples` turns a row into examples: dicts with
@@ -947,7 +898,6 @@ def write_ids(path, dtype, tokenizer, pieces):
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
 HEADERS = {'label', 'text', 'text_b', 'sentence', 'sentence1', 'sentence2', 'source', 'target'}
-
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""
@@ -968,7 +918,6 @@ def read_columns(path, names, optional=()):
         if 'label' in row:
             row['label'] = ' '.join(row['label'].split())
         yield {'where': where, **row}
-
 
 def read_tagged(path):
     """
@@ -991,7 +940,6 @@ def read_tagged(path):
             first = n
         tokens.append(fields[0])
         tags.append(fields[-1])
-
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
@@ -1017,7 +965,6 @@ def read_questions(path):
                          f"first: {wrong[0]}")
     return rows
 
-
 def add_special_tokens(tokenizer, *texts):
     """
     One or two texts, given as ids, as BERT reads them: section 3 of [3].
@@ -1031,11 +978,9 @@ def add_special_tokens(tokenizer, *texts):
         segments += [segment] * (len(text) + 1)
     return ids, segments
 
-
 def pick(row, *names):
     """The part of a dict with these keys, as far as it has them."""
     return {name: row[name] for name in names if name in row}
-
 
 def classify_examples(tokenizer, row, labels, block_size):
     """
@@ -1052,7 +997,6 @@ def classify_examples(tokenizer, row, labels, block_size):
     if 'label' in row:
         example['targets'] = labels.index(row['label'])
     return [example | {'meta': pick(row, 'label', 'text', 'text_b')}]
-
 
 def tag_examples(tokenizer, row, labels, block_size):
     """
@@ -1094,12 +1038,10 @@ def tag_examples(tokenizer, row, labels, block_size):
         begin = end
     return examples
 
-
 def tokens_between(offsets, start, stop):
     """The first and the last token of text[start:stop]; the tokenizer may drop its last accents."""
     first, last = np.searchsorted(offsets[:, 1], [start, stop - 1], side='right')
     return np.array([first, min(last, np.searchsorted(offsets[:, 0], stop) - 1)])
-
 
 def encode_context(tokenizer, context, start, stop):
     """ids and offsets of a context, and the first and last token of its answer [start:stop]."""
@@ -1113,7 +1055,6 @@ def encode_context(tokenizer, context, start, stop):
         parts.append((part, places + a))
     ids, offsets = map(np.concatenate, zip(*parts))
     return ids, offsets, tokens_between(offsets, start, stop)
-
 
 def qa_examples(tokenizer, row, labels, block_size):
     """
@@ -1159,7 +1100,6 @@ def qa_examples(tokenizer, row, labels, block_size):
         examples.append(example)
     return examples
 
-
 def seq2seq_examples(tokenizer, row, labels, block_size):
     """
     A text in, a text out. The decoder begins with <|endoftext|>, or with <|start|> where a model
@@ -1182,7 +1122,6 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
             example |= {'decoder_ids': [tokenizer.start_id, *ids[:-1]], 'targets': ids}
     return [example]
 
-
 class Task(NamedTuple):
     """One kind of labelled data."""
     read: Callable         # path -> rows
@@ -1191,12 +1130,10 @@ class Task(NamedTuple):
     label_names: Callable  # the labels of all rows -> a list of those to choose from
     examples: Callable     # (tokenizer, row, labels, block_size) -> examples
 
-
 def tag_names(labels):
     """O, and for each kind B-kind and I-kind, seen or not."""
     kinds = sorted({label[2:] for label in labels} - {''})
     return ['O', *(prefix + kind for kind in kinds for prefix in ('B-', 'I-'))]
-
 
 TASKS = {
     'classify': Task(lambda path: read_columns(path, ('label', 'text'), ('text_b',)),
@@ -1213,7 +1150,6 @@ TASKS = {
                     lambda row: [], sorted, seq2seq_examples),
 }
 
-
 def split_rows(rows, val_fraction):
     """
     Shuffle, the same way every time, and cut: (train rows, val rows). Questions about one context
@@ -1228,10 +1164,8 @@ def split_rows(rows, val_fraction):
         train += order.pop(0)
     return train, list(itertools.chain(*order))
 
-
 def some_of(labels):
     return ', '.join(labels[:10]) + ', ...' * (len(labels) > 10)
-
 
 def check_labels(task, rows, labels):
     """Raise ValueError, with file and line, at the first row with a label that is not known."""
@@ -1240,7 +1174,6 @@ def check_labels(task, rows, labels):
         if unknown and task != 'qa':  # any question may be one without an answer
             raise ValueError(f"{row['where']}: the label {min(unknown)!r} is unknown: the training "
                              f"data has {some_of(labels)}")
-
 
 def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
@@ -1256,7 +1189,6 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
         progress(f"encoding: row {i:,} of {len(rows):,}")
     progress('')
     return examples
-
 
 # -----------------------------------------------------------------------------
 # Built-in data sets: functions that return a text, or two: one to train, one to validate
@@ -1284,7 +1216,6 @@ DOWNLOADS = {  # {address below UPSTREAM: sha256}
         M30K + 'val.de.gz': 'f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a'},
 }
 
-
 def download(name, mirror):
     """Yield the files of DOWNLOADS[name]. mirror: a URL or a folder in the place of UPSTREAM."""
     for path, sha256 in DOWNLOADS[name].items():
@@ -1304,16 +1235,13 @@ def download(name, mirror):
                              f"{sha256[:12]}…. Try again, or give another --mirror")
         yield data
 
-
 def shakespeare(mirror):
     """1.1 MB of plays, in English."""
     return [data.decode() for data in download('shakespeare', mirror)]
 
-
 def wnut17(mirror):
     """Names in tweets (Derczynski et al. 2017), CoNLL. Those of val do not occur in train."""
     return [data.decode() for data in download('wnut17', mirror)]
-
 
 def rotten_tomatoes(mirror):
     """10,662 sentences of film reviews (Pang and Lee 2005), 80 % to train, 10 % to validate."""
@@ -1325,7 +1253,6 @@ def rotten_tomatoes(mirror):
     train, val = int(0.8 * len(rows)), int(0.9 * len(rows))  # the rest is for tests
     return [''.join(rows[:train]), ''.join(rows[train:val])]
 
-
 def multi30k(mirror):
     """29,000 captions of pictures, English to German (Elliott et al. 2016), and 1,014 for val."""
     sides = []
@@ -1335,11 +1262,9 @@ def multi30k(mirror):
     return [''.join(f'{source}\t{target}\n' for source, target in zip(*pair, strict=True))
             for pair in (sides[:2], sides[2:])]
 
-
 def shuffled(texts):
     """In an order by hash, which is the same everywhere."""
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
-
 
 def library():
     """(name, source) of the modules of Python's own library, as bytes. They are not imported."""
@@ -1353,7 +1278,6 @@ def library():
                 module = '.'.join(path.relative_to(root).with_suffix('').parts)
                 yield module.removesuffix('.__init__'), path.read_bytes()
 
-
 def docstrings(node, title, prefix=''):
     """(title, docstring) of a module or class, and of the classes and functions in it."""
     yield title, ast.get_docstring(node)
@@ -1365,14 +1289,12 @@ def docstrings(node, title, prefix=''):
             title = f'{prefix}{child.name}({ast.unparse(child.args)})'
             yield title, ast.get_docstring(child)
 
-
 def documented_library():
     """(module, [(title, docstring), ...]) of Python's library; its own docstring may be None."""
     for module, source in library():
         with contextlib.suppress(SyntaxError, ValueError):
             first, *others = docstrings(ast.parse(source), module)
             yield module, [first, *((title, text) for title, text in others if text)]
-
 
 def pydoc(mirror=None):
     """
@@ -1387,7 +1309,6 @@ def pydoc(mirror=None):
             documents.append('\n'.join(parts))
     return ['<|endoftext|>\n'.join(shuffled(documents))]
 
-
 def pytopics(mirror=None):
     """Which package of Python's library is a docstring from? The twelve with the most of them."""
     texts = collections.defaultdict(set)
@@ -1399,7 +1320,6 @@ def pytopics(mirror=None):
     most = sorted(texts, key=lambda package: (-len(texts[package]), package))[:12]
     rows = shuffled(f'{package}\t{text}' for package in most for text in texts[package])
     return ['\n'.join(rows)]
-
 
 def pytokens(mirror=None):
     """
@@ -1424,11 +1344,9 @@ def pytokens(mirror=None):
                     row = []
     return ['\n'.join(shuffled(texts)[:12_000])]
 
-
 ONES = ['', *'one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
         'fifteen sixteen seventeen eighteen nineteen'.split()]
 TENS = ['', '', *'twenty thirty forty fifty sixty seventy eighty ninety'.split()]
-
 
 def in_words(n):
     """
@@ -1443,14 +1361,12 @@ def in_words(n):
         if n >= size:
             return f'{in_words(n // size)} {name} {in_words(n % size)}'.rstrip()
 
-
 def numbers(mirror=None):
     """Number words to digits: all below 1,000, and about as many of 4, 5 and 6 digits."""
     rng, chosen = random.Random(0), set(range(1, 1000))
     while len(chosen) < 20_000:
         chosen.add(rng.randrange(1, 10 ** rng.randint(4, 6)))
     return ['\n'.join(shuffled(f'{in_words(n)}\t{n}' for n in chosen))]
-
 
 def recall(mirror=None):
     """
@@ -1466,7 +1382,6 @@ def recall(mirror=None):
         texts.append('<|endoftext|>\n'.join(documents))
     return texts
 
-
 DATASETS = {  # the task, and the function
     'pydoc': ('lm', pydoc), 'recall': ('lm', recall), 'shakespeare': ('lm', shakespeare),
     'pytopics': ('classify', pytopics), 'rotten_tomatoes': ('classify', rotten_tomatoes),
@@ -1474,12 +1389,10 @@ DATASETS = {  # the task, and the function
     'numbers': ('seq2seq', numbers), 'multi30k': ('seq2seq', multi30k),
 }
 
-
 # -----------------------------------------------------------------------------
 # The script
 
 BPE_SAMPLE = 50_000_000  # characters that bpe learns from
-
 
 @dataclass
 class Settings:
@@ -1501,7 +1414,6 @@ class Settings:
     mirror: str = flag('', f'URL or folder to download from, instead of {UPSTREAM}')
     config: str = flag('', 'a TOML file of flags; those of the command line count more')
 
-
 def choose_tokenizer(settings, characters, texts):
     """The tokenizer of the flags: char has a set of characters, bpe learns from texts."""
     name = settings.tokenizer
@@ -1518,7 +1430,6 @@ def choose_tokenizer(settings, characters, texts):
         raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or the folder of data "
                          "that was prepared (python prepare_data.py --dataset pydoc)")
     return load_tokenizer(folder)
-
 
 def prepare_text(settings, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
@@ -1546,7 +1457,6 @@ def prepare_text(settings, folder, files, val_files):
             raise ValueError(f"{files[0]}: a text of {sum(sizes):,} characters is too short for a "
                              f"{split} split: add text, change --val_fraction, or give --val FILE")
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
-
 
 def prepare_task(settings, task, folder, files, val_files):
     """Labelled rows -> the files to fine-tune on. Returns what prepare_text returns."""
@@ -1577,7 +1487,6 @@ def prepare_task(settings, task, folder, files, val_files):
         lines = [json.dumps(example, ensure_ascii=False) + '\n' for example in examples]
         Path(folder, f'{split}.jsonl').write_text(''.join(lines), encoding='utf-8', newline='\n')
     return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
-
 
 def prepare(settings):
     """Make the data folder of the flags. Returns its path and meta; raises ValueError, OSError."""
@@ -1612,7 +1521,6 @@ def prepare(settings):
         write_json(os.path.join(folder, 'meta.json'), meta)
     return out_dir, meta
 
-
 def main(argv):
     settings = Settings(**read_flags(argv, __doc__, {'flags': Settings}))
     if settings.show:
@@ -1637,7 +1545,6 @@ def main(argv):
     if settings.tokenizer == 'bpe' and meta['vocab_size'] < settings.vocab_size:
         print(f"the text has too few repeated pairs for --vocab_size {settings.vocab_size}: no "
               "more were merged")
-
 
 if __name__ == '__main__':
     run(main)

@@ -87,7 +87,9 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     (sum of losses in nats, number of targets, how many of them have the largest logit) for each
     kind of targets in the examples. Batches hold examples of about one length.
     """
-    results, totals = [None] * len(examples), {}
+    results, totals, config = [None] * len(examples), {}, model.config
+    if not config.task:  # the logits of a batch have to fit into memory
+        batch_size = max(1, min(batch_size, 2 ** 26 // (config.block_size * config.vocab_size)))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
     for start in range(0, len(order), batch_size):
         progress(f"{start:,} of {len(order):,}")

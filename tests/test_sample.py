@@ -46,7 +46,6 @@ STORY = VERSE + 'Once upon a time, a café: 😀👍🏽 e\u0301 👨‍👩‍�
 BPE = bpe_tokenizer([STORY * 3], 256 + 105 + 60)  # it merges some bytes of a character only
 UNICODE = st.text(st.characters(exclude_categories=['Cs']))
 
-
 def tiny(preset, vocab_size, block_size=8, seed=0, **changes):
     """A model of two small layers with large random weights; none of them is zero, as in `nano`."""
     sizes = dict(n_layer=2, n_head=2, n_kv_head=min(PRESETS[preset].n_kv_head, 1), n_embd=16,
@@ -56,7 +55,6 @@ def tiny(preset, vocab_size, block_size=8, seed=0, **changes):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return model.eval()
-
 
 class Script(torch.nn.Module):
     """A mock model: step n gives logits(n), whatever it reads. read: the shape of each input."""
@@ -71,20 +69,16 @@ class Script(torch.nn.Module):
         self.read.append(tuple(ids.shape))
         return self.logits(len(self.read) - 1)
 
-
 def next_logits(model, ids, source=None):
     """Logits of the token after ids, a list, by a forward pass without a cache or neighbours."""
+    inputs = {'ids': ids} if source is None else {'ids': source, 'decoder_ids': ids}
     with torch.no_grad():
-        if source is None:
-            return model(torch.tensor([ids]))[0][0, -1]
-        return model(torch.tensor([source]), decoder_ids=torch.tensor([ids]))[0][0, -1]
-
+        return model(**{key: torch.tensor([row]) for key, row in inputs.items()})[0][0, -1]
 
 def padded(sources):
     """Lists of ids as a tensor padded on the right, and its attention_mask."""
     batch = collate([{'ids': source} for source in sources], 1)
     return batch['ids'], batch.get('attention_mask')
-
 
 def encoded(model, sources):
     """The cache of an encoder-decoder that has read the sources; None for a decoder alone."""
@@ -99,13 +93,11 @@ def encoded(model, sources):
 FOUR = torch.tensor([0.10, 0.50, 0.15, 0.25]).log()
 LOGITS = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=12)  # with ties
 
-
 def shares(logits, n=20000, **how):
     """The share of an even grid of n draws that each token gets: its probability, up to 1/n."""
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     tokens = sample_token(logits.expand(n, -1), uniform, **how)
     return torch.bincount(tokens, minlength=len(logits)).double() / n
-
 
 @pytest.mark.parametrize('how, expected', [
     ({}, [0.10, 0.50, 0.15, 0.25]),
@@ -113,17 +105,13 @@ def shares(logits, n=20000, **how):
     ({'temperature': 2.0}, [0.1655, 0.3701, 0.2027, 0.2617]),  # roots: .316 .707 .387 .5 / 1.911
     ({'temperature': 0}, [0, 1, 0, 0]),
     ({'temperature': 1e-300}, [0, 1, 0, 0]),
-    ({'temperature': 1e300}, [0.25] * 4),
-    ({'top_k': 1}, [0, 1, 0, 0]),
+    ({'temperature': 1e300, 'top_p': 0.7}, [0, 1 / 3, 1 / 3, 1 / 3]),
     ({'top_k': 2}, [0, 2 / 3, 0, 1 / 3]),
-    ({'top_k': 3}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
     ({'top_k': 99}, [0.10, 0.50, 0.15, 0.25]),
-    ({'top_p': 0.0}, [0, 1, 0, 0]),
     ({'top_p': 0.49}, [0, 1, 0, 0]),
     ({'top_p': 0.51}, [0, 2 / 3, 0, 1 / 3]),                   # the one that crosses p is kept
     ({'top_p': 0.76}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
     ({'top_p': 0.91}, [0.10, 0.50, 0.15, 0.25]),
-    ({'top_p': 1.0}, [0.10, 0.50, 0.15, 0.25]),
     ({'top_k': 2, 'top_p': 0.6}, [0, 1, 0, 0]),                # of the two, the first has 2/3
     ({'top_k': 2, 'top_p': 0.7}, [0, 2 / 3, 0, 1 / 3]),
     ({'temperature': 0.5, 'top_p': 0.73}, [0, 0.8, 0, 0.2]),   # p counts after the temperature
@@ -131,7 +119,6 @@ def shares(logits, n=20000, **how):
 def test_a_token_is_drawn_with_the_probabilities_worked_out_by_hand(how, expected):
     """Four tokens with 0.10, 0.50, 0.15 and 0.25, under each flag and some pairs of flags. b12"""
     close(shares(FOUR, **how), torch.tensor(expected, dtype=torch.float64), 2e-4)
-
 
 @given(LOGITS.map(torch.tensor), st.sampled_from([1.0, 1.5, 3.0]), st.integers(0, 14),
        st.one_of(st.just(1.0), st.floats(0, 1)))
@@ -143,7 +130,7 @@ def test_exactly_k_among_ties_then_the_smallest_set_that_reaches_p(logits, t, to
     kept, p = found > 0, (logits.double() / t).softmax(dim=-1)
     k = min(top_k or len(logits), len(logits))
     p = p / p.topk(k).values.sum()
-    assert not kept.any() or logits[kept].min() >= logits[~kept].amax() if (~kept).any() else True
+    assert kept.all() or logits[kept].min() >= logits[~kept].max(), f'{found} of {logits}'
     if top_p == 1:
         assert kept.sum() == min(k, (p > 0).sum()), f'{kept.sum()} are kept, not {k}'
     else:
@@ -152,45 +139,27 @@ def test_exactly_k_among_ties_then_the_smallest_set_that_reaches_p(logits, t, to
         assert kept.sum() == 1 or mass - least < top_p + 1e-9, f'{least} was not needed'
     close(found, torch.where(kept, p, 0) / p[kept].sum(), 2e-4)
 
-
 @given(LOGITS.map(torch.tensor), st.floats(0, 1, exclude_max=True))
 def test_temperature_0_and_top_k_1_and_top_p_0_are_greedy(logits, draw):
-    """The edge values choose the same token, a likeliest one, also among ties. b12"""
+    """Each of these values chooses a likeliest token. b12"""
     uniform = torch.tensor([draw], dtype=torch.float64)
     chosen = {sample_token(logits[None], uniform, **how).item() for how in (
         {'temperature': 0}, {'top_k': 1}, {'top_p': 0.0}, {'top_k': 3, 'top_p': 0.0})}
-    assert len(chosen) == 1 and logits[min(chosen)] == logits.max(), f'{chosen} of {logits}'
+    assert all(logits[token] == logits.max() for token in chosen), f'{chosen} of {logits}'
 
-
-@given(st.lists(st.floats(-1e4, 1e4, width=32) | st.just(-math.inf), max_size=8), st.data())
-def test_a_logit_of_minus_infinity_is_never_chosen(logits, data):
-    """Neither inside nor at the ends of the interval from which a draw comes."""
-    logits = torch.tensor([data.draw(st.permutations([*logits, 0.0]))])
-    how = {'temperature': data.draw(st.sampled_from([0, 1e-8, 0.8, 1.0, 1e8])),
-           'top_k': data.draw(st.sampled_from([0, 1, 2, 9])),
-           'top_p': data.draw(st.just(1.0) | st.floats(0, 1))}
-    for draw in (0.0, data.draw(st.floats(0, 1, exclude_max=True)), 1 - 2 ** -53):
-        token = sample_token(logits, torch.tensor([draw], dtype=torch.float64), **how).item()
-        assert logits[0, token] > -math.inf, f'{token} of {logits}, draw {draw}, {how}'
-
-
-def test_choosing_is_a_pure_function_of_each_row():
-    """A row gets the same token alone and in a batch; inputs and torch's generator stay."""
-    logits, uniform = torch.randn(6, 9), torch.rand(6, dtype=torch.float64)
-    before, state = logits.clone(), torch.get_rng_state()
-    for how in ({}, {'temperature': 0.5}, {'top_k': 4, 'top_p': 0.7}, {'temperature': 0}):
-        alone = [sample_token(logits[i:i + 1], uniform[i:i + 1], **how) for i in range(6)]
-        assert torch.equal(sample_token(logits, uniform, **how), torch.cat(alone)), how
-    assert torch.equal(logits, before) and torch.equal(torch.get_rng_state(), state)
+def test_a_logit_of_minus_infinity_is_never_chosen():
+    """Not at either end of the interval from which a draw comes."""
+    logits = torch.tensor([[-math.inf, 0, 0, -math.inf]] * 2)
+    uniform = torch.tensor([0, 1 - 2 ** -53], dtype=torch.float64)
+    for how in ({}, {'top_k': 3}, {'top_p': 0.9}, {'temperature': 1e-8}, {'temperature': 1e300}):
+        assert {*sample_token(logits, uniform, **how).tolist()} == {1, 2}, how
 
 # -----------------------------------------------------------------------------
 # Generation
 
-
 def written(model, ids, n, **how):
     """What generate yields, a list for each row."""
     return torch.stack(list(generate(model, ids, n, **how)), dim=1).tolist()
-
 
 def slow_text(model, ids, n, source, row, seed, end_ids=(), **how):
     """The tokens of one row up to its end, by forward passes over the window alone."""
@@ -204,7 +173,6 @@ def slow_text(model, ids, n, source, row, seed, end_ids=(), **how):
         tokens.append(sample_token(logits, uniform, **how).item())
         window = [*window, tokens[-1]]
     return tokens
-
 
 @pytest.mark.parametrize('preset', WRITERS)
 @settings(max_examples=10)
@@ -234,7 +202,6 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
     lengths = [next((t + 1 for t, x in enumerate(row) if x in end_ids), n) for row in found]
     assert len(found[0]) == max(lengths), 'it goes on although all rows have ended, or stops early'
 
-
 def test_each_step_reads_one_token_of_the_rows_that_go_on():
     """Where the window is full its newer half is read again, and ended rows are not read. b10"""
     model = Script(lambda step: torch.zeros(1, 5), block_size=4)
@@ -246,27 +213,6 @@ def test_each_step_reads_one_token_of_the_rows_that_go_on():
     assert found == [[1, 4, 9, 9], [2, 9, 9, 9], [3, 5, 6, 9]], found
     assert model.read == [(3, 1), (3, 1), (2, 1), (1, 1)], model.read
 
-
-def test_sampled_frequencies_are_the_probabilities():
-    """The first tokens of 4,000 rows: each share is within five standard deviations."""
-    n, logits = 4000, torch.tensor([1.0, -1.0, 0.0, 2.0, 0.5])
-    model = Script(lambda step: logits.expand(n, -1))
-    tokens = next(generate(model, torch.zeros(n, 1, dtype=torch.long), 1, temperature=1.0))
-    found, p = torch.bincount(tokens, minlength=5) / n, logits.softmax(dim=-1)
-    assert ((found - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all(), f'{found}, not {p}'
-
-
-def test_every_row_and_step_draws_its_own_number_and_the_seed_fixes_all():
-    """Among a million tokens none comes twice, nor under another seed; torch's own seed is unused."""
-    ids, draws = torch.zeros(4, 1, dtype=torch.long), []
-    for seed in (0, 1, 0):
-        torch.manual_seed(len(draws))
-        model = Script(lambda step: torch.zeros(4, 10 ** 6))
-        draws.append(written(model, ids, 5, temperature=1.0, seed=seed))
-    assert draws[0] == draws[2]
-    assert len({token for rows in draws[:2] for row in rows for token in row}) == 40, draws
-
-
 @pytest.mark.parametrize('how', [{'temperature': 0}, {'temperature': 50.0}, {'top_k': 383},
                                  {'temperature': 1.0, 'top_p': 0.999}], ids=str)
 def test_special_tokens_and_rows_of_a_padded_vocabulary_are_never_written(how):
@@ -277,20 +223,11 @@ def test_special_tokens_and_rows_of_a_padded_vocabulary_are_never_written(how):
     suppressed = suppressed_tokens(model, tokenizer)
     allowed = {*range(256), tokenizer.end_id}
     assert set((~suppressed).nonzero()[:, 0].tolist()) == allowed
-    assert {t for row in written(model, ids, 50, suppressed=suppressed, **how) for t in row} <= allowed
+    found = written(model, ids, 50, suppressed=suppressed, **how)
+    assert {t for row in found for t in row} <= allowed
     model = Script(lambda step: logits[:1] if step == 0 else logits[:3], vocab_size=384)
     found = beam_search(model, ids[:1], 3, 5, suppressed=suppressed)[0]
     assert {t for _, tokens in found for t in tokens} <= allowed, found
-
-
-def test_generation_leaves_gradients_and_the_mode_as_they_were():
-    """No gradients while it runs; between two tokens they are on, and training mode stays. b2"""
-    for training in (True, False):
-        model = tiny('gpt2', 30).train(training)
-        for token in generate(model, torch.zeros(1, 1, dtype=torch.long), 3):
-            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        assert model.training == training
-
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_logits_that_are_not_finite_are_an_error_before_the_first_token(bad):
@@ -308,7 +245,6 @@ def test_logits_that_are_not_finite_are_an_error_before_the_first_token(bad):
 # -----------------------------------------------------------------------------
 # Beams
 
-
 def every_text(model, prompt, source, n, V, penalty, end_ids):
     """All that n tokens can write: [(score, tokens)], best first; an end counts as a token."""
     found, live = [], [([], 0.0)]
@@ -324,18 +260,15 @@ def every_text(model, prompt, source, n, V, penalty, end_ids):
         live = longer
     return sorted(found + [(p / n ** penalty, text) for text, p in live], key=lambda x: -x[0])
 
-
 def same_texts(found, expected, note=''):
     """The same tokens in the same order, with the same scores up to rounding."""
     assert [t for _, t in found] == [t for _, t in expected], f'{note}: {found}, not {expected}'
     assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-4), note
 
-
 def searched(model, prompt, source, beams, n, penalty=1.0, end_ids=(0,), **more):
     cache = encoded(model, [source])
     return beam_search(model, torch.tensor([prompt]), beams, n, penalty, end_ids=end_ids,
                        cache=cache, **more)[0]
-
 
 @pytest.mark.parametrize('preset', WRITERS)
 @settings(max_examples=5)
@@ -344,25 +277,15 @@ def searched(model, prompt, source, beams, n, penalty=1.0, end_ids=(0,), **more)
        seed=st.integers(0, 99))
 def test_a_wide_beam_finds_what_trying_everything_finds(preset, prompt, beams, penalty, end_ids,
                                                         seed):
-    """Four tokens, three steps: the best of all sequences in order, ended or not, scored. b11"""
+    """
+    Four tokens, three steps: the best of all sequences in order, ended or not, with their scores;
+    so a larger length penalty never prefers a shorter text. b11
+    """
     model = tiny(preset, 4, 8, seed)
     source = [2, *prompt, 1] if hasattr(model, 'encode') else None
     expected = every_text(model, prompt, source, 3, 4, penalty, end_ids)
     found = searched(model, prompt, source, beams, 3, penalty, end_ids)
     same_texts(found, expected[:beams], (prompt, penalty))
-
-
-@pytest.mark.parametrize('preset', ['gpt2', 'transformer'])
-@settings(max_examples=8)
-@given(penalties=st.lists(st.floats(0, 4), min_size=2, max_size=4), seed=st.integers(0, 99))
-def test_a_larger_length_penalty_never_prefers_a_shorter_text(preset, penalties, seed):
-    """The best of all texts gets longer or stays as the penalty grows. b11"""
-    model = tiny(preset, 4, 8, seed)
-    source = [1, 2] if hasattr(model, 'encode') else None
-    best = [searched(model, [0], source, 40, 3, penalty)[0] for penalty in sorted(penalties)]
-    lengths = [min(3, len(tokens) + 1) for _, tokens in best]
-    assert lengths == sorted(lengths), f'{sorted(penalties)}: {best}'
-
 
 def test_a_search_goes_on_while_an_unfinished_text_can_still_win():
     """It reads on while a growing text has the better score, and stops once none has."""
@@ -377,46 +300,33 @@ def test_a_search_goes_on_while_an_unfinished_text_can_still_win():
     p = math.log(.6) + math.log(.98) + 6 * math.log(.998)
     assert found[0] == (pytest.approx(p / 8, abs=1e-5), [2] * 7), found
 
-
-class Uncached(torch.nn.Module):
-    """The same model, but the cache holds ids only, which are all read again at each step."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.config = model, model.config
-
-    def decode(self, new, cache):
-        ids = new if cache.state is None else torch.cat([cache.state[0][0], new], dim=1)
-        cache.state = (ids[None],)
-        if cache.memory is None:
-            return self.model(ids)[0][:, -1]
-        beams = len(ids) // len(cache.memory)
-        source, mask = (t if t is None else t.repeat_interleave(beams, dim=0)
-                        for t in (cache.memory, cache.memory_mask))
-        return self.model(source, mask, ids)[0][:, -1]
-
-
 @pytest.mark.parametrize('preset', WRITERS)
 @settings(max_examples=8)
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4), beams=st.integers(1, 4),
        penalty=st.sampled_from([0.0, 1.0, 2.5]), end_ids=st.sampled_from([(0,), (0, 1, 2)]),
        seed=st.integers(0, 99))
 @example(lengths=[3, 1, 4, 2], beams=2, penalty=1.0, end_ids=(0, 1, 2), seed=3)
-def test_a_search_among_others_is_the_search_alone_cached_or_not(preset, lengths, beams, penalty,
-                                                                 end_ids, seed):
+def test_a_search_among_others_is_the_search_alone(preset, lengths, beams, penalty, end_ids, seed):
     """Sources of any lengths, padded and masked; rows that are done early or late. b10 b11"""
     model, rng, rows = tiny(preset, 5, 24, seed), np.random.default_rng(seed), len(lengths)
     sources = [rng.integers(1, 5, n).tolist() for n in lengths]
     ids = torch.from_numpy(rng.integers(1, 5, (rows, 2)))
-    search = lambda model, ids, cache: beam_search(model, ids, beams, 9, penalty, None, end_ids, cache)
-    found, plain = search(model, ids, encoded(model, sources)), KVCache(24)
-    if hasattr(model, 'encode'):
-        plain = KVCache(24, *padded(sources))
-    for i, (texts, other) in enumerate(zip(found, search(Uncached(model), ids, plain), strict=True)):
-        alone = search(model, ids[i:i + 1], encoded(model, sources[i:i + 1]))[0]
+    found = beam_search(model, ids, beams, 9, penalty, None, end_ids, encoded(model, sources))
+    for i, texts in enumerate(found):
+        alone = beam_search(model, ids[i:i + 1], beams, 9, penalty, None, end_ids,
+                            encoded(model, sources[i:i + 1]))[0]
         same_texts(texts, alone, f'row {i} of {lengths}')
-        same_texts(texts, other, f'row {i} of {lengths} without a cache')
 
+def test_each_beam_reads_its_own_source_when_another_row_is_done_at_once():
+    """Row 0 is done after the first step; the beams of row 1 go on with the source of row 1. b11"""
+    steps = torch.tensor([[[.4, .4, .1, .1], [.1, .1, .4, .4]],        # step 0: of source 0 and 1
+                          [[.1, .1, .7, .1], [.7, .1, .1, .1]]])       # later steps
+    found = []
+    for sources in ([[0], [1]], [[1]]):
+        ids, cache = torch.tensor(sources), KVCache(9, torch.tensor(sources))
+        model = Script(lambda step, cache=cache: steps[min(step, 1), cache.memory[:, 0]].log())
+        found.append(beam_search(model, ids, 2, 3, 1.0, None, [0, 1], cache)[-1])
+    same_texts(*found)
 
 @pytest.mark.parametrize('preset', WRITERS)
 @settings(max_examples=5)
@@ -431,92 +341,67 @@ def test_a_single_beam_is_greedy(preset, seed, n):
 # -----------------------------------------------------------------------------
 # Text as it is generated
 
-
 @pytest.fixture(scope='session')
 def foreign(tmp_path_factory):
     """Tokenizers of other models: WordPiece without accents, and pieces that carry their spaces."""
     hf = pytest.importorskip('tokenizers')
-    folder = tmp_path_factory.mktemp('wordpiece')
-    letters = sorted(set('abcdefgortuz.,!?\'0123人之초кот'))
+    folder, other = (tmp_path_factory.mktemp(name) for name in ('wordpiece', 'metaspace'))
+    letters = sorted('abcdefghortuz.,!?0123人之初кот')
     vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *('##' + c for c in letters),
              'cat', '##at', 'the']
     (folder / 'vocab.txt').write_text('\n'.join(vocab), encoding='utf-8')
-    (folder / 'config.json').write_text('{"model_type": "bert"}')
     (folder / 'tokenizer_config.json').write_text('{"do_lower_case": true}')
-    other = tmp_path_factory.mktemp('metaspace')
-    pieces = ['<s>', '</s>', '<unk>', *(f'<0x{i:02X}>' for i in range(256)), '▁', 'a', 'b', '▁a',
-              '人', '▁人']
+    pieces = ['<s>', '</s>', '<unk>', *(f'<0x{i:02X}>' for i in range(256)), '▁', 'a', '▁a', '人']
     engine = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)},
-                                        [('▁', 'a'), ('▁', '人')], byte_fallback=True,
-                                        unk_token='<unk>'))
+                                        [('▁', 'a')], byte_fallback=True, unk_token='<unk>'))
     engine.normalizer = hf.normalizers.Sequence([hf.normalizers.Prepend('▁'),
                                                  hf.normalizers.Replace(' ', '▁')])
-    engine.decoder = hf.decoders.Sequence([
-        hf.decoders.Replace('▁', ' '), hf.decoders.ByteFallback(), hf.decoders.Fuse(),
-        hf.decoders.Strip(' ', 1, 0)])
-    engine.add_special_tokens(['<s>', '</s>', '<unk>'])
+    decoders = [hf.decoders.Replace('▁', ' '), hf.decoders.ByteFallback(), hf.decoders.Fuse()]
+    engine.decoder = hf.decoders.Sequence([*decoders, hf.decoders.Strip(' ', 1, 0)])
     engine.save(str(other / 'tokenizer.json'))
     (other / 'tokenizer_config.json').write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
     return {'wordpiece': load_tokenizer(folder), 'metaspace': load_tokenizer(other)}
 
-
-def streamed(tokenizer, ids, prompt=(), stops=()):
+def streamed(tokenizer, ids, stops=()):
     """The pieces that a TextStream returns, one a token and one at the end."""
-    stream = TextStream(tokenizer, prompt, stops)
+    stream = TextStream(tokenizer, stops=stops)
     return [*(stream.add(i) for i in ids), stream.end()]
 
-
-@settings(max_examples=40)
-@given(UNICODE | st.text(alphabet=STORY), st.sampled_from(['byte', 'bpe', 'char']))
-@example(STORY, 'bpe')
-@example('\ufeff\ufffd\x00\U0010ffff', 'byte')
-def test_a_stream_joins_to_the_whole_text_and_holds_back_half_characters_only(text, kind):
-    """After each token all whole characters are out, and never a part of one. b15"""
-    tokenizer = BPE if kind == 'bpe' else byte_tokenizer()
-    if kind == 'char':
-        tokenizer = char_tokenizer(set(text) | {'a'})
-    stream, out, data = TextStream(tokenizer), '', b''
-    for token in tokenizer.encode(text).tolist():
+@settings(max_examples=60)
+@given(UNICODE | st.text('ab 人之cat the.é😀👍🏽'),
+       st.sampled_from(['byte', 'bpe', 'char', 'wordpiece', 'metaspace']), st.text('ab人'))
+@example(STORY, 'bpe', '')
+@example('\ufeff\ufffd\x00\U0010ffff', 'byte', '')
+@example('a 人 a', 'metaspace', 'a')
+@example('the cat.', 'wordpiece', 'the')
+def test_a_stream_joins_to_the_whole_text_without_half_characters(foreign, text, kind, prompt):
+    """After each token all whole characters are out, behind any prompt; any tokenizer. b15"""
+    own = {'byte': byte_tokenizer(), 'bpe': BPE, 'char': char_tokenizer({*text, *prompt, 'a'})}
+    tokenizer = {**own, **foreign}[kind]
+    prompt, ids, out = tokenizer.encode(prompt).tolist(), tokenizer.encode(text).tolist(), ''
+    stream, begin = TextStream(tokenizer, prompt), len(tokenizer.decode(prompt))
+    for n, token in enumerate(ids, 1):
         out += stream.add(token)
-        data += tokenizer.token_bytes(token)
-        whole = data.decode(errors='ignore')               # all but half a character at the end
-        assert out == whole.rstrip('\ufffd') or out == whole, f'{out!r} after {data}'
-    assert out + stream.end() == text
+        data = b''.join(map(tokenizer.token_bytes, ids[:n]))
+        if kind in own:
+            assert out.rstrip('\ufffd') == data.decode(errors='ignore').rstrip('\ufffd'), data
+    assert out + stream.end() == tokenizer.decode(prompt + ids)[begin:]
+    assert kind not in own or out == text.rstrip('\ufffd') or out == text
 
-
-@given(UNICODE | st.text('ab 人之cat the.', max_size=20), st.lists(st.integers(0, 255), max_size=12),
-       st.sampled_from(['wordpiece', 'metaspace', 'byte']), st.text('ab 人', max_size=3))
-@example('a 人 a', [], 'metaspace', 'a')
-@example('the cat.', [], 'wordpiece', 'the')
-def test_a_stream_of_any_tokenizer_joins_to_what_decoding_all_gives(foreign, text, data, kind, prompt):
-    """Words that bring their spaces, and bytes that are no text; behind any prompt. b15"""
-    tokenizer = foreign.get(kind) or byte_tokenizer()
-    prompt = tokenizer.encode(prompt).tolist()
-    ids = data if kind == 'byte' else tokenizer.encode(text).tolist()
-    whole = tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)):]
-    pieces = streamed(tokenizer, ids, prompt)
-    assert ''.join(pieces) == whole, f'{pieces}, not {whole!r}'
-
+@given(st.lists(st.integers(0, 255), max_size=12))
+def test_a_stream_of_any_bytes_joins_to_what_decoding_them_gives(ids):
+    """A model may write bytes that are no text. b15"""
+    assert ''.join(streamed(byte_tokenizer(), ids)) == byte_tokenizer().decode(ids)
 
 class Pieces:
     """A tokenizer whose token i is the i-th of some pieces of bytes."""
-    end_ids = ()
+    end_id, end_ids = -1, (-1,)
 
     def __init__(self, pieces):
         self.pieces = pieces
 
     def decode(self, ids):
         return b''.join(self.pieces[i] for i in ids).decode(errors='replace')
-
-
-def stopped(pieces, stops):
-    """(the text that a stream of these pieces shows, whether it was stopped by one of stops)."""
-    stream, out = TextStream(Pieces(pieces), stops=stops), ''
-    for i in range(len(pieces)):
-        out += stream.add(i)
-    done = stream.done
-    return out + stream.end(), done
-
 
 @settings(max_examples=100)
 @given(st.text('ab中', max_size=12), st.lists(st.text('ab中', min_size=1, max_size=4), max_size=4),
@@ -529,16 +414,17 @@ def test_a_text_ends_before_its_first_stop_whatever_the_tokens_are(text, stops, 
     data = text.encode()
     ends = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
     places = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    expected = (text[:min(places)[1]], True) if places else (text, False)
-    assert stopped([data[a:b] for a, b in zip(ends, ends[1:])], stops) == expected
-    assert stopped([bytes([b]) for b in data], stops) == expected
-
+    expected = text[:min(places)[1]] if places else text
+    for pieces in ([data[a:b] for a, b in zip(ends, ends[1:])], [bytes([b]) for b in data]):
+        found = ''.join(streamed(Pieces(pieces), range(len(pieces)), stops))
+        assert found == expected, f'{found!r} of {text!r}, stops {stops}, pieces {pieces}'
 
 def test_what_may_begin_a_stop_waits_and_nothing_else_does():
     """By hand: text is shown once it can no longer be the beginning of a stop."""
     pieces = ['a\n', 'b', '。', '。', '人之', 'c', 'ab', b'\xe4\xb8']
     tokenizer = Pieces([p if isinstance(p, bytes) else p.encode() for p in pieces])
-    assert streamed(tokenizer, range(6), stops=['\n\n', '。人']) == ['a', '\nb', '', '。', '', '', '']
+    found = streamed(tokenizer, range(6), stops=['\n\n', '。人'])
+    assert found == ['a', '\nb', '', '。', '', '', '']
     assert streamed(tokenizer, [0], stops=['\n\n']) == ['a', '\n']  # half a stop at the end is text
     assert streamed(tokenizer, [6, 7]) == ['ab', '', '\ufffd']      # and so is half a character
 
@@ -548,7 +434,6 @@ def test_what_may_begin_a_stop_waits_and_nothing_else_does():
 LABELS = ['bad', '好', 'x y']
 TAGS = ['O', 'B-per-son', 'I-per-son', 'B-地', 'I-地']
 TASKS = {'classify': LABELS, 'tag': TAGS, 'qa': []}
-
 
 def random_examples(task, lengths, rng):
     """Random ids below 30 with targets of a task; meta says which example it is."""
@@ -560,7 +445,6 @@ def random_examples(task, lengths, rng):
                          'segments': rng.integers(2, size=n).tolist(), 'targets': targets[task]})
     return examples
 
-
 def alone(model, example, **more):
     """(logits, loss) of one example, without a batch: the loss is a sum over its targets."""
     batch = {key: torch.tensor(value)[None] for key, value in example.items() if key != 'meta'}
@@ -568,25 +452,17 @@ def alone(model, example, **more):
         logits, loss = model(**batch, **more)
     return logits[0], loss
 
-
-@given(st.sampled_from([*TASKS]), st.lists(st.integers(1, 9), min_size=1, max_size=6))
-@example('tag', [3, 3, 3])
-def test_a_batch_is_padded_on_the_right_and_says_what_is_real(task, lengths):
+def test_a_batch_is_padded_on_the_right_and_says_what_is_real():
     """Ids with the padding token, targets with IGNORE_INDEX; meta is left out. b3"""
-    examples, T = random_examples(task, lengths, np.random.default_rng(0)), max(lengths)
-    batch = collate(examples, 77)
-    assert ('attention_mask' in batch) == (min(lengths) < T) and 'meta' not in batch
-    mask = batch.pop('attention_mask', torch.ones(len(lengths), T, dtype=torch.bool))
-    assert mask.dtype == torch.bool and mask.tolist() == [[t < n for t in range(T)] for n in lengths]
-    fill = {'ids': 77, 'segments': 0, 'targets': IGNORE_INDEX}
-    assert batch.keys() == fill.keys()
-    for key, rows in batch.items():
-        for found, made in zip(rows, examples):
-            row = made[key]
-            if key != 'targets' or task == 'tag':
-                row = row + [fill[key]] * (T - len(row))
-            assert found.dtype == torch.int64 and found.tolist() == row, f'{key}: {found}'
-
+    long = {'ids': [7, 8, 9], 'segments': [0, 0, 1], 'targets': [1, 2, 3], 'decoder_ids': [5, 6],
+            'meta': {}}
+    short = {'ids': [5], 'segments': [1], 'targets': [4], 'decoder_ids': [8], 'meta': {}}
+    assert {key: t.tolist() for key, t in collate([long, short], 77).items()} == {
+        'ids': [[7, 8, 9], [5, 77, 77]], 'attention_mask': [[True] * 3, [True, False, False]],
+        'segments': [[0, 0, 1], [1, 0, 0]], 'decoder_ids': [[5, 6], [8, 77]],
+        'targets': [[1, 2, 3], [4, IGNORE_INDEX, IGNORE_INDEX]]}
+    batch = collate([{'ids': [1, 2], 'targets': 1}, {'ids': [3, 4], 'targets': 0}], 77)
+    assert batch.keys() == {'ids', 'targets'} and batch['targets'].tolist() == [1, 0]
 
 @settings(max_examples=20)
 @given(st.sampled_from([*TASKS]), st.sampled_from(['bert', 'gpt2', 'llama', 'lstm']),
@@ -606,36 +482,27 @@ def test_an_answer_depends_neither_on_padding_nor_on_neighbours(task, preset, le
         targets = torch.tensor(made['targets'])
         nats, n = nats + loss.item(), n + (targets != IGNORE_INDEX).sum().item()
         right += (expected.argmax(dim=-1) == targets).sum().item()
-        length = len(made['ids'])
-        logits = {'qa': logits[:, :length], 'tag': logits[:length]}.get(task, logits)
+        if task != 'classify':
+            n_real = len(made['ids'])
+            logits = logits[:n_real] if task == 'tag' else logits[:, :n_real]
         assert same is made, f'{same} in the place of {made}'
         close(logits, expected, 1e-3)
     assert totals['targets'].tolist() == pytest.approx([nats, n, right], rel=1e-3, abs=1e-3)
 
-
 def test_both_kinds_of_targets_of_bert_are_counted_apart():
-    """Hidden tokens and next sentences: sums, numbers and right answers of each. b8"""
+    """Hidden tokens and next sentences together have the totals that each kind has alone. b8"""
     model, rng = tiny('bert', 30, 12), np.random.default_rng(0)
-    examples, expected = random_examples('tag', [9, 3, 7, 5], rng), collections.Counter()
-    for made in examples:
-        made['next_targets'] = int(rng.integers(2))
-        for kind in ('targets', 'next_targets'):
-            inputs = {key: made[key] for key in ('ids', 'segments', kind)}
-            with torch.no_grad():
-                batch = {key: torch.tensor([value]) for key, value in inputs.items()}
-                logits, loss = model(**batch, **{f'num_{kind}': 1})
-            targets = batch[kind][batch[kind] != IGNORE_INDEX]
-            expected[kind, 0] += loss.item()
-            expected[kind, 1] += len(targets)
-            expected[kind, 2] += (logits.argmax(dim=-1).flatten() == targets).sum().item()
-    totals = predict(model, examples, 29, batch_size=3)[1]
-    assert totals.keys() == {'targets', 'next_targets'}
-    for kind, found in totals.items():
-        assert found.tolist() == pytest.approx([expected[kind, i] for i in range(3)], rel=1e-4)
+    both = random_examples('tag', [9, 3, 7], rng)
+    for i, made_example in enumerate(both):
+        made_example['next_targets'] = i % 2
+    totals = predict(model, both, 29)[1]
+    assert totals.keys() == {'targets', 'next_targets'} and totals['next_targets'][1] == 3
+    for kind, other in (('targets', 'next_targets'), ('next_targets', 'targets')):
+        single = [{key: e[key] for key in e.keys() - {other}} for e in both]
+        assert totals[kind].tolist() == pytest.approx(predict(model, single, 29)[1][kind].tolist())
 
 # -----------------------------------------------------------------------------
 # Answers
-
 
 @given(st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=5, unique=True))
 def test_the_label_is_the_likeliest_and_all_probabilities_are_given(logits):
@@ -647,11 +514,11 @@ def test_the_label_is_the_likeliest_and_all_probabilities_are_given(logits):
     assert found['probability'] == pytest.approx(max(p), abs=1e-5)
     assert found['probabilities'] == pytest.approx(dict(zip(labels, p)), abs=1e-5)
 
-
 def test_a_tag_is_that_of_the_first_piece_and_entities_cross_parts():
     """Two examples of one text; the other pieces of a token have other tags and do not count."""
     tokens, tags = ['人民', 'b', 'cd', '😀', 'e'], ['O', *TAGS[1:3], 'I-per-son', 'I-地']
-    parts, logits, rest = encode_rows(byte_tokenizer(), 'tag', [{'tokens': tokens}], TAGS, 13), [], iter(tags)
+    parts = encode_rows(byte_tokenizer(), 'tag', [{'tokens': tokens}], TAGS, 13)
+    logits, rest = [], iter(tags)
     assert len(parts) == 2, f'{len(parts)} examples'
     for part in parts:
         row = torch.zeros(len(part['ids']) + 3, len(TAGS))
@@ -663,7 +530,6 @@ def test_a_tag_is_that_of_the_first_piece_and_entities_cross_parts():
         'tokens': tokens, 'tags': tags,
         'entities': [{'kind': 'per-son', 'text': 'b cd 😀', 'first': 1, 'last': 3},
                      {'kind': '地', 'text': 'e', 'first': 4, 'last': 4}]}
-
 
 @settings(max_examples=60)
 @given(st.text('ab 中😀é.\n', max_size=60), st.sampled_from(['byte', 'bpe', 'char']),
@@ -681,7 +547,8 @@ def test_a_span_is_the_best_of_all_spans(context, kind, block_size, unanswerable
     if kind == 'char':
         tokenizer = char_tokenizer({*context, '?'})
     rng, labels = np.random.default_rng(seed), ['no answer'] if unanswerable else []
-    examples = encode_rows(tokenizer, 'qa', [{'question': '?', 'context': context}], labels, block_size)
+    row = {'question': '?', 'context': context}
+    examples = encode_rows(tokenizer, 'qa', [row], labels, block_size)
     T, logits, spans, no_answer = max(len(e['ids']) for e in examples) + 2, [], [], []
     for made in examples:
         n, meta = len(made['ids']), made['meta']
@@ -710,7 +577,6 @@ def test_a_span_is_the_best_of_all_spans(context, kind, block_size, unanswerable
 # -----------------------------------------------------------------------------
 # Scores
 
-
 class Oracle(torch.nn.Module):
     """The targets as logits: the largest everywhere; where there is no target, it is wrong."""
 
@@ -733,21 +599,18 @@ class Oracle(torch.nn.Module):
         return KVCache(size, ids, mask)
 
     def decode(self, ids, cache):
-        rows = zip(cache.memory, cache.memory_mask.bool())
-        target = torch.tensor([self.known[tuple(row[real].tolist())][cache.length] for row, real in rows])
+        sources = [row[real].tolist() for row, real in zip(cache.memory, cache.memory_mask.bool())]
+        target = torch.tensor([self.known[tuple(source)][cache.length] for source in sources])
         cache.length += 1
         return 30.0 * F.one_hot(target, self.classes)
-
 
 def oracle_scores(tokenizer, task, rows, labels):
     examples = encode_rows(tokenizer, task, rows, labels, 64)
     classes = tokenizer.n_vocab if task == 'seq2seq' else max(1, len(labels))
     return task_scores(Oracle(task, classes, examples), tokenizer, examples, task, labels)
 
-
 WORDS = st.text('ab 中é😀\u200b\ufe0fкот.', min_size=1, max_size=6).filter(lambda t: t.split())
 TAG = st.sampled_from(TAGS)
-
 
 @settings(max_examples=15)
 @given(st.lists(st.lists(st.tuples(WORDS, TAG), min_size=1, max_size=9), min_size=1, max_size=3),
@@ -783,20 +646,18 @@ def test_the_right_targets_score_1_for_every_task_and_any_text(foreign, texts, t
     found = oracle_scores(tokenizer, 'seq2seq', rows, [])
     assert found['exact_match'] == 1, f'{found}: {rows}'
 
-
 def test_the_right_targets_score_100_in_bleu_and_1_in_rouge():
     """Five words in three scripts; and hidden tokens are all found by their own targets."""
-    rows = [{'source': 'a', 'target': 'кот and 人之 été'}, {'source': 'b', 'target': 'नमस्ते दुनिया 1 2'}]
+    rows = [{'source': 'a', 'target': 'кот and 人之 été'}, {'source': 'b', 'target': 'नमस्ते ok 1 2'}]
     found = oracle_scores(byte_tokenizer(), 'seq2seq', rows, [])
-    assert found == pytest.approx({'bleu': 100, 'rouge1': 1, 'rouge2': 1, 'rougeL': 1, 'exact_match': 1})
+    assert [*found.values()] == pytest.approx([100, 1, 1, 1, 1]), found
     tokenizer = byte_tokenizer()
-    found = sample.masked_accuracy(Oracle('masks', tokenizer.n_vocab), tokenizer, tokenizer.encode(STORY))
+    oracle, ids = Oracle('masks', tokenizer.n_vocab), tokenizer.encode(STORY)
+    found = sample.masked_accuracy(oracle, tokenizer, ids)
     assert found == {'masked_accuracy': 1}, found
-
 
 ANY_TAG = st.sampled_from(['O', 'O', *(prefix + kind for prefix in ('B-', 'I-') for kind in
                                        ('x', 'y', '人', 'per-son', 'per', '-', 'B-x', 'O', '_'))])
-
 
 @settings(max_examples=100)
 @given(st.lists(st.lists(st.tuples(ANY_TAG, ANY_TAG), max_size=6), min_size=1, max_size=5),
@@ -814,25 +675,18 @@ def test_entity_scores_are_those_of_seqeval(rows, size):
     assert found == pytest.approx({'precision': precision_score(rights, guesses),
                                    'recall': recall_score(rights, guesses),
                                    'f1': entity_f1(rights, guesses)}, abs=1e-12)
-    for tags in guesses:  # and the entities of an answer are those of seqeval
-        meta = {'tokens': tags, 'first': [*range(len(tags))]}
-        logits = torch.eye(len(tags))
-        found = DECODERS['tag']([{'meta': meta}], [logits], tags)['entities'] if tags else []
-        expected = [(kind, first, last) for kind, first, last in get_entities(tags)]
-        assert [(e['kind'], e['first'], e['last']) for e in found] == expected, tags
-
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(*[st.sampled_from(['好', 'bad', 'O', 'x y', ''])] * 2), min_size=1, max_size=12))
-@example([('好', 'bad'), ('好', '好')])                    # a label that was guessed but never right
+@given(st.lists(st.tuples(*[st.sampled_from(['好', 'bad', 'x', ''])] * 2), min_size=1, max_size=9))
+@example([('好', 'bad'), ('好', '好')])                    # a label that was never right
 def test_label_scores_are_those_of_scikit_learn(pairs):
     """Macro F1 is the mean over the labels that are there or were guessed."""
     right, guessed = zip(*pairs)
-    found = SCORES['classify']([{'label': g} for g in guessed], [[{'meta': {'label': r}}] for r in right])
+    golds = [[{'meta': {'label': label}}] for label in right]
+    found = SCORES['classify']([{'label': label} for label in guessed], golds)
     assert found == pytest.approx({
         'accuracy': accuracy_score(right, guessed),
         'macro_f1': f1_score(right, guessed, average='macro', zero_division=0)}, abs=1e-12)
-
 
 def squad_words(text):
     """normalize_answer of SQuAD's evaluate-v2.0.py; then each CJK character is a word."""
@@ -840,7 +694,6 @@ def squad_words(text):
     text = ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
     cjk = '\u3041-\u3096\u30a1-\u30fa\u3400-\u9fff'
     return re.findall(f'[{cjk}]|[^\\s{cjk}]+', text)
-
 
 def squad_score(answer, rights):
     """compute_exact and compute_f1 of evaluate-v2.0.py against the best of the right answers."""
@@ -854,32 +707,29 @@ def squad_score(answer, rights):
             overlaps.append(2 * same / (len(words) + len(right)))
     return float(words in rights), max(overlaps)
 
-
 PHRASES = st.lists(st.sampled_from([
-    'the', 'a', 'an', 'The', 'cat', 'Cats', 'cat!', 'U.S.', "'s", '-', '北京', '大学', '。', 'こん', 'カナ',
-    '😀', 'e\u0301', '한국', 'cat的', '3', ' ', ' ', '\n', '\u3000', '']), max_size=7).map(''.join)
-
+    'the', 'a', 'an', 'The', 'cat', 'Cats', 'cat!', 'U.S.', "'s", '-', '北京', '大学', '。', 'こん',
+    'カナ', '😀', 'e\u0301', '한국', 'cat的', '3', ' ', '\n', '\u3000']), max_size=7).map(''.join)
 
 @settings(max_examples=100)
 @given(st.lists(st.tuples(PHRASES, st.lists(PHRASES, max_size=3)), min_size=1, max_size=4))
 @example([('the cat', ['Cat.']), ('', []), ('x', []), ('', ['x']), ('', ['The', 'cat'])])
-@example([('北京大学', ['北京']), ('another', ['other']), ('cat cat', ['cat']), ('a', ['!', '北京'])])
+@example([('北京大学', ['北京']), ('another', ['other']), ('cat cat', ['cat']), ('a', ['!', '北'])])
 def test_answer_scores_are_those_of_squad(rows):
     """No case, punctuation or articles; the best of several right answers; the mean over rows."""
-    found = SCORES['qa']([{'answer': a} for a, _ in rows], [[{'meta': {'answers': r}}] for _, r in rows])
+    golds = [[{'meta': {'answers': rights}}] for _, rights in rows]
+    found = SCORES['qa']([{'answer': text} for text, _ in rows], golds)
     exact, overlap = np.mean([squad_score(*row) for row in rows], axis=0)
     assert found == pytest.approx({'exact_match': exact, 'f1': overlap}, abs=1e-12)
 
-
 def target_scores(guesses, rights):
-    return SCORES['seq2seq']([{'target': g} for g in guesses], [[{'meta': {'target': r}}] for r in rights])
-
+    golds = [[{'meta': {'target': text}}] for text in rights]
+    return SCORES['seq2seq']([{'target': text} for text in guesses], golds)
 
 PLAIN = st.lists(st.sampled_from(
-    ['the', 'cat', 'Cat', 'sat', 'mat.', '3.14', '1,000', "don't", 'x-ray', '5-', 'a,b', '(on)', 'é',
-     '$5', 'e.g.', 'end', '.', '-', '“q”', '😀', 'İ', '٣,٤', '…', 'Straße', '人', 'x中,y']),
+    ['the', 'cat', 'Cat', 'sat', 'mat.', '3.14', '1,000', "don't", 'x-ray', '5-', 'a,b', '(on)',
+     'é', '$5', 'e.g.', 'end', '.', '-', '“q”', '😀', 'İ', '٣,٤', '…', 'Straße', '人', 'x中,y']),
     max_size=12).map(' '.join)
-
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=6))
@@ -892,7 +742,6 @@ def test_bleu_is_that_of_sacrebleu(pairs):
     expected = sacrebleu.corpus_bleu([*map(apart, guesses)], [[*map(apart, rights)]]).score
     assert target_scores(guesses, rights)['bleu'] == pytest.approx(expected, abs=1e-6)
 
-
 @given(*[st.lists(st.sampled_from(['the', 'cat', 'Cat_3', 'mat.', '3.14', "don't", 'x-ray', '!']),
                   max_size=12).map(' '.join)] * 2)
 @example('the cat sat on the mat', 'the mat sat on the cat')
@@ -904,10 +753,10 @@ def test_rouge_of_ascii_is_that_of_rouge_score(guess, right):
     for name in names:
         assert found[name] == pytest.approx(scores[name].fmeasure), name
 
-
 @pytest.mark.parametrize('guess, right, expected', [
-    ('кот 3', 'номер 3', [0.5, 0, 0.5]), ('नमस्ते दुनिया', 'नमस्ते दुनिया', [1, 1, 1]), ('été', 'êté', [0, 0, 0]),
-    ('人之初', '人之初', [1, 1, 1]), ('初之人', '人之初', [1, 0, 1 / 3]), ('the 人', 'The人', [1, 1, 1]),
+    ('кот 3', 'номер 3', [0.5, 0, 0.5]), ('été', 'êté', [0, 0, 0]),
+    ('नमस्ते दुनिया', 'नमस्ते दुनिया', [1, 1, 1]), ('人之初', '人之初', [1, 1, 1]),
+    ('初之人', '人之初', [1, 0, 1 / 3]), ('the 人', 'The人', [1, 1, 1]),
     ('人 之！', '人之初', [0.8, 2 / 3, 0.8]), ('x', '人', [0, 0, 0])], ids=str)
 def test_rouge_knows_the_words_of_all_scripts(guess, right, expected):
     """By hand: letters with their marks are words, and so is each CJK character."""
@@ -917,7 +766,6 @@ def test_rouge_knows_the_words_of_all_scripts(guess, right, expected):
 
 # -----------------------------------------------------------------------------
 # Attention
-
 
 @pytest.mark.parametrize('preset', ['gpt2', 'palm', 'llama', 'nano', 'bert', 't5', 'transformer'])
 @settings(max_examples=4)
@@ -932,10 +780,10 @@ def test_the_attention_maps_are_those_that_the_fused_kernel_used(preset, lengths
         batch['decoder_ids'] = torch.from_numpy(rng.integers(30, size=(len(lengths), 7)))
     for name, layer in model.named_modules():
         if isinstance(layer, Attention):
-            kind = 'cross' if name.endswith('cross') else name.split('.')[0]
             values, outputs = [], []
-            layer.v.register_forward_hook(lambda m, x, y, values=values: values.append(y))
-            layer.proj.register_forward_pre_hook(lambda m, x, outputs=outputs: outputs.append(x[0]))
+            layer.v.register_forward_hook(lambda *args, to=values: to.append(args[2]))
+            layer.proj.register_forward_hook(lambda *args, to=outputs: to.append(args[1][0]))
+            kind = 'cross' if name.endswith('cross') else name.split('.')[0]
             seen.setdefault(kind, []).append((values, outputs))
     plain = model(**batch)[0]
     maps = sample.attention_maps(model, batch)
@@ -965,19 +813,18 @@ KINDS = {  # name: preset, task, labels
 }
 CHARACTERS = set(VERSE + 'abc </script>!-é😀[]MASK|')
 
-
 def made(kind):
     """(model, tokenizer, labels); characters where text is written or guessed, bytes elsewhere."""
     preset, task, labels = KINDS[kind]
     characters = CHARACTERS - {'\n'} if kind == 'masks' else CHARACTERS
-    tokenizer = char_tokenizer(characters) if kind in ('text', 'lstm', 'masks') else byte_tokenizer()
+    by_characters = kind in ('text', 'lstm', 'masks')
+    tokenizer = char_tokenizer(characters) if by_characters else byte_tokenizer()
     model = tiny(preset, tokenizer.n_vocab + 3, 40, seed=2, task=task * (task != 'seq2seq'),
                  n_labels=len(labels), dropout=0.5)
     if kind in ('text', 'bytes'):  # else the windows of a long text would not matter
         model = tiny(preset, tokenizer.n_vocab + 3, 16, seed=2, tied=False)
         model.output.weight.data[tokenizer.end_id] = 0     # it seldom ends
     return model, tokenizer, labels
-
 
 @pytest.fixture(scope='session')
 def checkpoints(tmp_path_factory):
@@ -988,7 +835,6 @@ def checkpoints(tmp_path_factory):
         save(folder / f'{kind}.pt', model, tokenizer=tokenizer.to_dict(), task=task, labels=labels)
     return folder
 
-
 @pytest.fixture
 def ask(checkpoints, monkeypatch, capsys):
     """ask(kind, flags...) -> what sample.py writes: .out, .err."""
@@ -997,11 +843,11 @@ def ask(checkpoints, monkeypatch, capsys):
         path = checkpoints / f'{kind}.pt' if kind in KINDS else kind
         sample.main(['--init_from', str(path), '--device', 'cpu', *map(str, flags)])
         return capsys.readouterr()
-    ask.lines = lambda *args, **more: [json.loads(line) if line else None
-                                       for line in ask(*args, '--json', **more).out.splitlines()]
+    ask.lines = lambda *args, **more: [
+        json.loads(line) if line else None
+        for line in ask(*args, '--json', **more).out.removesuffix('\n').split('\n')]
     ask.reader = capsys
     return ask
-
 
 def error(ask, *args):
     """The one line of an error that the user can mend; nothing may be written before it."""
@@ -1009,7 +855,6 @@ def error(ask, *args):
         ask(*args)
     assert ask.reader.readouterr().out == ''
     return one_line(caught)
-
 
 def test_text_is_what_generate_yields_and_is_read_from_flag_file_or_pipe(ask, tmp_path):
     """Chinese, and bytes; with a byte order mark and Windows line ends; the prompt comes first."""
@@ -1020,7 +865,8 @@ def test_text_is_what_generate_yields_and_is_read_from_flag_file_or_pipe(ask, tm
         ids = torch.from_numpy(tokenizer.encode(prompt).astype(np.int64)).expand(2, -1)
         rows = written(model, ids, 30, seed=1, end_ids=tokenizer.end_ids,
                        suppressed=suppressed_tokens(model, tokenizer))
-        rows = [row[:row.index(tokenizer.end_id)] if tokenizer.end_id in row else row for row in rows]
+        end = tokenizer.end_id
+        rows = [row[:row.index(end)] if end in row else row for row in rows]
         expected = '\n---\n'.join(prompt + tokenizer.decode(row) for row in rows) + '\n'
         found = ask(kind, '--start', prompt, *flags)
         assert found.out == expected and found.out.count('---') == 1
@@ -1033,7 +879,6 @@ def test_text_is_what_generate_yields_and_is_read_from_flag_file_or_pipe(ask, tm
         assert [{*row} for row in rows] == [{'prompt', 'text'}] * 2
         assert '\n---\n'.join(row['prompt'] + row['text'] for row in rows) + '\n' == expected
 
-
 def test_a_seed_fixes_the_text_and_the_first_sample_does_not_depend_on_the_others(ask):
     """Without a seed each run is new; an empty prompt begins a document."""
     text = lambda *flags: ask('text', '--start', '', '--max_new_tokens', 40, *flags).out
@@ -1041,22 +886,20 @@ def test_a_seed_fixes_the_text_and_the_first_sample_does_not_depend_on_the_other
     assert text('--seed', 1, '--num_samples', 3).startswith(text('--seed', 1) + '---\n')
     assert len({text('--temperature', 5) for _ in range(3)}) == 3 and len(text('--seed', 1)) > 5
 
-
 @pytest.mark.parametrize('kind', ['text', 'seq2seq', 'seq2seq-gpt'])
 def test_a_text_is_cut_before_a_stop(ask, kind):
     """At the first of several stops, which is not part of the text."""
     flags = ['--start', '人之', '--seed', 1, '--temperature', 1, '--max_new_tokens', 30]
-    whole = next(iter(ask.lines(kind, *flags)[0].items() - {('prompt', '人之')}))  # not None
     whole = ask.lines(kind, *flags)[0]
-    whole = whole.get('target') or whole['text']
+    name = 'text' if kind == 'text' else 'target'
+    whole = whole[name]
     stops = [whole[9:11], whole[5:7]]
     cut = ask.lines(kind, *flags, '--stop', *stops)[0]
-    assert (cut['target'] if 'target' in cut else cut['text']) == whole[:min(map(whole.find, stops))]
-
+    assert cut[name] == whole[:min(map(whole.find, stops))]
 
 @pytest.mark.parametrize('kind', ['text', 'bytes', 'seq2seq', 'seq2seq-gpt'])
 def test_beams_give_the_likeliest_texts_best_first(ask, kind):
-    """--num_samples of them, with scores as JSON; nothing is drawn; a line for the best otherwise."""
+    """--num_samples of them, with scores in JSON; without it, the best one comes first."""
     flags = ['--start', '人之', '--num_beams', 4, '--max_new_tokens', 7]
     rows = ask.lines(kind, *flags, '--num_samples', 3)
     rows = rows[0]['targets'] if 'targets' in rows[0] else rows
@@ -1068,102 +911,79 @@ def test_beams_give_the_likeliest_texts_best_first(ask, kind):
         cache, prompt = encoded(model, [[*prompt, tokenizer.end_id]]), [tokenizer.end_id]
     elif kind == 'seq2seq-gpt':
         prompt.append(tokenizer.id('[SEP]'))
-    best = beam_search(model, torch.tensor([prompt]), 4, 7, 1.0, suppressed_tokens(model, tokenizer),
-                       tokenizer.end_ids, cache)[0][:3]
-    same_texts([(row['score'], row['text']) for row in rows], [(s, tokenizer.decode(t)) for s, t in best])
+    suppressed, ids = suppressed_tokens(model, tokenizer), torch.tensor([prompt])
+    best = beam_search(model, ids, 4, 7, 1.0, suppressed, tokenizer.end_ids, cache)
+    best = [(score, tokenizer.decode(tokens)) for score, tokens in best[0][:3]]
+    same_texts([(row['score'], row['text']) for row in rows], best)
     out = ask(kind, *flags).out
     assert ' '.join(out.split()).endswith(' '.join(rows[0]['text'].split())), out
 
-
 LINES = {  # of each task, and a pair where that is meant
     'masks': ['人[MASK]初', 'a [MASK]bc [MASK]', '[MASK]', 'ab ||| é[MASK]😀'],
-    'classify': ['a good film', '不好', 'x ||| 😀 e\u0301', 'longer than the forty tokens of the model ' * 2],
-    'tag': ['Angela Merkel spoke.', '安 民', '😀', 'one two three four five six seven eight nine ten'],
-    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', 'x ||| ' + 'many words 和 汉字, ' * 5, '? ||| 8 9'],
+    'classify': ['a good film', '不好', 'x ||| 😀 e\u0301', 'longer than forty tokens' * 2],
+    'tag': ['Angela Merkel spoke.', '安 民', '😀', 'one two three four five six seven eight nine'],
+    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', 'x ||| many' + ' 汉字, many' * 9,
+           '? ||| 8 9'],
     'seq2seq': ['twenty one', '人之初', 'a ||| b'],
 }
 ANSWERING = [kind for kind in KINDS if kind not in ('text', 'bytes', 'lstm')]
 
-
 @pytest.mark.parametrize('kind', ANSWERING)
 def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
-    """Empty lines stay; company changes nothing; JSON says the same; U+0085 and the like end no line."""
+    """Empty lines stay, company changes nothing, JSON and text agree; U+0085 ends no line."""
     lines, flags = LINES[KINDS[kind][1] or 'masks'], []
     flags = ['--max_new_tokens', 9] if 'seq2seq' in kind else []
     each = {line: ask(kind, '--start', line, *flags).out for line in lines}
-    assert all(out.count('\n') == 1 for out in each.values()) and len({*each.values()}) > 1, each
+    assert all(out.count('\n') == 1 for out in each.values())
+    assert 'seq2seq' in kind or len({*each.values()}) > 1, each
     many = ['', *lines, '  ', *lines[::-1], '']
     (tmp_path / 'a.txt').write_bytes('\r\n'.join([*many, '']).encode())
     expected = ''.join(each.get(line, '\n') for line in many)
     found = ask(kind, '--start', f'FILE:{tmp_path}/a.txt', *flags)
     assert found.out == expected
-    assert re.fullmatch(rf'{2 * len(lines)} answers in \d+\.\d+ s \(\d+\.\d a second\)\n', found.err)
+    speed = rf'{2 * len(lines)} answers in \d+\.\d+ s \(\d+\.\d a second\)\n'
+    assert re.fullmatch(speed, found.err), found.err
     assert ask(kind, '--start', '-', *flags, stdin='\n'.join([*many, ''])).out == expected
-    rows = ask.lines(kind, '--start', '\n'.join(many), *flags)
+    rows = ask.lines(kind, '--start', '\n'.join([*many, '']), *flags)
     assert [row and row['text'] for row in rows] == [line.strip() or None for line in many]
-    if KINDS[kind][1]:
-        strange = 'who ||| a\x0c\x85\u2028 b'
-        assert len(ask.lines(kind, '--start', f'{strange}\n{strange}', *flags)) == 2
-
-
-def test_a_classifier_answers_with_label_and_probability(ask):
-    """What the model says to [CLS] a [SEP] b [SEP], made by hand; longer texts lose their end."""
-    tokenizer = byte_tokenizer()
-    cls, sep = tokenizer.id('[CLS]'), tokenizer.id('[SEP]')
-    for kind in ('classify', 'classify-gpt'):
-        for line, texts in (('好 film', ['好 film']), ('a ||| 😀', ['a', '😀']), ('é' * 40, ['é' * 19])):
-            ids, segments = [cls], [0]
-            for i, text in enumerate(texts):
-                ids += [*text.encode(), sep]
-                segments += [i] * (len(text.encode()) + 1)
-            p = alone(made(kind)[0], {'ids': ids[:40], 'segments': segments[:40]})[0].softmax(dim=0)
-            row = ask.lines(kind, '--start', line)[0]
-            assert row['probabilities'] == pytest.approx(dict(zip(LABELS, p.tolist())), abs=1e-4)
-            label = LABELS[p.argmax()]
-            assert row['label'] == label and row['probability'] == pytest.approx(p.max().item(), abs=1e-4)
-            assert ask(kind, '--start', line).out == f"{label} {row['probability']:.4f}\n"
-
+    model, tokenizer, labels = made(kind)
+    task = KINDS[kind][1]
+    for row in filter(None, rows if task in DECODERS else []):  # the plain model, each alone
+        texts = [text.strip() for text in row['text'].split('|||')]
+        names = ('question', 'context') if task == 'qa' else ('text', 'text_b')
+        inputs = {'tokens': row['tokens']} if task == 'tag' else dict(zip(names, texts))
+        examples = encode_rows(tokenizer, task, [inputs], labels, 40)
+        expected = DECODERS[task](examples, [alone(model, e)[0] for e in examples], labels)
+        for key, value in expected.items():
+            assert row[key] == (pytest.approx(value, abs=1e-3) if key[:4] == 'prob' else value)
+        shown = {'classify': '{label} {probability:.4f}\n', 'qa': '{answer}\n'}
+        if task != 'tag':
+            assert each[row['text']] == shown[task].format(**row)
+        assert task != 'qa' or row['answer'] or kind == 'qa-none', 'all its questions had answers'
+        assert task != 'qa' or row['answer'] in texts[1], 'half of a character'
+    strange = 'a [MASK] ||| b' if kind == 'masks' else 'a \x0c\x85\u2028 ||| b'
+    assert len(ask.lines(kind, '--start', f'{strange}\n{strange}', *flags)) == 2
 
 @pytest.mark.parametrize('line, tokens', [
-    ('Angela Merkel spoke.', 'Angela Merkel spoke .'), ('北京 is big', '北 京 is big'), ('(e\u0301!)', '( e\u0301 ! )'),
-    ('@user', '@user'), ('a ||| b', 'a | | | b'), ('x中y 3.14', 'x 中 y 3.14')], ids=str)
+    ('Angela Merkel spoke.', 'Angela Merkel spoke .'), ('北京 is big', '北 京 is big'),
+    ('(e\u0301!)', '( e\u0301 ! )'), ('@user', '@user'), ('a ||| b', 'a | | | b'),
+    ('x中y 3.14', 'x 中 y 3.14')], ids=str)
 def test_a_tagger_answers_with_tokens_tags_and_entities(ask, line, tokens):
-    """Punctuation and each CJK character are tokens; tags are the model's at their first bytes."""
-    tokenizer, row, ids, places = byte_tokenizer(), ask.lines('tag', '--start', line)[0], [], []
+    """Punctuation and each CJK character are tokens; an entity is named behind the tokens."""
+    row = ask.lines('tag', '--start', line)[0]
     assert row['tokens'] == tokens.split()
-    for token in row['tokens']:
-        ids += b' ' * bool(ids)
-        places.append(len(ids) + 1)
-        ids += token.encode()
-    ids = [tokenizer.id('[CLS]'), *ids, tokenizer.id('[SEP]')]
-    said = alone(made('tag')[0], {'ids': ids})[0].argmax(dim=-1).tolist()
-    assert row['tags'] == [TAGS[said[place]] for place in places]
-    entities = [(kind, ' '.join(row['tokens'][i:j + 1])) for kind, i, j in get_entities(row['tags'])]
-    assert [(e['kind'], e['text']) for e in row['entities']] == entities
+    entities = get_entities(row['tags'])
+    assert [(e['kind'], e['first'], e['last']) for e in row['entities']] == entities
     tagged = ' '.join(f'{token}/{tag}' for token, tag in zip(row['tokens'], row['tags']))
-    found = '; '.join(f'{kind}: {text}' for kind, text in entities)
-    assert ask('tag', '--start', line).out == f'{tagged}\t{found}'.rstrip() + '\n'
-
-
-def test_a_question_is_answered_by_a_part_of_its_context(ask):
-    """Never half a character; '' only where the training data had questions without answers."""
-    contexts, silent = ['The dog won.', '北京的小狗😀赢了', 'e\u0301 👍🏽 ' * 4, '汉字 and more, ' * 9, 'x'], set()
-    for kind in ('qa', 'qa-none'):
-        for context in contexts:
-            row = ask.lines(kind, '--start', f'谁? ||| {context}')[0]
-            assert ask(kind, '--start', f'谁? ||| {context}').out == row['answer'] + '\n'
-            assert context.strip()[row.get('start', 0):].startswith(row['answer']), row
-            assert 0 < row['probability'] <= 1
-            silent |= {kind} - {kind for _ in row['answer']}
-    assert silent <= {'qa-none'}, 'an empty answer of a model that never saw one'
-
+    named = [f"{kind}: {' '.join(row['tokens'][i:j + 1])}" for kind, i, j in entities]
+    assert ask('tag', '--start', line).out == f"{tagged}\t{'; '.join(named)}".rstrip() + '\n'
 
 def test_each_mask_is_answered_with_its_likeliest_characters(ask):
     """Five or --top_k of them among what is text, with the model's probabilities."""
     model, tokenizer, _ = made('masks')
     alphabet = sorted(CHARACTERS - {'\n'})
-    ids = [*tokenizer.encode('人 ').tolist()]
-    ids = [tokenizer.id('[CLS]'), ids[0], tokenizer.id('[MASK]'), ids[1], tokenizer.id('[MASK]'), tokenizer.id('[SEP]')]
+    cls, mask, sep = map(tokenizer.id, ('[CLS]', '[MASK]', '[SEP]'))
+    ids = [cls, alphabet.index('人'), mask, alphabet.index(' '), mask, sep]
     logits = alone(model, {'ids': ids, 'segments': [0] * 6})[0]
     for flags, k in (([], 5), (['--top_k', 2], 2), (['--top_k', 999], len(alphabet))):
         lines = []
@@ -1177,43 +997,38 @@ def test_each_mask_is_answered_with_its_likeliest_characters(ask):
     out = ask('masks', '--start', '人[MASK] [MASK]', '--top_k', 2).out
     assert re.fullmatch(r'(\S+ \d\.\d{3}, \S+ \d\.\d{3}( \| )?){2}\n', out), out
 
-
 def test_a_mask_hides_the_space_before_it_where_tokens_carry_spaces(tmp_path, ask):
     """The ids are those of the whole text with that token replaced; seen on the attention page."""
     text = 'the cat sat on the mat and the dog sat on the cat . '
     tokenizer = bpe_tokenizer([text * 4], 256 + 105 + 40)
     save(tmp_path / 'a.pt', tiny('bert', tokenizer.n_vocab, 40), tokenizer=tokenizer.to_dict())
-    rows = shown(ask, tmp_path, tmp_path / 'a.pt', '--start', 'the [MASK] sat  [MASK] ||| on[MASK]')['encoder'][0]
-    assert ' '.join(rows) == '[CLS] the [MASK] ␣sat ␣ [MASK] [SEP] on [MASK] [SEP]', rows
+    start = 'the [MASK] sat  [MASK] ||| the[MASK]'
+    rows = shown(ask, tmp_path, tmp_path / 'a.pt', '--start', start)['encoder'][0]
+    assert ' '.join(rows) == '[CLS] the [MASK] ␣sat ␣ [MASK] [SEP] the [MASK] [SEP]', rows
 
 # -----------------------------------------------------------------------------
 # The command: scores
 
-
-def slow_text_scores(model, tokenizer, documents, T):
-    """Loss, perplexity and bits per byte by hand: each document ends in a token without bytes."""
-    ids = [i for text in documents for i in [*tokenizer.encode(text).tolist(), tokenizer.end_id]]
-    nats = 0.0
-    for start in range(0, len(ids) - 1, T):
-        window = ids[start:start + T + 1]
-        logits = model(torch.tensor([window[:-1]]))[0][0].log_softmax(dim=-1)
-        nats -= sum(logits[t, token].item() for t, token in enumerate(window[1:]))
-    loss, size = nats / (len(ids) - 1), len(''.join(documents).encode())
-    return {'loss': loss, 'perplexity': math.exp(loss), 'bits_per_byte': nats / math.log(2) / size}
-
-
 @pytest.mark.parametrize('kind', ['text', 'bytes', 'lstm'])
 def test_a_text_is_scored_as_by_a_slow_loop(ask, tmp_path, kind):
-    """Every token but the first is predicted once, in windows; line ends and documents as trained."""
+    """Every token but the first is predicted once, in windows; document ends have no bytes."""
     model, tokenizer, _ = made(kind)
-    documents = ['人之初。\n', 'abc\nab ' * 9 + '\n']
-    (tmp_path / 'a.txt').write_bytes('<|endoftext|>\n'.join(documents).replace('\n', '\r\n').encode())
-    expected = slow_text_scores(model, tokenizer, documents, model.config.block_size)
+    documents, ids, nats = ['人之初。\n', 'abc\nab ' * 9 + '\n'], [], 0.0
+    text = '<|endoftext|>\n'.join(documents).replace('\n', '\r\n')
+    (tmp_path / 'a.txt').write_bytes(text.encode())
+    for text in documents:
+        ids += [*tokenizer.encode(text).tolist(), tokenizer.end_id]
+    T = model.config.block_size
+    for start in range(0, len(ids) - 1, T):
+        window = ids[start:start + T + 1]
+        log_p = model(torch.tensor([window[:-1]]))[0][0].log_softmax(dim=-1)
+        nats -= sum(log_p[t, token].item() for t, token in enumerate(window[1:]))
+    loss, size = nats / (len(ids) - 1), len(''.join(documents).encode())
     [found] = ask.lines(kind, '--score', tmp_path / 'a.txt')
-    assert found == pytest.approx(expected, rel=1e-4) and [*found] == [*expected]
+    assert found == pytest.approx({'loss': loss, 'perplexity': math.exp(loss),
+                                   'bits_per_byte': nats / math.log(2) / size}, rel=1e-4)
     out = 'loss {loss:.4f}, perplexity {perplexity:.2f}, bits per byte {bits_per_byte:.3f}\n'
     assert ask(kind, '--score', tmp_path / 'a.txt').out == out.format(**found)
-
 
 def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
     """One token at a time is hidden from the others of its window; document ends do not count."""
@@ -1221,20 +1036,15 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
     documents, right = ['人之初', 'abc abc ' * 8, 'é😀 ' * 9], []
     (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
     ids, room = tokenizer.encode(''.join(documents)).tolist(), model.config.block_size - 2
+    cls, mask, sep = map(tokenizer.id, ('[CLS]', '[MASK]', '[SEP]'))
     for start in range(0, len(ids), room):
         window = ids[start:start + room]
         for i, token in enumerate(window):
-            row = [tokenizer.id('[CLS]'), *window[:i], tokenizer.id('[MASK]'), *window[i + 1:], tokenizer.id('[SEP]')]
+            row = [cls, *window[:i], mask, *window[i + 1:], sep]
             logits = alone(model, {'ids': row, 'segments': [0] * len(row)})[0]
             right.append(logits[i + 1].argmax().item() == token)
-    assert ask.lines('masks', '--score', tmp_path / 'a.jsonl') == [{'masked_accuracy': pytest.approx(np.mean(right))}]
-    always_b = Oracle('masks', tokenizer.n_vocab)          # of a long text some tokens are hidden,
-    always_b.forward = lambda targets, **inputs: (
-        F.one_hot(torch.ones(len(targets), dtype=torch.long), 9), always_b.weight.sum())
-    always_b.config.block_size = 8
-    found = sample.masked_accuracy(always_b, tokenizer, np.array([0] * 20 + [1] * 20), most=5)
-    assert found['masked_accuracy'] in (0.4, 0.6), f'{found}: not five tokens from end to end'
-
+    found = ask.lines('masks', '--score', tmp_path / 'a.jsonl')
+    assert found == [{'masked_accuracy': pytest.approx(np.mean(right))}]
 
 QUESTIONS = {'data': [{'paragraphs': [
     {'context': '北京的小狗 😀 won the race.', 'qas': [
@@ -1244,11 +1054,12 @@ QUESTIONS = {'data': [{'paragraphs': [
         {'id': '3', 'question': 'Ten?', 'answers': [{'text': '十一', 'answer_start': 50}]}]}]}]}
 LABELLED = {  # a file of each task, with the metrics that DESIGN names
     'classify': ('bad\tfilm\n好\t不好\tb\nbad\tx y\n好\tb\nbad\tcc\n', ['accuracy', 'macro_f1']),
-    'tag': ('安\tB-per-son\nMerkel\tI-per-son\n.\tO\n\n' + 'in\tO\nBerlin\tB-地\n' * 8, ['precision', 'recall', 'f1']),
+    'tag': ('安\tB-per-son\nMerkel\tI-per-son\n.\tO\n\n' + 'in\tO\nBerlin\tB-地\n' * 8,
+            ['precision', 'recall', 'f1']),
     'qa': (json.dumps(QUESTIONS, ensure_ascii=False), ['exact_match', 'f1']),
-    'seq2seq': ('twenty one\tx y\n人之初\t人\nabc\tb b\n', ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']),
+    'seq2seq': ('twenty one\tx y\n人之初\t人\nabc\tb b\n',
+                ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']),
 }
-
 
 @pytest.mark.parametrize('kind', [kind for kind in ANSWERING if kind != 'masks'])
 def test_a_score_is_that_of_the_answers_which_start_gives(ask, tmp_path, kind):
@@ -1256,174 +1067,152 @@ def test_a_score_is_that_of_the_answers_which_start_gives(ask, tmp_path, kind):
     task, (text, names) = KINDS[kind][1], LABELLED[KINDS[kind][1]]
     (tmp_path / 'a').write_text(text, encoding='utf-8')
     flags = ['--max_new_tokens', 9, '--num_beams', 2] if task == 'seq2seq' else []
+    asked = []                                             # lines, and what is right
     if task == 'qa':
-        asked = [(f"{q['question']} ||| {p['context']}", {'answers': [a['text'] for a in q['answers']]})
-                 for p in QUESTIONS['data'][0]['paragraphs'] for q in p['qas']]
+        for paragraph in QUESTIONS['data'][0]['paragraphs']:
+            for q in paragraph['qas']:
+                rights = {'answers': [answer['text'] for answer in q['answers']]}
+                asked.append((f"{q['question']} ||| {paragraph['context']}", rights))
     elif task == 'tag':
-        rows = [[line.split('\t') for line in part.splitlines()] for part in text.split('\n\n')]
-        asked = [(' '.join(token for token, _ in row), {'tags': [tag for _, tag in row], 'first': [1] * len(row)})
-                 for row in rows]
+        for part in text.split('\n\n'):
+            tokens, tags = zip(*(line.split('\t') for line in part.splitlines()))
+            asked.append((' '.join(tokens), {'tags': tags, 'first': [1] * len(tags)}))
     else:
-        rows = [line.split('\t') for line in text.splitlines()]
-        asked = [(' ||| '.join(row[1:]), {'label': row[0]}) if task == 'classify' else (row[0], {'target': row[1]})
-                 for row in rows]
+        for a, *b in (line.split('\t') for line in text.splitlines()):
+            pair = (' ||| '.join(b), {'label': a}) if task == 'classify' else (a, {'target': b[0]})
+            asked.append(pair)
     answers = [ask.lines(kind, '--start', line, *flags)[0] for line, _ in asked]
     expected = SCORES[task](answers, [[{'meta': meta}] for _, meta in asked])
     [found] = ask.lines(kind, '--score', tmp_path / 'a', *flags)
     assert [*found] == names == [*expected] and found == pytest.approx(expected), answers
     out = ask(kind, '--score', tmp_path / 'a', *flags).out
-    assert re.fullmatch(', '.join(rf"{name.replace('_', ' ')} \d+\.\d+" for name in names) + '\n', out), out
+    pattern = ', '.join(rf'{name} \d+\.\d+' for name in names).replace('_', ' ')
+    assert re.fullmatch(pattern + '\n', out), out
 
 # -----------------------------------------------------------------------------
 # The command: attention
-
 
 def shown(ask, folder, kind, *flags):
     """{name: (rows, columns, weights)} of the page that --attention writes."""
     path = folder / 'page.html'
     found = ask(kind, '--attention', path, *flags)
-    assert found.out == '' and found.err.startswith(f'{path}: ') and found.err.count('\n') == 1, found
+    assert found.out == '' and found.err.startswith(f'{path}: '), found
     text = path.read_text(encoding='utf-8')
     begin = text.index('[{"name":')
     data, end = json.JSONDecoder().raw_decode(text[begin:])
     assert '<' not in text[begin:begin + end], 'a token could end the script'
     page = text[:begin] + text[begin + end:]
-    alone = re.search(r'https?://(?!www\.w3\.org)|url\(|@import|\bsrc=|\bhref=|fetch\(|XMLHttp|\bimport ', page)
+    alone = re.search(r'https?:|url\(|@import|\bsrc=|\bhref=|fetch\(|XMLHttp|\bimport ', page)
     assert not alone and 'DATA' not in page, f'not alone: {alone}'
     return {m['name']: (m['rows'], m['cols'], torch.tensor(m['weights']) / 1000) for m in data}
-
 
 def test_a_page_shows_the_tokens_and_the_weights_of_a_text(ask, tmp_path):
     """One file that needs no other; the newest tokens of a long text; tokens that are HTML."""
     model, tokenizer, _ = made('text')
-    rows, cols, weights = shown(ask, tmp_path, 'text', '--start', '人</script><!--' + ' 😀\n')['decoder']
-    assert rows == cols == [*'人</script><!--', '␣', '😀', '⏎'][-16:]
-    ids = torch.from_numpy(tokenizer.encode('人</script><!-- 😀\n').astype(np.int64))[None, -16:]
+    start = '人</script><!-- 😀\n'
+    rows, cols, weights = shown(ask, tmp_path, 'text', '--start', start)['decoder']
+    assert rows == cols == [*'人</script><!--␣😀⏎'][-16:]
+    ids = torch.from_numpy(tokenizer.encode(start).astype(np.int64))[None, -16:]
     close(weights, sample.attention_maps(model, {'ids': ids})['decoder'][:, 0], 6e-4)
-    assert shown(ask, tmp_path, 'bytes', '--start', '中a')['decoder'][0] == ['‹E4›', '‹B8›', '‹AD›', 'a']
+    rows = shown(ask, tmp_path, 'bytes', '--start', '中a')['decoder'][0]
+    assert rows == ['‹E4›', '‹B8›', '‹AD›', 'a']
     assert os.listdir(tmp_path) == ['page.html']
-
 
 @pytest.mark.parametrize('kind', ANSWERING)
 def test_a_page_shows_what_a_model_reads_and_writes(ask, tmp_path, kind):
     """The frame of two texts; source and greedy target; a decoder's prompt ends in [SEP]."""
     start = {'masks': 'ab[MASK] ||| c', 'seq2seq': 'ab'}.get(kind.split('-')[0], 'ab ||| c')
-    page = shown(ask, tmp_path, kind, '--start', start, *['--max_new_tokens', 5] * (kind == 'seq2seq'))
+    flags = ['--max_new_tokens', 5] if kind == 'seq2seq' else []
+    page = shown(ask, tmp_path, kind, '--start', start, *flags)
     if kind == 'seq2seq':
-        model, tokenizer, _ = made(kind)
-        source, end, suppressed = [97, 98, tokenizer.end_id], tokenizer.end_id, suppressed_tokens(model, tokenizer)
-        target = [end]
-        while len(target) < 6 and target[1:] != [end] and target[-1:] != [end] * (len(target) > 1):
-            logits = next_logits(model, target, source).masked_fill(suppressed, -math.inf)
-            target.append(logits.argmax().item())
-        target = target[:-1] if len(target) > 1 and target[-1] == end else target
-        batch = {'ids': torch.tensor([source]), 'decoder_ids': torch.tensor([target])}
-        maps = sample.attention_maps(model, batch)
-        for name, (rows, cols, weights) in page.items():
-            close(weights, maps[name][:, 0], 6e-4)
-        assert page['cross'][1] == page['encoder'][0] == ['a', 'b', '<|endoftext|>']
-        assert page['cross'][0] == page['decoder'][0] and len(page['cross'][0]) == len(target)
+        source, target = page['encoder'][0], page['decoder'][0]
+        assert source == page['cross'][1] == ['a', 'b', '<|endoftext|>']
+        assert target == page['cross'][0] == page['decoder'][1]
+        written = ask.lines(kind, '--start', 'ab', '--max_new_tokens', 5)[0]['target']
+        assert target[0] == '<|endoftext|>' and len(target) == 1 + len(written) == 6, target
         return
-    [(name, (rows, cols, weights))] = page.items()
-    expected = {'masks': '[CLS]ab[MASK][SEP]c[SEP]', 'tag': '[CLS]ab␣|␣|␣|␣c[SEP]', 'seq2seq-gpt': 'ab[SEP]'}
+    [(name, (rows, cols, _))] = page.items()
+    expected = {'masks': '[CLS]ab[MASK][SEP]c[SEP]', 'tag': '[CLS]ab␣|␣|␣|␣c[SEP]',
+                'seq2seq-gpt': 'ab[SEP]'}
     assert ''.join(rows) == expected.get(kind, '[CLS]ab[SEP]c[SEP]') and rows == cols, rows
     assert name == ('encoder' if KINDS[kind][0] == 'bert' else 'decoder')
 
 # -----------------------------------------------------------------------------
 # The command: flags and errors
 
-VALUES = {'max_new_tokens': 3, 'num_samples': 2, 'temperature': 30, 'top_k': 1, 'top_p': 0, 'seed': 9,
-          'num_beams': 3, 'length_penalty': 9, 'stop': None, 'stream': None, 'json': None}
-
+VALUES = {'max_new_tokens': [3], 'num_samples': [2], 'temperature': [30], 'top_k': [1],
+          'top_p': [0], 'seed': [9], 'num_beams': [3], 'length_penalty': [9], 'stop': [],
+          'stream': [], 'json': []}
 
 @pytest.mark.parametrize('use', ['start', 'score', 'attention'])
-@pytest.mark.parametrize('kind', ['text', 'masks', 'classify', 'tag', 'qa', 'seq2seq', 'seq2seq-gpt'])
-def test_no_flag_is_ignored(ask, tmp_path, capsys, monkeypatch, kind, use):
+@pytest.mark.parametrize('kind', ['text', 'masks', 'classify', 'tag', 'qa', 'seq2seq',
+                                  'seq2seq-gpt'])
+def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     """For each kind of model and each use a flag changes the output, or is refused by name."""
-    task, writes = KINDS[kind][1], kind in ('text', 'seq2seq', 'seq2seq-gpt')
+    task, page, path = KINDS[kind][1], tmp_path / 'page.html', tmp_path / 'a.jsonl'
     start = LINES[task or 'masks'][0] if kind != 'text' else 'abc'
-    draws = writes and (use == 'start' or use == 'score' and task)
-    base = ['--seed', 1, '--temperature', 1, '--max_new_tokens', 12] if draws else []
-    page = tmp_path / 'page.html'
-    if use == 'score':
-        text = LABELLED[task][0] if task else 'abc abc 人之初'
-        if task == 'seq2seq':  # the targets are what is written, so that any change is seen
-            target = ask.lines(kind, '--start', start, *base)[0]['target']
-            text = json.dumps({'source': start, 'target': target or 'x'}) + '\n'
-        path = tmp_path / ('a.jsonl' if task == 'seq2seq' else 'a.txt')
-        path.write_text(text, encoding='utf-8')
-    given = {'start': ['--start', start], 'score': ['--score', tmp_path / ('a.jsonl' if task == 'seq2seq' else 'a.txt')],
+    draws = use != 'attention' if task == 'seq2seq' else (kind, use) == ('text', 'start')
+    base = {'seed': [1], 'temperature': [1], 'max_new_tokens': [12]} if draws else {}
+    spell = lambda flags: [word for name in flags for word in (f'--{name}', *flags[name])]
+    text = 'abc'
+    if draws:
+        row = ask.lines(kind, '--start', start, *spell(base))[0]
+        text = row.get('target', row['text'])
+    if task in ('', 'seq2seq'):  # the target is what is written: any change lowers the score
+        path.write_text(json.dumps({'text': text, 'source': start, 'target': text}))
+    else:
+        path = tmp_path / 'a.txt'
+        path.write_text(LABELLED[task][0], encoding='utf-8')
+    given = {'start': ['--start', start], 'score': ['--score', path],
              'attention': ['--start', start, '--attention', page]}[use]
-    flushes = []
 
     def output(flags):
+        flushes = []
         page.unlink(missing_ok=True)
-        flushes.clear()
         monkeypatch.setattr(sys.stdout, 'flush', lambda: flushes.append(1))
-        out = ask(kind, *given, *flags).out
-        return out, page.read_text(encoding='utf-8') if page.exists() else '', len(flushes) > 1
+        out = ask(kind, *given, *spell(flags)).out
+        return out, page.read_text(encoding='utf-8') if page.exists() else '', len(flushes)
 
     plain = output(base)
     for name, value in VALUES.items():
-        flags, without = [*base, f'--{name}', *([] if value is None else [value])], plain
-        if name == 'stop':
-            flags.append(plain[0][5] if kind == 'text' else ' ')
-            if task == 'seq2seq' and use == 'start':
-                flags[-1] = ask.lines(kind, *given, *base)[0]['target'][3:4]
-            elif task == 'seq2seq':
-                flags[-1] = target[3:4]
-        if name in ('num_beams', 'length_penalty') and base:
-            flags = ['--max_new_tokens', 12, *flags[6:]]
-            if name == 'length_penalty':
-                beams = ['--max_new_tokens', 12, '--num_beams', 4] + ['--json'] * (use == 'start')
-                without, flags = output(beams), [*beams, '--length_penalty', 9]
-        if base and name in ('seed', 'temperature', 'max_new_tokens'):
-            index = base.index(f'--{name}')
-            flags = base[:index] + flags[-2:] + base[index + 2:]
+        without = base
+        if name in ('num_beams', 'length_penalty') and draws:
+            without = {'max_new_tokens': [12], 'json': []}   # with the scores of beams
+        if name == 'length_penalty' and draws:
+            without |= {'num_beams': [4]}
+        value = [text[3:4] or 'x'] if name == 'stop' else value
+        before = plain if without == base else output(without)
         try:
-            assert output(flags) != without, f'--{name} changes nothing'
+            changed = output({**without, name: value}) != before
         except ValueError as e:
-            assert f'--{name}' in str(e), f'--{name} is refused as {e}'
-
+            changed = f'--{name}' in str(e)
+        if use == 'start' or name not in ('num_beams', 'length_penalty'):  # their score may be 0
+            assert changed, f'--{name} changes nothing'
 
 @pytest.mark.parametrize('kind, flags, words', [
-    ('text', ['--temperature', '-1'], ['--temperature -1', 'at least 0']),
-    ('text', ['--temperature', 'nan'], ['--temperature nan']),
+    ('text', ['--temperature', 'nan'], ['--temperature nan', 'finite']),
     ('text', ['--top_p', '1.5'], ['--top_p 1.5', 'at most 1']),
-    ('text', ['--top_k', '-1'], ['--top_k -1', 'at least 0']),
-    ('text', ['--num_samples', '0'], ['--num_samples 0', 'at least 1']),
-    ('text', ['--max_new_tokens', '0'], ['--max_new_tokens 0', 'at least 1']),
-    ('text', ['--num_beams', '0'], ['--num_beams 0']),
-    ('text', ['--num_beams', '2', '--length_penalty', '-1'], ['--length_penalty -1']),
-    ('text', ['--seed', '-2'], ['--seed -2', 'at least -1']),
     ('text', ['--temprature', '1'], ['--temprature', '--temperature']),
-    ('text', ['--device', 'tpu'], ['--device tpu', 'cpu']),
+    ('text', ['--device', 'mps' if torch.cuda.is_available() else 'cuda'], ['--device', 'auto']),
     ('text', ['--dtype', 'int3'], ['--dtype int3', 'bfloat16']),
     ('text', ['--num_beams', 3, '--top_k', 5], ['--num_beams 3', '--top_k', 'leave one']),
-    ('text', ['--num_beams', 3, '--temperature', 1], ['--num_beams 3', '--temperature']),
-    ('text', ['--num_beams', 3, '--top_p', 0], ['--num_beams 3', '--top_p']),
     ('text', ['--num_beams', 3, '--num_samples', 4], ['--num_samples 4', '--num_beams 3']),
     ('text', ['--start', 'ab字c'], ["'字'"]),
     ('bytes', ['--start', 'a\udcff'], ['\\udcff']),         # what a shell gives that is not UTF-8
     ('text', ['--start', 'FILE:nowhere.txt'], ['nowhere.txt']),
     ('text', ['--start', 'FILE:bad.txt'], ['bad.txt', 'UTF-8', 'byte 2']),
-    ('text', ['--score', 'nowhere.txt'], ['nowhere.txt']),
     ('text', ['--score', 'empty.txt'], ['empty.txt', 'no text']),
     ('nowhere.pt', [], ['nowhere.pt', 'train.py']),
     ('half.pt', [], ['half.pt']),
     ('bare.pt', [], ['bare.pt', 'no tokenizer']),
-    ('masks', ['--start', 'abc'], ["'abc'", '[MASK]']),
     ('masks', ['--start', 'a[MASK]\n\nabc\na[MASK]'], ['line 3', '[MASK]']),
-    ('masks', ['--start', 'a ||| [MASK] ||| b'], ['|||']),
     ('masks', ['--start', 'a[MASK]' + 'b' * 40], ['44 tokens', 'block_size=40']),
     ('masks', ['--start', 'a[MASK]\n字[MASK]'], ['line 2', "'字'"]),
     ('classify', ['--start', 'a\nb ||| c ||| d'], ['line 2', '|||']),
     ('qa', ['--start', 'Who won?'], ["'Who won?'", 'question ||| context']),
-    ('qa', ['--start', 'a ||| b\n\n\nwho'], ['line 4', '|||']),
     ('seq2seq', ['--start', 'a\nb\n' + '长' * 14], ['line 3', '43 tokens', '40']),
     *((kind, ['--start', ' \n\n\t'], ['--start', 'empty']) for kind in ANSWERING),
     ('classify', ['--score', 'a.tsv'], ['a.tsv', 'line 2', "'neutral'"]),
-    ('tag', ['--score', 'a.tsv'], ['a.tsv', 'line 1']),
     ('qa', ['--score', 'a.tsv'], ['a.tsv', 'JSON']),
     ('qa', ['--score', 'unanswered.json'], ['unanswered.json', 'question 7']),
     ('classify', ['--score', 'empty.txt'], ['empty.txt', 'no rows']),
@@ -1431,7 +1220,8 @@ def test_no_flag_is_ignored(ask, tmp_path, capsys, monkeypatch, kind, use):
     ('lstm', ['--start', 'a', '--attention', 'a.html'], ['LSTM', 'no attention']),
     ('masks', ['--start', 'a\nb', '--attention', 'a.html'], ['one line']),
 ], ids=lambda x: x if isinstance(x, str) else '')
-def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypatch, kind, flags, words):
+def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypatch, kind, flags,
+                                            words):
     """It names the mistake, and comes before anything is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'bad.txt').write_bytes(b'ab\xffc')
@@ -1444,58 +1234,15 @@ def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypa
     message = error(ask, kind, *flags)
     assert all(word in message for word in words), f'{message!r} lacks one of {words}'
 
-
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('kind', ['text', 'lstm', 'classify', 'seq2seq'])
-def test_half_precision_writes_and_answers(ask, kind, dtype):
-    """The weights really have that precision: the text differs or stays, but there is one."""
-    start = LINES[KINDS[kind][1]][0] if KINDS[kind][1] else 'abc'
-    flags = ['--start', start, '--json'] + ['--max_new_tokens', 9] * (kind != 'classify')
-    whole, half = (json.loads(ask(kind, *flags, '--dtype', d).out) for d in ('float32', dtype))
-    assert whole.keys() == half.keys()
-    if kind == 'classify':
-        assert whole != half and half['probability'] == pytest.approx(whole['probability'], abs=0.2)
-
-
-def test_a_device_that_is_not_there_is_named(monkeypatch, ask):
-    """--device cuda and mps are refused where there is none; auto takes the CPU."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    for name in ('cuda', 'mps'):
-        assert f'--device {name}' in error(ask, 'text', '--device', name)
-    assert ask('text', '--device', 'auto', '--seed', 1).out
-
-
-def test_only_init_from_is_sought_on_the_network(ask, tmp_path, monkeypatch):
-    """out_dir is a folder, whatever its name is: a missing one is an error in one line."""
-    hub, sought = pytest.importorskip('huggingface_hub'), []
-    monkeypatch.setattr(hub, 'snapshot_download', lambda name, **more: sought.append(name) or name)
-    monkeypatch.chdir(tmp_path)
-    for folder in ('out', 'gpt2'):
-        with pytest.raises(FileNotFoundError, match=f'no folder {folder}: .*train.py'):
-            sample.main(['--out_dir', folder, '--start', 'a'])
-    assert sought == []
-    error(ask, 'gpt2')
-    assert sought == ['gpt2']
-
-
 def test_the_command_itself_writes_utf8_and_ends_with_status_2(checkpoints, tmp_path):
     """On any console: Chinese through a pipe; --help names each flag; errors are one line."""
     environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
-    found = command('sample.py', '--init_from', checkpoints / 'tag.pt', '--start', '-', cwd=tmp_path,
-                    env=environment, input='安 Merkel\n\n😀\n').stdout.split('\n')
-    assert len(found) == 4 and found[0].startswith('安/') and found[1] == '' and found[2].startswith('😀/')
+    found = command('sample.py', '--init_from', checkpoints / 'tag.pt', '--start', '-',
+                    cwd=tmp_path, env=environment, input='安 Merkel\n\n😀\n').stdout
+    assert re.fullmatch('安/.*\n\n😀/.*\n', found), found
     assert '--top_p 1.5' in refused('sample.py', '--top_p', 1.5, cwd=tmp_path)
     out = command('sample.py', '--help', cwd=tmp_path).stdout
     assert {f.name for f in dataclasses.fields(Settings)} <= {*re.findall(r'--(\w+)', out)}
-
-
-def test_a_reader_that_leaves_early_meets_no_traceback(checkpoints, tmp_path):
-    """`sample.py --stream | head -c 10`."""
-    flags = ['--init_from', checkpoints / 'bytes.pt', '--seed', 3, '--max_new_tokens', 300, '--stream']
-    with subprocess.Popen([sys.executable, *map(str, [ROOT / 'sample.py', *flags])], cwd=tmp_path,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        got = process.stdout.read(10)
-        process.stdout.close()
-        message = process.stderr.read().decode()
-    assert len(got) == 10 and process.returncode == 0 and 'Error' not in message, message
+    words = f'{sys.executable} {ROOT}/sample.py --init_from {checkpoints}/bytes.pt | head -c 9'
+    found = subprocess.run(['bash', '-c', f'{words}; exit ${{PIPESTATUS[0]}}'], capture_output=True)
+    assert found.returncode == 0 and b'Error' not in found.stderr, 'a reader that leaves early'
