@@ -41,8 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import (IGNORE_INDEX, PRESETS, Config, Stack, TaskModel, build, optimizer_groups, resize,
-                   save, write_file)
+from model import (IGNORE_INDEX, PRESETS, Config, Stack, TaskModel, build, optimizer_groups,
+                   reading, resize, save, write_file)
 from prepare_data import (add_special_tokens, check_flags, flag, load_tokenizer, progress,
                           read_flags, read_json, run, write_config)
 
@@ -76,26 +76,28 @@ class Data:
         meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
         if meta.get('format') != 'plainformer data 2':
             raise ValueError(f"{folder} is not a data folder of this version: prepare it again")
-        self.task = meta['task'].replace('lm', '')                         # '': text
-        self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
-        self.counts, self.tokenizer = meta['counts'][split], load_tokenizer(folder)
         # tells this data from other data: a run has to go on with the same
         self.fingerprint = {name: meta.get(name)
                             for name in ('sha256', 'val_sha256', 'counts', 'labels')}
-        self.is_text = np.ones(self.vocab_size, bool)                      # no special token
-        self.is_text[list(self.tokenizer.special.values())] = False
-        self.rows = []
-        if self.task:
-            with open(f'{path}.jsonl', encoding='utf-8') as f:
-                self.rows = [json.loads(line) for line in f]
-            sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
-            self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
-            self.tokens = np.concatenate([row['ids'] for row in self.rows])
-        else:
-            self.tokens = np.memmap(f'{path}.bin', meta['dtype'], mode='r')
-        if len(self.tokens) != self.counts['tokens']:
-            raise ValueError(f"{path} does not hold the {self.counts['tokens']} ids that meta.json "
-                             "speaks of: prepare it again")
+        self.tokenizer, self.rows = load_tokenizer(folder), []
+        with reading(path, "prepare the data again"):
+            self.task = meta['task'].replace('lm', '')                     # '': text
+            self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
+            self.counts = meta['counts'][split]
+            self.is_text = np.ones(self.vocab_size, bool)                  # no special token
+            self.is_text[list(self.tokenizer.special.values())] = False
+            if self.task:
+                with open(f'{path}.jsonl', encoding='utf-8') as f:
+                    self.rows = [json.loads(line) for line in f]
+                sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
+                self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
+                self.tokens = np.concatenate([row['ids'] for row in self.rows])
+            else:
+                self.tokens = np.memmap(f'{path}.bin', meta['dtype'], mode='r')
+            highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
+            if highest >= self.vocab_size or len(self.tokens) != n:
+                raise ValueError(f"it holds {len(self.tokens)} ids up to {highest}, and should "
+                                 f"hold {n} below {self.vocab_size}")
 
     def rng(self, *numbers):
         """A generator that draws the same numbers whenever it is made."""
@@ -151,7 +153,9 @@ class Data:
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
         starts = np.append(0, np.flatnonzero(ends) + 1)
-        starts = starts[~blank[self.tokens[starts]] & ~is_end[starts]]
+        solid = np.flatnonzero(~blank[self.tokens])    # white space belongs to the sentence before
+        starts = solid[np.unique(np.searchsorted(solid, starts[starts <= solid.max(initial=-1)]))]
+        starts = starts[~is_end[starts]]
         document = np.searchsorted(np.flatnonzero(is_end), starts)
         followed = np.flatnonzero(document[1:] == document[:-1])
         return np.append(starts, len(self.tokens)), document, followed
@@ -1068,8 +1072,6 @@ def check(s, config, data, val, checkpoint, path, goes_on):
 
 def check_fixed(given, saved, config, path, resume):
     """Raise ValueError for a flag that contradicts the weights, or the run that goes on."""
-    if resume and 'optimizer' not in saved:
-        raise ValueError(f"{path} cannot be resumed: start a new run with --init_from {path}")
     fixed = asdict(config) | {'preset': saved.get('preset')}
     if resume:
         fixed |= {name: saved[name] for name in ('optimizer', 'freeze', 'batch_size', 'seed',
@@ -1093,10 +1095,12 @@ def start(given):
         changes = {name: given[name] for name in free & given.keys()}
         model, checkpoint, _ = sample.open_model(path, **changes)
         saved = checkpoint.get('settings', {})
+        if resume and 'optimizer' not in checkpoint:
+            raise ValueError(f"{path} cannot be resumed: start a new run with --init_from {path}")
         check_fixed(given, saved, model.config, path, resume)
         if not goes_on:
             saved = {name: saved[name] for name in saved.keys() & {'preset', 'dataset'}}
-        values = saved | given
+        values = saved | {'out_dir': s.out_dir} | given
     s = Settings(**only(Settings, values))
     runtime = Runtime(s)
     folder = find_dataset(s.dataset, runtime)

@@ -603,7 +603,7 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
     inputs = transformers.AutoTokenizer.from_pretrained(new)('the cat', return_tensors='pt')
     with torch.no_grad():
         p = auto(**inputs).logits[0].softmax(dim=-1)
-    assert found['label'] == auto.config.id2label[p.argmax().item()]
+    assert found['label'] == auto.config.id2label[p.argmax().item()] in ('yes', '不')
     assert abs(found['probability'] - p.max().item()) < 1e-4
 
 def test_rows_added_to_gpt2_are_never_sampled_and_never_exported(shared, tmp_path):

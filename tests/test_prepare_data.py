@@ -22,14 +22,28 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from prepare_data import (IGNORE_INDEX, TASKS, Settings, Tokenizer, check_flags, flag, prepare,
-                          read_flags)
+from prepare_data import (
+    IGNORE_INDEX,
+    TASKS,
+    Settings,
+    Tokenizer,
+    check_flags,
+    flag,
+    prepare,
+    read_flags,
+)
 
-SAMPLE = 'It was the best of times, it was the worst. 床前明月光，疑是地上霜。 Les élèves 😀, e\u0301! ' * 3
-MIXED = st.text(st.sampled_from("ab .'1é世界明月😀\u0301\u200d\u3000\n") | st.characters(codec='utf-8'),
-                max_size=60)
-WORD = st.text(st.sampled_from("ab.'1é世界明月😀") | st.characters(codec='utf-8'), min_size=1,
-               max_size=9).filter(lambda word: not any(c.isspace() for c in word))
+SAMPLE = (
+    'It was the best of times, it was the worst. 床前明月光，疑是地上霜。 Les élèves 😀, e\u0301! '
+    * 3
+)
+MIXED = st.text(
+    st.sampled_from("ab .'1é世界明月😀\u0301\u200d\u3000\n") | st.characters(codec='utf-8'),
+    max_size=60,
+)
+WORD = st.text(
+    st.sampled_from("ab.'1é世界明月😀") | st.characters(codec='utf-8'), min_size=1, max_size=9
+).filter(lambda word: not any(c.isspace() for c in word))
 CHAR = prepare_data.char_tokenizer
 BYTE = prepare_data.byte_tokenizer()
 
@@ -54,13 +68,15 @@ def write(path, text):
 
 def contents(folder):
     """Every file below a folder with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*'))
-            if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()
+    }
 
 
 def ids_of(folder, split):
     meta = json.loads((folder / 'meta.json').read_bytes())
     return np.fromfile(folder / f'{split}.bin', meta['dtype']).tolist()
+
 
 # -----------------------------------------------------------------------------
 # Tokenizers
@@ -81,7 +97,7 @@ def test_any_text_comes_back(bpe, gpt2, text):
 
 
 def test_ids_are_the_obvious_ones(bpe, gpt2):
-    """char: rank in the sorted alphabet; byte: the byte; gpt2: OpenAI's; special ids stand behind."""
+    """char: rank in the sorted alphabet; byte: the byte; gpt2: OpenAI's; special ids behind."""
     assert CHAR('世ba').encode('ab世a').tolist() == [0, 1, 2, 0]
     assert BYTE.encode('a世').tolist() == [97, 0xE4, 0xB8, 0x96]
     assert gpt2.encode('Hello world').tolist() == [15496, 995]
@@ -107,8 +123,8 @@ def joined(tokens, pair):
     """[a, b, c, a, b], (a, b) -> [ab, c, ab]"""
     out, at = [], 0
     while at < len(tokens):
-        size = 2 if tuple(tokens[at:at + 2]) == pair else 1
-        out.append(b''.join(tokens[at:at + size]))
+        size = 2 if tuple(tokens[at : at + 2]) == pair else 1
+        out.append(b''.join(tokens[at : at + size]))
         at += size
     return out
 
@@ -130,12 +146,15 @@ def slow_bpe(counts, n_tokens):
 
 
 @settings(max_examples=80)
-@given(st.sampled_from(['a', 'ab', 'abc ', 'é。a ']).flatmap(lambda few: st.text(few, max_size=120)),
-       st.integers(256, 300), st.text('ab c', max_size=40))
-@example('aaaa aaaa aaa', 300, 'aaaaaaa')                  # neighbours overlap
-@example('ab ba ab ba', 300, 'abba')                       # equals: the smaller bytes first
+@given(
+    st.sampled_from(['a', 'ab', 'abc ', 'é。a ']).flatmap(lambda few: st.text(few, max_size=120)),
+    st.integers(256, 300),
+    st.text('ab c', max_size=40),
+)
+@example('aaaa aaaa aaa', 300, 'aaaaaaa')  # neighbours overlap
+@example('ab ba ab ba', 300, 'abba')  # equals: the smaller bytes first
 def test_train_bpe_is_the_slow_one_and_its_merges_are_applied_in_order(text, n_tokens, other):
-    """The fast trainer equals counting from scratch, and tiktoken encodes as the merges do by hand."""
+    """The fast trainer equals counting from scratch, and its merges encode as by hand."""
     find = regex.compile(prepare_data.WORDS).findall
     merges = slow_bpe(collections.Counter(find(text)), n_tokens)
     ranks = prepare_data.train_bpe(collections.Counter(find(text)), n_tokens)
@@ -150,11 +169,14 @@ def test_train_bpe_is_the_slow_one_and_its_merges_are_applied_in_order(text, n_t
 
 
 def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
-    """to_dict, JSON, from_dict is the identity; a folder gives its tokenizer; damage is a ValueError."""
+    """to_dict, JSON, from_dict is the identity; damage is a ValueError."""
     for tokenizer in (CHAR('ab世'), BYTE, bpe):
         saved = tokenizer.to_dict()
         again = Tokenizer.from_dict(json.loads(json.dumps(saved)))
-        assert again.to_dict() == saved and again.encode('ab').tolist() == tokenizer.encode('ab').tolist()
+        assert (
+            again.to_dict() == saved
+            and again.encode('ab').tolist() == tokenizer.encode('ab').tolist()
+        )
         (tmp_path / 'tokenizer.json').write_text(json.dumps(saved), encoding='utf-8')
         assert prepare_data.load_tokenizer(tmp_path).to_dict() == saved
         for key in set(saved) - {'format'}:
@@ -168,7 +190,9 @@ def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
         prepare_data.load_tokenizer(tmp_path)
 
 
-@given(st.text('ab', max_size=9), st.characters(codec='utf-8', exclude_characters='ab'), st.text('ab'))
+@given(
+    st.text('ab', max_size=9), st.characters(codec='utf-8', exclude_characters='ab'), st.text('ab')
+)
 def test_an_unknown_character_is_named_with_its_place(before, unknown, after):
     """tiktoken would panic; here it is a ValueError with the character and where it stands."""
     with pytest.raises(ValueError) as error:
@@ -188,14 +212,17 @@ def test_half_of_a_surrogate_pair_is_not_text(bpe):
 @example('世界😀 cafe\u0301\r\n <|endoftext|>👩\u200d👩\u200d👧')
 def test_offsets_slice_the_original_text(bpe, gpt2, text):
     """The slice of a token is every character it has a part of; slices leave no gap."""
-    owner = [i for i, c in enumerate(text) for _ in c.encode()]    # of every byte, the character
+    owner = [i for i, c in enumerate(text) for _ in c.encode()]  # of every byte, the character
     for tokenizer in (CHAR(set(text) | {'x'}), BYTE, bpe, gpt2):
         ids, offsets = tokenizer.encode_with_offsets(text)
         assert offsets.shape == (len(ids), 2)
         at = 0
         for i, (start, end) in zip(ids.tolist(), offsets.tolist()):
             part = tokenizer.token_bytes(i)
-            assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), (tokenizer.name, text)
+            assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), (
+                tokenizer.name,
+                text,
+            )
             at += len(part)
         assert at == len(owner), tokenizer.name
 
@@ -207,8 +234,11 @@ def test_the_merges_that_are_shown_end_in_the_tokens_of_the_text(bpe, text):
     ids = bpe.encode(text).tolist()
     shown = [prepare_data.render_token(bpe, i) for i in ids]
     assert last == f'{len(ids):,} tokens: ' + ', '.join(f'{a} {i}' for a, i in zip(shown, ids))
-    final = [line for line, after in zip(steps, [*steps[1:], 'end'])
-             if line.startswith('    ') and not after.startswith('    ')]
+    final = [
+        line
+        for line, after in zip(steps, [*steps[1:], 'end'])
+        if line.startswith('    ') and not after.startswith('    ')
+    ]
     assert [part for line in final for part in line[4:44].split() if part in shown] or not ids
     assert all(token.isprintable() for token in shown)
 
@@ -217,17 +247,22 @@ def test_the_examples_in_docstrings_hold():
     result = doctest.testmod(prepare_data)
     assert result.attempted >= 4 and not result.failed
 
+
 # -----------------------------------------------------------------------------
 # Text to a folder
 
 
 @settings(max_examples=40)
-@given(st.lists(st.sampled_from(['a b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60),
-       st.integers(1, 20))
+@given(
+    st.lists(
+        st.sampled_from(['a b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60
+    ),
+    st.integers(1, 20),
+)
 def test_pieces_are_cut_where_no_token_crosses(bpe, parts, size):
     """However a text is cut for reading, its ids are those of the whole; nothing is lost."""
     text = ''.join(parts)
-    pieces = list(prepare_data.safe_pieces([text[i:i + 3] for i in range(0, len(text), 3)], size))
+    pieces = list(prepare_data.safe_pieces([text[i : i + 3] for i in range(0, len(text), 3)], size))
     assert ''.join(pieces) == text
     whole = bpe.encode(text).tolist()
     if all(len(piece) < 2 * size for piece in pieces):  # else it had to be cut anywhere
@@ -241,8 +276,14 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
     write(tmp_path / 'in/b/rows.jsonl', '{"text": "three\\n<|endoftext|>\\n"}\n\n{"text": ""}\n')
     write(tmp_path / 'in/.hidden', 'no')
     write(tmp_path / 'val.txt', 'v v')
-    folder, meta = prepare(Settings(input=[str(tmp_path / 'in')], val=[str(tmp_path / 'val.txt')],
-                                    tokenizer='byte', out_dir=str(tmp_path / 'out')))
+    _, meta = prepare(
+        Settings(
+            input=[str(tmp_path / 'in')],
+            val=[str(tmp_path / 'val.txt')],
+            tokenizer='byte',
+            out_dir=str(tmp_path / 'out'),
+        )
+    )
     assert meta['counts']['train']['documents'] == 3 and meta['counts']['val']['documents'] == 1
     texts, end = [[]], BYTE.end_id
     for i in ids_of(tmp_path / 'out', 'train'):
@@ -250,8 +291,12 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
         if i != end:
             texts[-1].append(i)
     texts = [BYTE.decode(t) for t in texts]
-    assert texts == ['one\n', 'two\n\nstill two<|endoftext|>\n', 'three\n<|endoftext|>\n', ''] or \
-        texts == ['one\n', 'two\n\nstill two<|endoftext|>', 'three\n<|endoftext|>\n', '']
+    assert texts == [
+        'one\n',
+        'two\n\nstill two<|endoftext|>\n',
+        'three\n<|endoftext|>\n',
+        '',
+    ] or texts == ['one\n', 'two\n\nstill two<|endoftext|>', 'three\n<|endoftext|>\n', '']
 
 
 @settings(max_examples=20)
@@ -262,8 +307,11 @@ def test_the_split_is_one_cut(tmp_path_factory, text, fraction):
     path = write(folder / 'a.txt', text)
     cut = int(len(text) * (1 - fraction))
     try:
-        prepare(Settings(input=[path], tokenizer='byte', val_fraction=fraction,
-                         out_dir=str(folder / 'out')))
+        prepare(
+            Settings(
+                input=[path], tokenizer='byte', val_fraction=fraction, out_dir=str(folder / 'out')
+            )
+        )
     except ValueError as e:
         assert 'too short' in str(e) and min(cut, len(text) - cut) < 3
         return
@@ -272,14 +320,20 @@ def test_the_split_is_one_cut(tmp_path_factory, text, fraction):
 
 
 def test_reading_in_pieces_changes_nothing(tmp_path, bpe):
-    """A file of more than a piece, and a run of a million blanks, give the ids of the text itself."""
+    """A file of more than a piece, and a million blanks, give the ids of the text itself."""
     line = 'Some words, 床前明月光. '
     text = (line * 50 + '\n') * 4000 + '\n' * 1_200_000 + line * 100
     assert len(text) > prepare_data.PIECE
     write(tmp_path / 'a.txt', text)
     write(tmp_path / 'tok/tokenizer.json', json.dumps(bpe.to_dict()))
-    _, meta = prepare(Settings(input=[str(tmp_path / 'a.txt')], tokenizer=str(tmp_path / 'tok'),
-                               val_fraction=0.001, out_dir=str(tmp_path / 'out')))
+    _, meta = prepare(
+        Settings(
+            input=[str(tmp_path / 'a.txt')],
+            tokenizer=str(tmp_path / 'tok'),
+            val_fraction=0.001,
+            out_dir=str(tmp_path / 'out'),
+        )
+    )
     ids = ids_of(tmp_path / 'out', 'train') + ids_of(tmp_path / 'out', 'val')
     assert bpe.decode(ids[:-1]) == text and ids[-1] == bpe.end_id
     assert sum(c['characters'] for c in meta['counts'].values()) == len(text)
@@ -318,9 +372,11 @@ def test_meta_tells_the_truth(tmp_path):
 
 
 def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
-    """A slip in --out_dir must not cost a thesis; an error leaves the old folder; links stay links."""
+    """A slip in --out_dir must not cost a thesis; an error leaves the old folder."""
     path, out = write(tmp_path / 'a.txt', 'some words ' * 30), tmp_path / 'out'
-    make = lambda **flags: prepare(Settings(input=[path], tokenizer='byte', out_dir=str(out), **flags))
+    make = lambda **flags: prepare(
+        Settings(input=[path], tokenizer='byte', out_dir=str(out), **flags)
+    )
     make()
     before = contents(out)
     write(out / 'left.bin', 'over')
@@ -341,17 +397,34 @@ def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Eight times the text, about the same peak of the whole process."""
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[-1]);"
-            "sys.argv.pop(); runpy.run_path(sys.argv[0], run_name='__main__');"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    code = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[-1]);"
+        "sys.argv.pop(); runpy.run_path(sys.argv[0], run_name='__main__');"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
     peaks = []
     for n in (100_000, 800_000):
         write(tmp_path / f'{n}.txt', 'Some words of a line, and more of them.\n' * n)
-        done = subprocess.run([sys.executable, '-c', code, str(ROOT / 'prepare_data.py'), '--input',
-                               f'{n}.txt', '--tokenizer', 'byte', str(ROOT)], cwd=tmp_path,
-                              capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                '-c',
+                code,
+                str(ROOT / 'prepare_data.py'),
+                '--input',
+                f'{n}.txt',
+                '--tokenizer',
+                'byte',
+                str(ROOT),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.4 * peaks[0], peaks
+
 
 # -----------------------------------------------------------------------------
 # Examples of the tasks
@@ -369,7 +442,7 @@ def test_texts_are_framed_as_bert_reads_them():
 @settings(max_examples=50)
 @given(st.lists(MIXED, min_size=1, max_size=2), st.integers(8, 60))
 @example(['a' * 50, '世界'], 20)
-@example(['[SEP]' * 9, '[CLS]' * 9], 8)                      # special tokens in a text are text
+@example(['[SEP]' * 9, '[CLS]' * 9], 8)  # special tokens in a text are text
 def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
     """Never more than block_size tokens, no fewer than fit; the last is [SEP]."""
     row = dict(zip(('text', 'text_b'), texts)) | {'label': '好'}
@@ -379,24 +452,30 @@ def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
         seps = [i for i, token in enumerate(ids) if token == tokenizer.id('[SEP]')]
         assert len(ids) == min(block_size, sum(map(len, whole)) + 1 + len(texts))
         assert len(seps) == len(texts) and seps[-1] == len(ids) - 1
-        kept = [ids[a + 1:b] for a, b in zip([0, *seps], seps)]
+        kept = [ids[a + 1 : b] for a, b in zip([0, *seps], seps)]
         longest = max(map(len, kept))
         for part, text in zip(kept, whole):
-            assert part == text[:len(part)] and (len(part) == len(text) or len(part) >= longest - 1)
+            assert part == text[: len(part)] and (
+                len(part) == len(text) or len(part) >= longest - 1
+            )
         assert made['segments'] == [0] * (seps[0] + 1) + [1] * (len(ids) - seps[0] - 1)
         assert made['targets'] == 1 and made['meta'].items() >= row.items()
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12),
-       st.integers(8, 40))
+@given(
+    st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12),
+    st.integers(8, 40),
+)
 @example([('😀' * 9, 'B-地'), ('a', 'I-地'), ('世界' * 9, 'O')], 8)
 def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_size):
     """Parts of a long text hold all tokens once, in order; no other piece has a target."""
     tokens, tags = map(list, zip(*row))
     labels = ['O', 'B-地', 'I-地']
     for tokenizer in (CHAR({*' '.join(tokens)} | {' '}), BYTE, bpe):
-        made = TASKS['tag'].examples(tokenizer, {'tokens': tokens, 'tags': tags}, labels, block_size)
+        made = TASKS['tag'].examples(
+            tokenizer, {'tokens': tokens, 'tags': tags}, labels, block_size
+        )
         assert [token for part in made for token in part['meta']['tokens']] == tokens
         assert [tag for part in made for tag in part['meta']['tags']] == tags
         for part in made:
@@ -412,7 +491,10 @@ def test_a_tagged_text_is_cut_between_tokens_where_it_no_longer_fits():
     row = {'tokens': ['Jo', '世', 'ab'], 'tags': ['B-人', 'O', 'I-人']}
     one, two = TASKS['tag'].examples(BYTE, row, ['O', 'B-人', 'I-人'], 9)
     assert one['ids'] == [cls, *'Jo 世 '.encode(), sep]
-    assert one['targets'] == [dot, 1, dot, dot, 0, dot, dot, dot, dot] and one['meta']['first'] == [1, 4]
+    assert one['targets'] == [dot, 1, dot, dot, 0, dot, dot, dot, dot] and one['meta']['first'] == [
+        1,
+        4,
+    ]
     assert two['ids'] == [cls, *b'ab', sep] and two['targets'] == [dot, 2, dot, dot]
 
 
@@ -426,15 +508,22 @@ def pointed_at(made):
 
 
 @settings(max_examples=80)
-@given(st.integers(0, 2), MIXED.filter(str.strip), st.integers(0, 59), st.integers(1, 12),
-       st.integers(8, 40))
-@example(2, '床前明月光，疑是地上霜。' * 9, 2, 2, 24)              # inside of a token
+@given(
+    st.integers(0, 2),
+    MIXED.filter(str.strip),
+    st.integers(0, 59),
+    st.integers(1, 12),
+    st.integers(8, 40),
+)
+@example(2, '床前明月光，疑是地上霜。' * 9, 2, 2, 24)  # inside of a token
 @example(2, 'It was the best of times, it was the worst. ' * 9, 3, 1, 16)
 @example(0, '床前明月光，疑是地上霜。' * 9, 50, 12, 24)
-def test_windows_cover_every_answer_and_every_character(bpe, which, context, start, size, block_size):
+def test_windows_cover_every_answer_and_every_character(
+    bpe, which, context, start, size, block_size
+):
     """Every answer that fits stands whole in a window, whose targets give it back."""
     start %= len(context)
-    answer, question = context[start:start + size], '谁 is it?'
+    answer, question = context[start : start + size], '谁 is it?'
     if not answer.strip():
         return
     tokenizer = (CHAR(set(context + question)), BYTE, bpe)[which]
@@ -448,7 +537,7 @@ def test_windows_cover_every_answer_and_every_character(bpe, which, context, sta
     for made in windows:
         meta = made['meta']
         assert len(made['ids']) <= block_size and made['ids'][-1] == tokenizer.id('[SEP]')
-        assert meta['context'] == context[meta['start']:][:len(meta['context'])]
+        assert meta['context'] == context[meta['start'] :][: len(meta['context'])]
         covered |= {*range(meta['start'], meta['start'] + len(meta['context']))}
         if place := pointed_at(made):
             found += 1
@@ -459,11 +548,21 @@ def test_windows_cover_every_answer_and_every_character(bpe, which, context, sta
 def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_path, shared):
     """1,190 questions, each answered in at least one window; no context is in both splits."""
     path = shared / 'data/xquad.en.json'
-    prepare(Settings(input=[str(path)], task='qa', vocab_size=1000, block_size=128,
-                     out_dir=str(tmp_path / 'out')))
-    gold = {q['id']: (p['context'], q['answers'][0]['text'])
-            for article in json.loads(path.read_bytes())['data']
-            for p in article['paragraphs'] for q in p['qas']}
+    prepare(
+        Settings(
+            input=[str(path)],
+            task='qa',
+            vocab_size=1000,
+            block_size=128,
+            out_dir=str(tmp_path / 'out'),
+        )
+    )
+    gold = {
+        q['id']: (p['context'], q['answers'][0]['text'])
+        for article in json.loads(path.read_bytes())['data']
+        for p in article['paragraphs']
+        for q in p['qas']
+    }
     found, contexts = set(), collections.defaultdict(set)
     for split in ('train', 'val'):
         for made in map(json.loads, (tmp_path / f'out/{split}.jsonl').read_bytes().splitlines()):
@@ -480,7 +579,9 @@ def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_pat
 def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size):
     """decoder_ids begin with the start, targets end with the end; nothing is cut."""
     try:
-        [made] = TASKS['seq2seq'].examples(BYTE, {'source': source, 'target': target}, [], block_size)
+        [made] = TASKS['seq2seq'].examples(
+            BYTE, {'source': source, 'target': target}, [], block_size
+        )
     except ValueError as e:
         assert 'block_size' in str(e)
         assert max(len(source.encode()), len(target.encode())) >= block_size
@@ -491,16 +592,23 @@ def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size)
 
 
 def test_rows_to_be_answered_have_no_targets():
-    """What a user writes has no label, tags or answers: the examples are the same, without targets."""
-    rows = {'classify': ({'text': '床前明月光'}, {'label': 'b'}),
-            'tag': ({'tokens': ['明', '月']}, {'tags': ['O', 'O']}),
-            'qa': ({'question': '谁？', 'context': '床前明月光 ' * 9},
-                   {'id': 'q', 'answers': [(2, '明月')]})}
+    """What a user writes has no label, tags or answers: the same examples, no targets."""
+    rows = {
+        'classify': ({'text': '床前明月光'}, {'label': 'b'}),
+        'tag': ({'tokens': ['明', '月']}, {'tags': ['O', 'O']}),
+        'qa': (
+            {'question': '谁？', 'context': '床前明月光 ' * 9},
+            {'id': 'q', 'answers': [(2, '明月')]},
+        ),
+    }
     for task, (asked, gold) in rows.items():
         plain = TASKS[task].examples(BYTE, asked, ['O', 'b'], 40)
         right = TASKS[task].examples(BYTE, asked | gold, ['O', 'b'], 40)
-        assert not any('targets' in made for made in plain) and all('targets' in made for made in right)
+        assert not any('targets' in made for made in plain) and all(
+            'targets' in made for made in right
+        )
         assert [made['ids'] for made in plain] == [made['ids'] for made in right], task
+
 
 # -----------------------------------------------------------------------------
 # Rows as people have them
@@ -510,13 +618,19 @@ def rows_of(task, path):
     return [{k: v for k, v in row.items() if k != 'where'} for row in TASKS[task].read(str(path))]
 
 
-FIELD = st.text(st.characters(codec='utf-8', exclude_characters='\t\n\r'), min_size=1,
-                max_size=20).filter(str.strip)
+FIELD = st.text(
+    st.characters(codec='utf-8', exclude_characters='\t\n\r'), min_size=1, max_size=20
+).filter(str.strip)
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6), st.sampled_from(['\n', '\r\n', '\r']),
-       st.sampled_from(['', '\ufeff']), st.sampled_from(['', 'end', 'two']), st.booleans())
+@given(
+    st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6),
+    st.sampled_from(['\n', '\r\n', '\r']),
+    st.sampled_from(['', '\ufeff']),
+    st.sampled_from(['', 'end', 'two']),
+    st.booleans(),
+)
 def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark, last, as_json):
     """TSV with any line ends, a byte order mark, an empty last line; or JSON lines."""
     if any(text.lower() in prepare_data.HEADERS for text in pairs[0]):
@@ -526,8 +640,13 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
         lines, name = [json.dumps({'source': a, 'target': b}) for a, b in pairs], 'a.jsonl'
     else:
         lines, name = [f'{a}\t{b}' for a, b in pairs], 'a.tsv'
-        pairs = [tuple(text.removeprefix('\ufeff') if mark == '' and i == 0 and k == 0 else text
-                       for k, text in enumerate(pair)) for i, pair in enumerate(pairs)]
+        pairs = [
+            tuple(
+                text.removeprefix('\ufeff') if mark == '' and i == 0 and k == 0 else text
+                for k, text in enumerate(pair)
+            )
+            for i, pair in enumerate(pairs)
+        ]
     write(folder / name, mark + end.join(lines) + end * ['', 'end', 'two'].index(last))
     assert [(row['source'], row['target']) for row in rows_of('seq2seq', folder / name)] == pairs
 
@@ -536,48 +655,100 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""
     write(tmp_path / 'a.tsv', 'good\tA text\n\nbad\ta\tb\n')
     assert rows_of('classify', tmp_path / 'a.tsv') == [
-        {'label': 'good', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'}]
-    write(tmp_path / 'a.jsonl', '{"label": 1, "text": "x"}\n{"label": "b", "text": "y", "text_b": "z"}')
+        {'label': 'good', 'text': 'A text'},
+        {'label': 'bad', 'text': 'a', 'text_b': 'b'},
+    ]
+    write(
+        tmp_path / 'a.jsonl',
+        '{"label": 1, "text": "x"}\n{"label": "b", "text": "y", "text_b": "z"}',
+    )
     assert rows_of('classify', tmp_path / 'a.jsonl') == [
-        {'label': '1', 'text': 'x'}, {'label': 'b', 'text': 'y', 'text_b': 'z'}]
+        {'label': '1', 'text': 'x'},
+        {'label': 'b', 'text': 'y', 'text_b': 'z'},
+    ]
 
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
-    write(tmp_path / 'a.conll', '-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\n10\u00a0000 CD I-NP O\n\n\n'
-                                'Bonn NNP I-NP B-LOC')
+    write(
+        tmp_path / 'a.conll',
+        '-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\n10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC',
+    )
     assert rows_of('tag', tmp_path / 'a.conll') == [
-        {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']}, {'tokens': ['Bonn'], 'tags': ['B-LOC']}]
+        {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
+        {'tokens': ['Bonn'], 'tags': ['B-LOC']},
+    ]
 
 
 ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
-QUESTION = ('{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{' + ANSWER + '}]},\n{"context": "x", '
-            '"qas": [{"id": "q2", "question": "x?", "answers": []}]}]}]}')
+QUESTION = (
+    '{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{'
+    + ANSWER
+    + '}]},\n{"context": "x", '
+    '"qas": [{"id": "q2", "question": "x?", "answers": []}]}]}]}'
+)
 LABELS = '好\t一\n坏\t二\n'
 MALFORMED = {  # name: (task, {file: text}, further flags, what the line must say)
     'a missing tab': ('classify', {'a.tsv': '好\t一\n\n没有\n'}, [], 'a.tsv, line 3'),
     'four columns': ('classify', {'a.tsv': '好\t一\r\n好\t一\t二\t三\r\n'}, [], 'a.tsv, line 2'),
     'an empty text': ('classify', {'a.tsv': '好\t一\n好\t\u3000\n'}, [], 'a.tsv, line 2'),
-    'a header': ('classify', {'a.tsv': 'label\ttext\n' + LABELS * 9}, [], 'line 1 looks like a header'),
-    'columns swapped': ('classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(200))}, [],
-                        'first column'),
-    'an unknown label': ('classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'],
-                         "'妙' is unknown"),
+    'a header': (
+        'classify',
+        {'a.tsv': 'label\ttext\n' + LABELS * 9},
+        [],
+        'line 1 looks like a header',
+    ),
+    'columns swapped': (
+        'classify',
+        {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(200))},
+        [],
+        'first column',
+    ),
+    'an unknown label': (
+        'classify',
+        {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'},
+        ['--val', 'v.tsv'],
+        "'妙' is unknown",
+    ),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], "label '好'"),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
-    'not JSON': ('classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'a.jsonl, line 2'),
-    'half a character': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
+    'not JSON': (
+        'classify',
+        {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'},
+        [],
+        'a.jsonl, line 2',
+    ),
+    'half a character': (
+        'classify',
+        {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'},
+        [],
+        'line 1',
+    ),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
-    'an answer that stands elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),
-    'a question without answers': ('qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2'),
+    'an answer that stands elsewhere': (
+        'qa',
+        {'a.json': QUESTION.replace(': 1,', ': 0,')},
+        [],
+        'line 3',
+    ),
+    'a question without answers': (
+        'qa',
+        {'a.json': QUESTION.replace(', "answers": []', '')},
+        [],
+        'q2',
+    ),
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
-    'a target too long': ('seq2seq', {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9}, ['--tokenizer', 'byte'],
-                          'a.tsv, line '),
+    'a target too long': (
+        'seq2seq',
+        {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9},
+        ['--tokenizer', 'byte'],
+        'a.tsv, line ',
+    ),
 }
 
 
@@ -588,8 +759,21 @@ def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, 
     for path, text in files.items():
         write(tmp_path / path, text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['prepare_data.py', '--input', next(iter(files)), '--task', task,
-                                      '--vocab_size=370', '--out_dir', 'out', *flags])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'prepare_data.py',
+            '--input',
+            next(iter(files)),
+            '--task',
+            task,
+            '--vocab_size=370',
+            '--out_dir',
+            'out',
+            *flags,
+        ],
+    )
     with pytest.raises(SystemExit) as end:
         prepare_data.run(prepare_data.main)
     out, err = capsys.readouterr()
@@ -600,12 +784,13 @@ def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 5), min_size=4, max_size=40), st.floats(0.1, 0.9))
 def test_rows_are_shuffled_and_contexts_stay_together(contexts, fraction):
-    """Nothing is lost or doubled, the shuffle is the same every time, no context is in both splits."""
+    """Nothing is lost or doubled, the shuffle is fixed, no context is in both splits."""
     rows = [{'n': i, 'context': c} for i, c in enumerate(contexts)]
     train, val = prepare_data.split_rows(rows, fraction)
     assert sorted(row['n'] for row in train + val) == list(range(len(rows)))
     assert not {row['context'] for row in train} & {row['context'] for row in val}
     assert (train, val) == tuple(prepare_data.split_rows(rows, fraction))
+
 
 # -----------------------------------------------------------------------------
 # Data sets
@@ -625,14 +810,22 @@ def served(tmp_path, monkeypatch):
 
 
 def test_downloads_are_checked_and_explained(tmp_path, shared, served):
-    """A mirror is a folder or a server; other bytes are refused by their sha256; offline is a line."""
+    """A mirror is a folder or a server; other bytes are refused by their sha256."""
     address, folder = served
-    path = 'karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt'
+    path = (
+        'karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt'
+    )
     data = (shared / 'data/tinyshakespeare.txt').read_bytes()
     write(folder / path, data)
     for mirror in (address, str(folder) + '/'):
-        _, meta = prepare(Settings(dataset='shakespeare', tokenizer='char', mirror=mirror,
-                                   out_dir=str(tmp_path / 'out')))
+        _, meta = prepare(
+            Settings(
+                dataset='shakespeare',
+                tokenizer='char',
+                mirror=mirror,
+                out_dir=str(tmp_path / 'out'),
+            )
+        )
         assert (meta['source'], meta['vocab_size']) == ('shakespeare', 65 + 105)
     write(folder / path, data[:-1])
     with pytest.raises(ValueError, match='sha256'):
@@ -645,12 +838,21 @@ def test_downloads_are_checked_and_explained(tmp_path, shared, served):
 
 def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp_path):
     """Made twice in processes of their own; nothing of Python's library is imported."""
-    code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1]); import prepare_data as p; n = set(sys.modules);"
-            "texts = [getattr(p, name)() for name in ('pydoc', 'pytopics', 'pytokens', 'numbers', 'recall')];"
-            "assert not {'tkinter', 'turtle', 'torch'} & (set(sys.modules) - n);"
-            "print(*(hashlib.sha256(repr(t).encode()).hexdigest() for t in texts))")
-    run = lambda seed: subprocess.run([sys.executable, '-c', code, str(ROOT)], capture_output=True,
-                                      text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': seed})
+    code = (
+        "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import prepare_data as p;"
+        "n = set(sys.modules);"
+        "names = 'pydoc', 'pytopics', 'pytokens', 'numbers', 'recall';"
+        "texts = [getattr(p, name)() for name in names];"
+        "assert not {'tkinter', 'turtle', 'torch'} & (set(sys.modules) - n);"
+        "print(*(hashlib.sha256(repr(t).encode()).hexdigest() for t in texts))"
+    )
+    run = lambda seed: subprocess.run(
+        [sys.executable, '-c', code, str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, 'PYTHONHASHSEED': seed},
+    )
     assert run('1').stdout == run('2').stdout
     topics = [line.split('\t') for line in prepare_data.pytopics()[0].splitlines()]
     assert len({label for label, _ in topics}) == 12 and len(topics) > 2000
@@ -658,13 +860,20 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
     kinds = {line.split('\t')[1] for line in prepare_data.pytokens()[0].splitlines() if line}
     assert {'O', 'B-keyword', 'B-name', 'B-number', 'B-string', 'I-string', 'B-comment'} <= kinds
     for document in prepare_data.recall()[1].split('<|endoftext|>\n')[:50]:
-        pairs = [document.strip()[i:i + 2] for i in range(0, 60, 2)]
+        pairs = [document.strip()[i : i + 2] for i in range(0, 60, 2)]
         assert len(set(pairs)) == len({pair[0] for pair in pairs}) <= 8, document
 
 
-WORDS_OF = dict(zip('one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
-                    'fifteen sixteen seventeen eighteen nineteen'.split(), range(1, 20)))
-WORDS_OF |= dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(), range(20, 100, 10)))
+WORDS_OF = dict(
+    zip(
+        'one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
+        'fifteen sixteen seventeen eighteen nineteen'.split(),
+        range(1, 20),
+    )
+)
+WORDS_OF |= dict(
+    zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(), range(20, 100, 10))
+)
 
 
 def test_every_row_of_numbers_is_right():
@@ -679,6 +888,7 @@ def test_every_row_of_numbers_is_right():
             else:
                 part = 100 * part if word == 'hundred' else part + WORDS_OF[word]
         assert total + part == int(digits), words
+
 
 # -----------------------------------------------------------------------------
 # Flags and the command line
@@ -695,20 +905,40 @@ class Flags:
     config: str = flag('', 'a file')
 
 
-@pytest.mark.parametrize('argv, found', [
-    ('--max_iters 7', {'max_iters': 7}), ('--max_iters=7', {'max_iters': 7}),
-    ('--max-iters 7', {'max_iters': 7}), ('--compile', {'compile': True}),
-    ('--no-compile', {'compile': False}), ('--compile=False', {'compile': False}),
-    ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}), ('', {})])
+@pytest.mark.parametrize(
+    'argv, found',
+    [
+        ('--max_iters 7', {'max_iters': 7}),
+        ('--max_iters=7', {'max_iters': 7}),
+        ('--max-iters 7', {'max_iters': 7}),
+        ('--compile', {'compile': True}),
+        ('--no-compile', {'compile': False}),
+        ('--compile=False', {'compile': False}),
+        ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}),
+        ('', {}),
+    ],
+)
 def test_a_flag_may_be_written_in_several_ways(argv, found):
     """And only the flags that were given are returned."""
     assert read_flags(argv.split(), '', {'flags': Flags}) == found
 
 
-@pytest.mark.parametrize('argv, says', [
-    ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
-    ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'), ('--x nan', 'finite'),
-    ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'), ('stray', 'stray'), ('--compile=7', '7')])
+@pytest.mark.parametrize(
+    'argv, says',
+    [
+        ('--max_itres 3', 'did you mean --max_iters?'),
+        ('--n 2.5', '2.5'),
+        ('--n x', '--n'),
+        ('--n 0', 'at least 1'),
+        ('--n 10', 'at most 9'),
+        ('--x 0', 'above 0'),
+        ('--x nan', 'finite'),
+        ('--x inf', 'finite'),
+        ('--kind c', 'choose one of a, b'),
+        ('stray', 'stray'),
+        ('--compile=7', '7'),
+    ],
+)
 def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
     """One sentence: the flag, the value, the rule."""
     with pytest.raises(ValueError) as error:
@@ -718,26 +948,42 @@ def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
 
 def test_a_config_file_counts_less_than_flags(tmp_path):
     """write_config writes what --config reads; a wrong line is named."""
-    path = write(tmp_path / 'c.toml', prepare_data.write_config({'n': 4, 'x': 0.25, 'compile': None}))
+    path = write(
+        tmp_path / 'c.toml', prepare_data.write_config({'n': 4, 'x': 0.25, 'compile': None})
+    )
     assert read_flags(['--config', path, '--n', '5'], '', {'flags': Flags}) == {
-        'config': path, 'n': 5, 'x': 0.25}
+        'config': path,
+        'n': 5,
+        'x': 0.25,
+    }
     for bad in ('n = ', 'nn = 3', 'n = "x"'):
         write(tmp_path / 'c.toml', bad)
-        with pytest.raises(ValueError, match='c.toml'):
+        with pytest.raises(ValueError, match=r'c\.toml'):
             read_flags(['--config', path], '', {'flags': Flags})
 
 
-@pytest.mark.parametrize('files, flags, says', [
-    ({}, ['--input', 'none.txt'], 'none.txt'),
-    ({'a.txt': ''}, ['--input', 'a.txt'], 'a.txt'),
-    ({'f/.hidden': 'x'}, ['--input', 'f'], 'holds no files'),
-    ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
-    ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
-    ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'], 'choose char, byte'),
-    ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
-    ({}, [], '--input'), ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
-    ({}, ['--dataset', 'pidoc'], 'choose one of'), ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
-    ({}, ['--imput', 'a.txt'], 'did you mean --input?'), ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])
+@pytest.mark.parametrize(
+    'files, flags, says',
+    [
+        ({}, ['--input', 'none.txt'], 'none.txt'),
+        ({'a.txt': ''}, ['--input', 'a.txt'], 'a.txt'),
+        ({'f/.hidden': 'x'}, ['--input', 'f'], 'holds no files'),
+        ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
+        ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
+        (
+            {'a.txt': 'abc' * 9},
+            ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
+            'choose char, byte',
+        ),
+        ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
+        ({}, [], '--input'),
+        ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
+        ({}, ['--dataset', 'pidoc'], 'choose one of'),
+        ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
+        ({}, ['--imput', 'a.txt'], 'did you mean --input?'),
+        ({}, ['--show', 'x', '--out_dir', 'none'], 'none'),
+    ],
+)
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
     """Exit status 2, no traceback, nothing written."""
     for path, text in files.items():
@@ -752,11 +998,22 @@ def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
     """Counts, the next command, and silence on standard error, also with a name in Chinese."""
     line = '床前明月光，疑是地上霜。\n'
     write(tmp_path / '诗.txt', line * 30)
-    done = command('prepare_data.py', '--input', '诗.txt', '--tokenizer=char', '--val-fraction', 0.2,
-                   cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
+    done = command(
+        'prepare_data.py',
+        '--input',
+        '诗.txt',
+        '--tokenizer=char',
+        '--val-fraction',
+        0.2,
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONIOENCODING': 'ascii'},
+    )
     assert done.stderr == '' and done.stdout.splitlines() == [
-        'train: 312 tokens, 312 characters, 1 document', 'val:   79 tokens, 78 characters, 1 document',
-        f"data/诗: char tokenizer, vocabulary of {len(set(line)) + 105}. Next: python train.py --dataset 诗"]
+        'train: 312 tokens, 312 characters, 1 document',
+        'val:   79 tokens, 78 characters, 1 document',
+        f"data/诗: char tokenizer, vocabulary of {len(set(line)) + 105}. "
+        "Next: python train.py --dataset 诗",
+    ]
     shown = command('prepare_data.py', '--show', '明月', '--tokenizer', 'byte', cwd=tmp_path).stdout
     assert shown.startswith('6 tokens: ‹E6› 230')
 
@@ -767,7 +1024,19 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, 'w') as closed:
-        done = subprocess.run([sys.executable, str(ROOT / 'prepare_data.py'), '--input', 'a.txt',
-                               '--tokenizer', 'byte'], cwd=tmp_path, stdout=closed,
-                              stderr=subprocess.PIPE, encoding='utf-8', timeout=300)
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / 'prepare_data.py'),
+                '--input',
+                'a.txt',
+                '--tokenizer',
+                'byte',
+            ],
+            cwd=tmp_path,
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            encoding='utf-8',
+            timeout=300,
+        )
     assert (done.returncode, done.stderr) == (0, '')

@@ -328,15 +328,37 @@ def test_each_beam_reads_its_own_source_when_another_row_is_done_at_once():
         found.append(beam_search(model, ids, 2, 3, 1.0, None, [0, 1], cache)[-1])
     same_texts(*found)
 
+def slow_beams(model, prompt, source, beams, n, penalty, end_ids):
+    """One step after the other, for one prompt, without a cache: all extensions are sorted."""
+    found, live = [], [(0.0, [])]
+    best = lambda texts: sorted(texts, key=lambda text: -text[0])[:beams]
+    for length in range(1, n + 1):
+        longer = []
+        for p, text in live:
+            row = next_logits(model, [*prompt, *text], source).log_softmax(dim=-1).tolist()
+            longer += [(p + x, [*text, t]) for t, x in enumerate(row)]
+        for p, text in best(longer):
+            if text[-1] in end_ids:
+                found.append((p / length ** penalty, text[:-1]))
+        live = best(text for text in longer if text[1][-1] not in end_ids)
+        found = best(found)
+        if len(found) == beams and live[0][0] / length ** penalty <= found[-1][0]:
+            return found
+    return best(found + [(p / n ** penalty, text) for p, text in live])
+
 @pytest.mark.parametrize('preset', WRITERS)
-@settings(max_examples=5)
-@given(seed=st.integers(0, 99), n=st.integers(1, 8))
-def test_a_single_beam_is_greedy(preset, seed, n):
-    """One beam takes the likeliest token, and ends where that is the end."""
+@settings(max_examples=6)
+@given(beams=st.integers(1, 4), n=st.integers(1, 8), penalty=st.sampled_from([0.0, 1.0, 2.0]),
+       end_ids=st.sampled_from([(0,), (0, 2, 3)]), seed=st.integers(0, 99))
+def test_a_narrow_beam_finds_what_a_slow_search_finds(preset, beams, n, penalty, end_ids, seed):
+    """Each step keeps the best unfinished texts, and ends among the best; one beam is greedy."""
     model = tiny(preset, 6, 12, seed)
     source = [1, 2, 3] if hasattr(model, 'encode') else None
-    steps = slow_text(model, [2], n, source, 0, 0, (0,), temperature=0)
-    assert searched(model, [2], source, 1, n)[0][1] == [t for t in steps if t]
+    found = searched(model, [2], source, beams, n, penalty, end_ids)
+    same_texts(found, slow_beams(model, [2], source, beams, n, penalty, end_ids))
+    if beams == 1:
+        steps = slow_text(model, [2], n, source, 0, 0, end_ids, temperature=0)
+        assert found[0][1] == [t for t in steps if t not in end_ids]
 
 # -----------------------------------------------------------------------------
 # Text as it is generated
@@ -573,6 +595,15 @@ def test_a_span_is_the_best_of_all_spans(context, kind, block_size, unanswerable
     if text:
         assert found['probability'] == pytest.approx(p, rel=1e-3)
         assert context[found['start']:].startswith(text), f'{found} in {context!r}'
+
+def test_a_span_has_at_most_30_tokens():
+    """The likeliest first and last token may be the ends of 30 tokens, and not of 31."""
+    [made] = encode_rows(byte_tokenizer(), 'qa', [{'question': '?', 'context': 'x' * 60}], [], 80)
+    first = made['meta']['first']
+    for n, expected in ((30, 30), (31, 1)):
+        logits = torch.zeros(2, len(made['ids']))
+        logits[1, first], logits[0, first], logits[1, first + n - 1] = 10, 20, 20
+        assert len(DECODERS['qa']([made], [logits], [])['answer']) == expected, n
 
 # -----------------------------------------------------------------------------
 # Scores
@@ -890,9 +921,8 @@ def test_a_seed_fixes_the_text_and_the_first_sample_does_not_depend_on_the_other
 def test_a_text_is_cut_before_a_stop(ask, kind):
     """At the first of several stops, which is not part of the text."""
     flags = ['--start', '人之', '--seed', 1, '--temperature', 1, '--max_new_tokens', 30]
-    whole = ask.lines(kind, *flags)[0]
     name = 'text' if kind == 'text' else 'target'
-    whole = whole[name]
+    whole = ask.lines(kind, *flags)[0][name]
     stops = [whole[9:11], whole[5:7]]
     cut = ask.lines(kind, *flags, '--stop', *stops)[0]
     assert cut[name] == whole[:min(map(whole.find, stops))]
@@ -922,8 +952,8 @@ LINES = {  # of each task, and a pair where that is meant
     'masks': ['人[MASK]初', 'a [MASK]bc [MASK]', '[MASK]', 'ab ||| é[MASK]😀'],
     'classify': ['a good film', '不好', 'x ||| 😀 e\u0301', 'longer than forty tokens' * 2],
     'tag': ['Angela Merkel spoke.', '安 民', '😀', 'one two three four five six seven eight nine'],
-    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', 'x ||| many' + ' 汉字, many' * 9,
-           '? ||| 8 9'],
+    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', '? ||| 8 9',
+           'x ||| many' + ' 汉字, many' * 9],
     'seq2seq': ['twenty one', '人之初', 'a ||| b'],
 }
 ANSWERING = [kind for kind in KINDS if kind not in ('text', 'bytes', 'lstm')]
@@ -931,7 +961,7 @@ ANSWERING = [kind for kind in KINDS if kind not in ('text', 'bytes', 'lstm')]
 @pytest.mark.parametrize('kind', ANSWERING)
 def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
     """Empty lines stay, company changes nothing, JSON and text agree; U+0085 ends no line."""
-    lines, flags = LINES[KINDS[kind][1] or 'masks'], []
+    lines = LINES[KINDS[kind][1] or 'masks']
     flags = ['--max_new_tokens', 9] if 'seq2seq' in kind else []
     each = {line: ask(kind, '--start', line, *flags).out for line in lines}
     assert all(out.count('\n') == 1 for out in each.values())
@@ -1032,10 +1062,13 @@ def test_a_text_is_scored_as_by_a_slow_loop(ask, tmp_path, kind):
 
 def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
     """One token at a time is hidden from the others of its window; document ends do not count."""
-    model, tokenizer, _ = made('masks')
-    documents, right = ['人之初', 'abc abc ' * 8, 'é😀 ' * 9], []
+    tokenizer, right = char_tokenizer('abc人'), []
+    model = tiny('bert', tokenizer.n_vocab, 9)
+    model.output.bias.data[:4] += 9                        # else no character is ever right
+    save(tmp_path / 'a.pt', model, tokenizer=tokenizer.to_dict())
+    documents = ['人ab', 'cab人' * 5, 'ac人人b' * 4]
     (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
-    ids, room = tokenizer.encode(''.join(documents)).tolist(), model.config.block_size - 2
+    ids, room = tokenizer.encode(''.join(documents)).tolist(), 7
     cls, mask, sep = map(tokenizer.id, ('[CLS]', '[MASK]', '[SEP]'))
     for start in range(0, len(ids), room):
         window = ids[start:start + room]
@@ -1043,8 +1076,9 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
             row = [cls, *window[:i], mask, *window[i + 1:], sep]
             logits = alone(model, {'ids': row, 'segments': [0] * len(row)})[0]
             right.append(logits[i + 1].argmax().item() == token)
-    found = ask.lines('masks', '--score', tmp_path / 'a.jsonl')
+    found = ask.lines(tmp_path / 'a.pt', '--score', tmp_path / 'a.jsonl')
     assert found == [{'masked_accuracy': pytest.approx(np.mean(right))}]
+    assert 0.1 < np.mean(right) < 0.9, 'the test would not notice'
 
 QUESTIONS = {'data': [{'paragraphs': [
     {'context': '北京的小狗 😀 won the race.', 'qas': [
