@@ -239,7 +239,8 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         if not longer:
             break
         # The beams of a source only change places among themselves, unless their number changes.
-        cache.reorder(torch.tensor(parents, device=ids.device), source=len(parents) != len(new))
+        changed = width != beams or len(parents) != len(new)
+        cache.reorder(torch.tensor(parents, device=ids.device), source=changed)
         texts, log_p = longer, torch.tensor(kept, device=ids.device)       # (B, beams)
         new = torch.tensor(list(longer.values()), device=ids.device)[..., -1].view(-1, 1)
     return finished
@@ -268,13 +269,17 @@ class TextStream:
         text, held = self.tokenizer.decode(self.prompt + self.ids)[self.begin:], 0
         if not self.done:
             text = text.rstrip('\ufffd')
+            found = [(text.find(stop) + len(stop), text.find(stop))
+                     for stop in self.stops if stop in text]
+            if found:  # the stop that is whole first, whatever the tokens are
+                text, self.done = text[:min(found)[1]], True
             for stop in self.stops:
-                if stop in text:
-                    text, self.done = text[:text.find(stop)], True
                 for n in range(1, len(stop)):
                     if text.endswith(stop[:n]):
                         held = max(held, n)
         text = text if self.done else text[:len(text) - held]
+        if not self.done and not text.startswith(self.text):
+            return ''  # byte tokens: half a character makes those before it unreadable for a while
         new, self.text = text[len(self.text):], text
         return new
 
@@ -471,7 +476,8 @@ def decode_masks(tokenizer, suppressed, example, logits, k):
     guesses = []
     for token, row in zip(example['ids'], logits):
         if token == tokenizer.id('[MASK]'):
-            p, best = row.masked_fill(suppressed, -math.inf).softmax(dim=-1).topk(min(k, len(row)))
+            p = row.masked_fill(suppressed, -math.inf).softmax(dim=-1)
+            p, best = p.topk(min(k, (~suppressed).sum()))
             texts = [tokenizer.decode([i]) for i in best.tolist()]
             guesses.append([(text.strip() or text, value)
                             for text, value in zip(texts, p.tolist()) if value])
@@ -771,6 +777,8 @@ def write_attention(model, tokenizer, prompt, kind, labels, settings):
         raise ValueError("--attention shows one line: leave the other lines of --start out")
     example = examples_of(tokenizer, kind, text, labels, config.block_size)[0]
     ids = decoder_ids = example['ids'] = example['ids'][-config.block_size:]
+    if kind == 'seq2seq' and config.arch != 'encdec':
+        ids[-1] = tokenizer.id('[SEP]')
     if config.arch == 'encdec':
         start = tokenizer.start_id
         written = write_batch(model, tokenizer, [[start]], [ids], [0], settings)[0][0]
@@ -830,14 +838,16 @@ FLAGS = {'text': 'start json stream num_samples' + DRAWING, 'masks': 'start json
          'score': 'score json', 'score seq2seq': 'score json' + DRAWING,
          'export': 'export', 'attention': 'attention start max_new_tokens'}
 
-def check_use(given, settings, kind):
+def check_use(given, settings, kind, arch):
     """Raise ValueError for a flag that would be ignored."""
     use = next((name for name in ('export', 'attention', 'score') if getattr(settings, name)), kind)
     use = 'score seq2seq' if (use, kind) == ('score', 'seq2seq') else use
     read = FLAGS.get(use, 'start json') + ' out_dir init_from device dtype'
     unread = set(given) - set(read.split())
-    if settings.num_beams == 1:
-        unread |= set(given) & {'length_penalty'}
+    if use == 'attention' and arch != 'encdec':
+        unread |= set(given) & {'max_new_tokens'}
+    beside = {'length_penalty'} if settings.num_beams == 1 else {'seed', 'stream'}
+    unread |= set(given) & (beside | {'stream'} if settings.json else beside)
     if unread:
         raise ValueError(f"--{min(unread)} changes nothing here ({use}): leave it out")
 
@@ -898,7 +908,7 @@ def report(started, n, what, rate):
 def print_texts(model, tokenizer, prompt, settings):
     """Print the samples to standard output, and the speed to standard error."""
     started, ids, n = time.perf_counter(), prompt_ids(tokenizer, prompt), settings.num_samples
-    live = settings.stream and not settings.json and settings.num_beams == 1
+    live = settings.stream
     show = lambda text: print(text, end='', flush=True) if live else None
     if settings.num_beams > 1:  # one window: of a long prompt the newest half
         room = model.config.block_size - min(settings.max_new_tokens, model.config.block_size // 2)
@@ -1006,7 +1016,7 @@ def main(argv):
     labels = checkpoint.get('labels', [])
     usual = {'gpt': 'text', 'lstm': 'text', 'bert': 'masks', 'encdec': 'seq2seq'}
     kind = checkpoint.get('task') or usual[model.config.arch]
-    check_use(given, settings, kind)
+    check_use(given, settings, kind, model.config.arch)
     if settings.export:
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")

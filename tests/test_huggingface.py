@@ -606,8 +606,9 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
     assert found['label'] == auto.config.id2label[p.argmax().item()] in ('yes', '不')
     assert abs(found['probability'] - p.max().item()) < 1e-4
 
-def test_rows_added_to_gpt2_are_never_sampled_and_never_exported(shared, tmp_path):
+def test_rows_added_to_gpt2_are_never_sampled_and_never_exported(shared, tmp_path, monkeypatch):
     """[SEP] and its like are rows behind GPT-2's own, which stay as they were."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared / 'tiktoken_cache'))
     gpt2, tokenizer = reference('gpt2', vocab_size=50257, n_embd=4), prepare_data.gpt2_tokenizer()
     gpt2.save_pretrained(tmp_path / 'gpt2')
     model, _ = load(tmp_path / 'gpt2', vocab_size=tokenizer.n_vocab)
