@@ -422,9 +422,11 @@ def decode_span(examples, logits, labels):
         no_answer, offsets = min(no_answer, float(p[0, 0] * p[1, 0])), meta['offsets']
         if not offsets:
             continue
-        white = torch.tensor([meta['context'][a:b].isspace() for a, b in offsets])
-        first, last = p[:, meta['first']:][:, :len(offsets)].masked_fill(white, 0)
+        first, last = p[:, meta['first']:][:, :len(offsets)]
         both = (first[:, None] * last[None, :]).triu().tril(29)            # (begin, end)
+        solid = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
+        until = solid.cumsum(0)                                # an answer is not only white space
+        both = both * (until[None, :] > (until - solid)[:, None])
         begin, end = divmod(int(both.argmax()), len(offsets))
         if both[begin, end] > best['probability']:
             low, high = offsets[begin][0], offsets[end][1]

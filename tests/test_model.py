@@ -51,7 +51,7 @@ MODELS |= {f'{trunk} {task}': replace(MODELS[trunk], task=task, n_labels=0 if ta
 every_model = pytest.mark.parametrize('name', MODELS)
 WRITERS = [name for name, c in MODELS.items() if c.arch != 'bert' and not c.task]  # they write text
 every_writer = pytest.mark.parametrize('name', WRITERS)
-few = settings(max_examples=4)
+few = settings(max_examples=3)
 
 
 def some(*shape):
@@ -724,7 +724,7 @@ def test_a_cache_changes_nothing(name, dtype, tolerance, cuts, length):
     for start, end in zip(at, at[1:]):
         logits = model.decode(ids[:, start:end], cache)
         close(logits.float(), write(ids)[:, end - 1].float(), tolerance)
-        assert cache.length == end
+        assert cache.length == end and {k.dtype for k, _ in cache.layers.values()} <= {torch.float}
         cache.memory = None if cache.memory is None else cache.memory * math.nan
 
 
