@@ -1499,7 +1499,7 @@ def prepare(settings):
     task = settings.task or usual
     if name and task != usual:
         raise ValueError(f"--task {task}: {name} is for {usual}: leave the flag out")
-    out_dir = settings.out_dir or os.path.join('data', name or Path(files[0]).resolve().stem)
+    out_dir = settings.out_dir or os.path.join('data', name or Path(os.path.abspath(files[0])).stem)
     with new_folder(out_dir) as folder:
         if make:
             paths = [os.path.join(folder, 'source.txt'), os.path.join(folder, 'source.val.txt')]

@@ -1018,6 +1018,15 @@ def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
     assert shown.startswith('6 tokens: ‹E6› 230')
 
 
+def test_the_folder_has_the_name_of_its_source(tmp_path, monkeypatch):
+    """data/NAME below the working folder; a link gives its own name, not that of its target."""
+    write(tmp_path / 'real.txt', 'some words ' * 30)
+    (tmp_path / 'link.txt').symlink_to('real.txt')
+    monkeypatch.chdir(tmp_path)
+    out_dir, _ = prepare(Settings(input=['link.txt'], tokenizer='byte'))
+    assert out_dir == os.path.join('data', 'link') and (tmp_path / out_dir / 'meta.json').exists()
+
+
 def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     """`| head` closes the pipe: no traceback, status 0."""
     write(tmp_path / 'a.txt', 'some words ' * 30)

@@ -32,8 +32,7 @@ SHORTER = {  # flags behind those of the README: the last one counts
     'tests/bench/prepare.py': '--sizes 2 3', 'tests/bench/': '--quick',
     'tests/known_bugs.py': '-k top_k',
     'train.py': '--max_iters 4 --eval_interval 4 --eval_iters 1 --log_interval 4 '
-                '--sample_tokens 5 --warmup_iters 1',
-    'sample.py': '--max_new_tokens 5'}
+                '--sample_tokens 5 --warmup_iters 1'}
 
 
 def commands(path):
@@ -56,8 +55,6 @@ def commands(path):
 def shortened(command):
     """The command, ended soon."""
     if any(flag in command for flag in ('--help', '--dry_run', '--eval_only', '--quick')):
-        return command
-    if re.search('--attention|--score|--export', command) and '--num_beams' not in command:
         return command
     return ' '.join([command, *[flags for name, flags in SHORTER.items() if name in command][:1]])
 
