@@ -32,7 +32,8 @@ SHORTER = {  # flags behind those of the README: the last one counts
     'tests/bench/prepare.py': '--sizes 2 3', 'tests/bench/': '--quick',
     'tests/known_bugs.py': '-k top_k',
     'train.py': '--max_iters 4 --eval_interval 4 --eval_iters 1 --log_interval 4 '
-                '--sample_tokens 5 --warmup_iters 1'}
+                '--sample_tokens 5 --warmup_iters 1',
+    'out-en-de --score': '--max_new_tokens 5'}
 
 
 def commands(path):
