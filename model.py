@@ -122,7 +122,10 @@ class Config:
 
     def __post_init__(self):
         check_fields(self)
-        windows = self.window.split()
+        windows, (factor, low, high, length) = self.window.split(), (1, 1, 2, 1)
+        rope = re.fullmatch(r'(llama3( \d+(\.\d+)?){4})?', self.rope_scaling)
+        if rope and self.rope_scaling:
+            factor, low, high, length = map(float, self.rope_scaling.split()[1:])
         for holds, message in [
             (self.arch == 'lstm' or self.head_dim or self.n_embd % self.n_head == 0,
              f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}"),
@@ -136,8 +139,9 @@ class Config:
              f"buckets={self.buckets} must be less than twice max_distance={self.max_distance}"),
             (windows and all(n.isdecimal() and int(n) <= 2 ** 31 for n in windows),
              f"window={self.window} must be a whole number, or several with spaces between them"),
-            (re.fullmatch(r'(llama3( \d+(\.\d+)?){4})?', self.rope_scaling),
-             f"rope_scaling={self.rope_scaling} must be llama3 FACTOR LOW HIGH LENGTH"),
+            (rope and factor >= 1 and 0 < low < high and length > 0,
+             f"rope_scaling={self.rope_scaling} must be llama3 FACTOR LOW HIGH LENGTH, all above 0 "
+             "and LOW below HIGH"),
             (self.arch == 'bert' or not self.segments,
              f"segments={self.segments}: only arch=bert reads segments"),
             (self.n_labels or self.task not in ('classify', 'tag'),
@@ -933,7 +937,8 @@ def reading(path, remedy):
     except FileNotFoundError:
         raise
     except Exception as e:
-        reason = ' '.join(str(e).split())[:120]
+        sentence = ' '.join(str(e).split()).split('. ')[0]
+        reason = ''.join(filter(str.isprintable, sentence))[:120]
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
 
 def load(path, device='cpu', **changes):
@@ -997,7 +1002,7 @@ def resize(model, path, **changes):
     if config.block_size > old.block_size:
         raise ValueError(f"block_size={config.block_size} is longer than the {old.block_size} that "
                          f"{path} was trained with: choose at most that")
-    added = config.vocab_size - old.vocab_size
+    added = max(0, config.vocab_size - old.vocab_size)
     weights = model.state_dict()
     for name, p in weights.items():
         if name.endswith('embed.positions.weight'):
@@ -1005,8 +1010,9 @@ def resize(model, path, **changes):
         elif added and re.search(r'\b(tokens|output)\.', name):
             noise = 0.01 * torch.randn(added, *p.shape[1:], device=p.device)
             weights[name] = torch.cat([p, p.mean(dim=0, keepdim=True) + noise])
-    model = build(config)
-    model.load_state_dict(weights)
+    with reading(path, "its weights do not fit another size"):
+        model = build(config)
+        model.load_state_dict(weights)
     return model
 
 def optimizer_groups(model, weight_decay):
@@ -1234,7 +1240,8 @@ def read_tensors(folder, family):
                          "them as safetensors" if found else f"there is no {path}: fetch it, too")
     tensors = {}
     for path in (os.path.join(folder, name) for name in sorted(names)):
-        with reading(path, "fetch it again, and pip install safetensors"), open(path, 'rb') as f:
+        remedy = "fetch it or choose another; it needs pip install safetensors"
+        with reading(path, remedy), open(path, 'rb') as f:
             if f.read(40).startswith(b'version https://git-lfs'):
                 raise ValueError("it is a git-LFS pointer, and not the file itself")
             from safetensors.torch import load_file
