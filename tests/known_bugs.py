@@ -189,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-k', default='', help='only bugs whose name has this word')
-    word = parser.parse_args().k.replace('_', ' ')
+    word = parser.parse_args().k
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
