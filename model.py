@@ -28,14 +28,13 @@ Papers that are cited by number:
 """
 
 import contextlib
-import dataclasses
 import json
 import math
-import operator
 import os
 import re
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -47,27 +46,14 @@ IGNORE_INDEX = -100  # a position with this target has no target: it does not co
 # -----------------------------------------------------------------------------
 # Configuration. It is saved in every checkpoint, so a model can be rebuilt from its file alone.
 
-def flag(default, help, choices=(), low=None, high=2 ** 31, above=None, below=None):
+def require(holds, message):
+    """Raise ValueError with the message unless something holds."""
+    if not holds:
+        raise ValueError(message)
+
+def flag(default, help, choices=(), low=0, high=2 ** 31):
     """A field that describes itself: train.py makes a flag of it, and --help prints its text."""
-    rules = dict(help=help, choices=choices, low=low, high=high, above=above, below=below)
-    return dataclasses.field(default=default, metadata=rules)
-
-BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
-          'above': ('above', operator.gt), 'below': ('below', operator.lt)}
-
-def check_fields(config):
-    """Raise ValueError for the first field of another type, or with a value beyond its bounds."""
-    for f in dataclasses.fields(config):
-        value, rules, kind = getattr(config, f.name), f.metadata, type(f.default)
-        if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise ValueError(f"{f.name}={value!r} must be of type {kind.__name__}")
-        if rules['choices'] and value not in rules['choices']:
-            raise ValueError(f"{f.name}={value} is unknown: choose one of "
-                             + ', '.join(filter(None, rules['choices'])))
-        for bound, (words, holds) in BOUNDS.items() if kind in (int, float) else ():
-            if rules[bound] is not None and not holds(value, rules[bound]):
-                raise ValueError(f"{f.name}={value} must be {words} {rules[bound]}")
-        setattr(config, f.name, kind(value))
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
 TASKS = ('classify', 'tag', 'qa')  # what a TaskModel can be trained for
 
@@ -76,19 +62,19 @@ class Config:
     """The architecture of a model. Raises ValueError where it cannot be built."""
     arch: str = flag('gpt', 'kind of model', ('gpt', 'bert', 'encdec', 'lstm'))
     task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
-    n_labels: int = flag(0, 'labels of the task, L; the data says how many', low=0)
+    n_labels: int = flag(0, 'labels of the task, L; the data says how many')
     # sizes: small enough by default to train in minutes on a laptop
     vocab_size: int = flag(50257, 'number of different tokens, V', low=1)
     block_size: int = flag(128, 'longest sequence, in tokens', low=1)
     n_layer: int = flag(4, 'blocks in a stack', low=1, high=10_000)
     n_head: int = flag(4, 'attention heads, H', low=1)
-    n_kv_head: int = flag(0, 'key/value heads, G; 0: as many as n_head', low=0)
+    n_kv_head: int = flag(0, 'key/value heads, G; 0: as many as n_head')
     n_embd: int = flag(128, 'channels, C', low=1)
-    head_dim: int = flag(0, 'channels per head, D; 0: n_embd / n_head', low=0)
-    mlp_dim: int = flag(0, 'width inside the MLP; 0: 4 * n_embd', low=0)
+    head_dim: int = flag(0, 'channels per head, D; 0: n_embd / n_head')
+    mlp_dim: int = flag(0, 'width inside the MLP; 0: 4 * n_embd')
     # blocks
     norm: str = flag('layernorm', 'normalisation of a vector', ('layernorm', 'rmsnorm'))
-    norm_eps: float = flag(1e-5, 'added to the variance before its root', above=0, below=1)
+    norm_eps: float = flag(1e-5, 'added to the variance before its root', low=1e-20, high=1)
     norm_weight: bool = flag(True, 'norms scale each channel by a learned weight')
     norm_first: bool = flag(True, 'True: x + f(norm(x)); False: norm(x + f(x)), as in 2017')
     qk_norm: bool = flag(False, 'normalise queries and keys, which bounds the attention scores')
@@ -98,61 +84,58 @@ class Config:
     scale_attention: bool = flag(True, 'divide scores by sqrt(D); T5 does not')
     bias: bool = flag(True, 'biases in the linear layers and in LayerNorm')
     # positions and windows
-    positions: str = flag('learned', 'how order is told',
-                          ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
-    rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', above=0)
+    positions: str = flag(
+        'learned', 'how order is told', ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
+    rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', low=1)
     rope_scaling: str = flag('', 'rotary, for longer texts: llama3 FACTOR LOW HIGH LENGTH')
-    window: str = flag('0', 'how many of the newest tokens a token sees, itself included; 0: all. '
-                            'For all blocks, or for each in turn: "4 4 4 0"')
+    window: str = flag('0', 'newest tokens a token sees, with itself; 0: all; in turn: "4 4 4 0"')
     buckets: int = flag(32, 'relative: number of learned distances', low=4)
     max_distance: int = flag(128, 'relative: from here on, all distances are one', low=1)
     # input and output
-    segments: int = flag(0, 'segment embeddings: BERT has 2, for sentences A and B', low=0, high=16)
+    segments: int = flag(0, 'segment embeddings: BERT has 2, for sentences A and B')
     embedding_norm: bool = flag(False, 'normalise the input of the first block')
     scale_embedding: bool = flag(False, 'multiply token embeddings by sqrt(C)')
     scale_output: bool = flag(False, 'multiply the input of the output layer by 1/sqrt(C)')
     tied: bool = flag(True, 'the output layer is the embedding matrix')
-    logit_cap: float = flag(0.0, 'squash logits smoothly into (-cap, cap); 0: off', low=0)
+    logit_cap: float = flag(0.0, 'squash logits smoothly into (-cap, cap); 0: off')
     # training
-    init: str = flag('gpt2', 'initial weights, see init_weights',
-                     ('gpt2', 'normal', 'fan_in', 'zero'))
-    dropout: float = flag(0.0, 'probability of zeroing a value in training', low=0, below=1)
-    label_smoothing: float = flag(0.0, 'share of the target probability that is spread over all '
-                                       'classes in training', low=0, below=1)
+    init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
+    dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
+    label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
 
     def __post_init__(self):
-        check_fields(self)
-        windows, (factor, low, high, length) = self.window.split(), (1, 1, 2, 1)
-        rope = re.fullmatch(r'(llama3( \d+(\.\d+)?){4})?', self.rope_scaling)
-        if rope and self.rope_scaling:
-            factor, low, high, length = map(float, self.rope_scaling.split()[1:])
-        for holds, message in [
-            (self.arch == 'lstm' or self.head_dim or self.n_embd % self.n_head == 0,
-             f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}"),
-            (self.n_head % self.kv_heads == 0,
-             f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"),
-            (self.positions != 'rotary' or self.head_size % 2 == 0,
-             f"rotary positions need an even number of channels per head, not {self.head_size}"),
-            (self.positions != 'sinusoids' or self.n_embd % 2 == 0,
-             f"sinusoids need an even n_embd, not {self.n_embd}"),
-            (self.positions != 'relative' or self.buckets < 2 * self.max_distance,
-             f"buckets={self.buckets} must be less than twice max_distance={self.max_distance}"),
-            (windows and all(n.isdecimal() and int(n) <= 2 ** 31 for n in windows),
-             f"window={self.window} must be a whole number, or several with spaces between them"),
-            (rope and factor >= 1 and 0 < low < high and length > 0,
-             f"rope_scaling={self.rope_scaling} must be llama3 FACTOR LOW HIGH LENGTH, all above 0 "
-             "and LOW below HIGH"),
-            (self.arch == 'bert' or not self.segments,
-             f"segments={self.segments}: only arch=bert reads segments"),
-            (self.n_labels or self.task not in ('classify', 'tag'),
-             f"task={self.task} needs n_labels, the number of labels to choose from"),
-            (self.arch != 'encdec' or not self.task,
-             f"task={self.task}: an encoder-decoder writes its answers: choose another arch"),
-            (not self.label_smoothing or (self.arch != 'bert' and not self.task),
-             f"label_smoothing={self.label_smoothing} is only for models that write text"),
-        ]:
-            if not holds:
-                raise ValueError(message)
+        for f in fields(self):
+            value, rules, kind = getattr(self, f.name), f.metadata, type(f.default)
+            if kind is float and type(value) is int:
+                value = float(value)
+            require(type(value) is kind, f"{f.name}={value!r} must be of type {kind.__name__}")
+            require(not rules['choices'] or value in rules['choices'],
+                    f"{f.name}={value} is unknown: choose one of {rules['choices']}")
+            require(kind in (str, bool) or rules['low'] <= value <= rules['high'],
+                    f"{f.name}={value} must be between {rules['low']} and {rules['high']}")
+            setattr(self, f.name, value)
+        require(self.arch == 'lstm' or self.head_dim or self.n_embd % self.n_head == 0,
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        require(self.n_head % self.kv_heads == 0,
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}")
+        channels = {'rotary': self.head_size, 'sinusoids': self.n_embd}.get(self.positions, 0)
+        require(channels % 2 == 0, f"{self.positions} positions need even channels, not {channels}")
+        require(self.positions != 'relative' or self.buckets < 2 * self.max_distance,
+                f"buckets={self.buckets} must be less than twice max_distance={self.max_distance}")
+        require(re.fullmatch(r'\d{1,9}( \d{1,9})*', self.window),
+                f"window={self.window} must be a whole number, or several with spaces between them")
+        rope = re.fullmatch('llama3' + r' ([1-9]\d*(?:\.\d+)?)' * 4, self.rope_scaling)
+        require(not self.rope_scaling or (rope and float(rope[2]) < float(rope[3])),
+                f"rope_scaling={self.rope_scaling} must be llama3 FACTOR LOW HIGH LENGTH, each at "
+                "least 1 and LOW below HIGH")
+        require(self.arch == 'bert' or not self.segments,
+                f"segments={self.segments}: only arch=bert reads segments")
+        require(self.n_labels or self.task not in ('classify', 'tag'),
+                f"task={self.task} needs n_labels, the number of labels")
+        require(self.arch != 'encdec' or not self.task,
+                f"task={self.task}: an encoder-decoder has no head: choose another arch")
+        require(not self.label_smoothing or (self.arch != 'bert' and not self.task),
+                f"label_smoothing={self.label_smoothing} is only for models that write text")
 
     @property
     def kv_heads(self):
@@ -202,18 +185,16 @@ def sinusoids(length, channels):
     PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same): section 3.5 of [1].
     They are fixed, not learned. The wavelengths grow from 2 pi to 10000 * 2 pi. Returns (T, C).
     """
-    position = torch.arange(length)[:, None]                               # (T, 1)
     frequency = 10000.0 ** (-torch.arange(0, channels, 2) / channels)      # (C/2,)
-    angle = position * frequency                                           # (T, C/2)
+    angle = torch.arange(length)[:, None] * frequency                      # (T, C/2)
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 def rotary_angles(length, channels, theta, scaling=''):
     """
-    The angle of each pair of channels at each position, in radians: section 3.2 of [6].
-    Returns (T, D/2). `llama3 FACTOR LOW HIGH LENGTH` stretches them for texts longer than the
-    LENGTH that a model was trained on: pairs that turn less than LOW times in LENGTH positions
-    become FACTOR times slower, those that turn more than HIGH times stay as they are
-    (Grattafiori et al. 2024, The Llama 3 Herd of Models, https://arxiv.org/abs/2407.21783).
+    The angle of each pair of channels at each position, in radians (T, D/2): section 3.2 of [6].
+    `llama3 FACTOR LOW HIGH LENGTH` is for texts longer than the LENGTH that a model was trained on:
+    pairs that turn less than LOW times in LENGTH positions become FACTOR times slower, those that
+    turn more than HIGH times stay (Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783).
     """
     frequency = theta ** (-torch.arange(0, channels, 2) / channels)        # (D/2,)
     if scaling:
@@ -226,9 +207,8 @@ def rotary_angles(length, channels, theta, scaling=''):
 def rotate(x, cos, sin):
     """
     Rotate each pair of channels of x (B, H, T, D) by the angle of its position: section 3.4.2 of
-    [6]. The product of a rotated query and a rotated key depends only on their distance. The two
-    channels of a pair lie half a head apart, as in LLaMA's code; the paper pairs neighbours, which
-    is the same up to the order of channels.
+    [6]. The product of a rotated query and key depends only on their distance. The two channels of
+    a pair lie half a head apart, as in LLaMA's code; the paper pairs neighbours.
     """
     a, b = x.chunk(2, dim=-1)                                              # 2 x (B, H, T, D/2)
     cos, sin = cos.type_as(x), sin.type_as(x)
@@ -243,11 +223,10 @@ def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     wider ranges up to max_distance, the last one also for all beyond. both_sides=True (an encoder)
     gives half of all buckets to keys on the right; in a decoder those count as distance 0.
     """
-    right = torch.zeros_like(distance)
+    right = 0
     if both_sides:
         buckets //= 2
-        right = (distance > 0) * buckets
-        distance = distance.abs()
+        right, distance = (distance > 0) * buckets, distance.abs()
     else:
         distance = (-distance).clamp(min=0)
     near = buckets // 2
@@ -261,22 +240,20 @@ def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
 def attention_mask(positions, key_positions, causal, window=0, real=None):
     """
     Which keys each query may see: bool (1 or B, 1, T, S), True = may see, as in
-    F.scaled_dot_product_attention (nn.MultiheadAttention means the opposite).
-
-    positions (T,) are those of the queries, key_positions (S,) those of the keys. causal: keys up
-    to the query itself. window: keys less than so many positions away (Beltagy et al. 2020,
-    Longformer, https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding.
+    F.scaled_dot_product_attention (nn.MultiheadAttention means the opposite). positions (T,) are
+    those of the queries, key_positions (S,) those of the keys. causal: keys up to the query itself.
+    window: keys less than so many positions away (Beltagy et al. 2020, Longformer,
+    https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding.
 
     With a cache of three tokens and two new ones, causal=True, window=3:
 
     >>> attention_mask(torch.arange(3, 5), torch.arange(5), True, window=3)[0, 0].int().tolist()
     [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     """
-    distance = key_positions[None, :] - positions[:, None]                 # (T, S), past: below 0
+    distance = key_positions - positions[None, :, None]                    # (1, T, S), past: < 0
     mask = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window:
         mask = mask & (distance.abs() < window)
-    mask = mask[None]                                                      # (1, T, S)
     if real is not None:
         mask = mask & real[:, None, :]                                     # (B, T, S)
     # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Such
@@ -287,9 +264,10 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
 def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
     softmax(Q K^T / sqrt(D)), equation 1 of [1]: how much of each key's value a query receives.
-    Each row sums to 1. q (B, H, T, D), k (B, H, S, D) -> (B, H, T, S). mask is bool, as made by
-    attention_mask, or float, added to the scores. causal=True: query i sees the keys up to i.
-    scale: 1/sqrt(D) unless given.
+    q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1; each key/value head serves
+    H/G query heads (Ainslie et al. 2023, GQA, https://arxiv.org/abs/2305.13245). mask is bool, as
+    made by attention_mask, or float, added to the scores. causal=True: query i sees the keys up to
+    i. scale: 1/sqrt(D) unless given.
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token
@@ -301,14 +279,15 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     >>> [round(weight, 2) for weight in attention_weights(x, x, causal=True)[0, 0, 1].tolist()]
     [0.38, 0.62, 0.0, 0.0]
     """
-    scale = q.size(-1) ** -0.5 if scale is None else scale
+    scale = scale or q.size(-1) ** -0.5
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)                 # (B, H, S, D)
     scores = (q * scale) @ k.transpose(-2, -1)                             # (B, H, T, S)
     if causal:
         scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -math.inf)
     if mask is not None:
-        scores = scores + mask
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -math.inf)
+        scores = scores + mask.to(scores.dtype)
     return scores.softmax(dim=-1)
 
 class Dropout(nn.Dropout):
@@ -331,9 +310,8 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     """
     attention_weights(q, k) @ v: by F.scaled_dot_product_attention, or by the formula where that is
-    faster; the two agree up to rounding. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). Each
-    key/value head serves H/G query heads (Ainslie et al. 2023, GQA,
-    https://arxiv.org/abs/2305.13245). drop: the Dropout of the weights.
+    faster; the two agree up to rounding. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+    drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
     if mask is not None and mask.is_floating_point():
@@ -341,21 +319,22 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
     # training step 1.3 times slower than the formula, and with dropout it is slower still. For long
     # sequences it is needed all the same: the formula stores all T x S weights.
-    by_formula = (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
-                  and (q.dtype == torch.bfloat16 or p > 0))
-    if not by_formula:
-        return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
-                                              enable_gqa=k.size(1) < q.size(1))
     groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    return drop(attention_weights(q, k, mask, causal, scale)) @ v
+    if (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
+            and (q.dtype == torch.bfloat16 or p > 0)):
+        weights = drop(attention_weights(q, k, mask, causal, scale))
+        return weights @ v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
+                                          enable_gqa=groups > 1)
 
-def make_norm(config, channels):
+def make_norm(config, channels, wanted=True):
     """
     LayerNorm: (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016, arxiv.org/abs/1607.06450).
     RMSNorm: x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019, arxiv.org/abs/1910.07467).
-    Both over the channels of one position.
+    Both over the channels of one position. Where none is wanted: the identity.
     """
+    if not wanted:
+        return nn.Identity()
     if config.norm == 'layernorm':
         return nn.LayerNorm(channels, config.norm_eps, config.norm_weight, config.bias)
     return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
@@ -365,9 +344,9 @@ class KVCache:
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
         length          number of tokens read so far
-        layers[i]       keys and values of block i, each (B, G, size, D); [:, :, :length] is filled
-        cross[i]        keys and values of the source for block i of an encoder-decoder
+        layers[i]       keys and values of block i, each (B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
+        cross           the KVCache of the source, for cross-attention
         state           of an LSTM, which has no keys: (h, c), each (n_layer, B, C)
 
     size is the most tokens it has room for. On a CPU keys and values are float32 whatever the
@@ -375,17 +354,19 @@ class KVCache:
     """
 
     def __init__(self, size, memory=None, memory_mask=None):
-        self.size, self.length = size, 0
-        self.layers, self.cross = {}, {}
-        self.memory, self.memory_mask, self.state = memory, memory_mask, None
+        self.size, self.length, self.layers, self.state = size, 0, {}, None
+        self.memory, self.memory_mask = memory, memory_mask
+        self.cross = None if memory is None else KVCache(memory.size(1))
 
     def append(self, layer, k, v):
         """Add keys and values (B, G, T, D) of the T new tokens; returns those of all tokens."""
         if layer not in self.layers:
-            shape, dtype = (*k.shape[:2], self.size, k.size(3)), cache_dtype(k)
-            self.layers[layer] = k.new_empty(shape, dtype=dtype), v.new_empty(shape, dtype=dtype)
-        end = self.length + k.size(2)
+            shape = *k.shape[:2], self.size, k.size(3)
+            widen = k.is_cpu and not torch.is_autocast_enabled('cpu')
+            dtype = torch.float32 if widen else k.dtype
+            self.layers[layer] = [t.new_empty(shape, dtype=dtype) for t in (k, v)]
         keys, values = self.layers[layer]
+        end = self.length + k.size(2)
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]                        # 2 x (B, G, S, D)
@@ -399,32 +380,32 @@ class KVCache:
         if self.state is not None:
             self.state = tuple(s[:, rows] for s in self.state)
         if source and self.memory is not None:
-            self.cross = {i: (k[rows], v[rows]) for i, (k, v) in self.cross.items()}
+            self.cross.reorder(rows)
             self.memory = self.memory[rows]
             self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
-def cache_dtype(t):
-    return torch.float32 if t.is_cpu and not torch.is_autocast_enabled('cpu') else t.dtype
-
 class Attention(nn.Module):
     """
-    Multi-head attention, section 3.2.2 of [1]. H heads attend at once, each with D channels of its
-    own; their outputs stand side by side and are projected back to C channels. Keys and values come
-    from x itself, or in cross-attention from `memory`, the encoded source.
+    Multi-head attention, section 3.2.2 of [1]: H heads, each with D channels of its own, whose
+    outputs stand side by side and are projected back to C channels. Keys and values come from x
+    itself, or in cross-attention from `memory`, the encoded source.
     """
 
     def __init__(self, config, layer):
         super().__init__()
-        C, D, self.layer = config.n_embd, config.head_size, layer
-        self.q = nn.Linear(C, config.n_head * D, config.bias)
-        self.k = nn.Linear(C, config.kv_heads * D, config.bias)
-        self.v = nn.Linear(C, config.kv_heads * D, config.bias)
-        self.proj = nn.Linear(config.n_head * D, C, config.bias)
-        self.q_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
-        self.k_norm = make_norm(config, D) if config.qk_norm else nn.Identity()
-        self.drop, self.scale = Dropout(config.dropout), None if config.scale_attention else 1.0
+        C, D, H, G = config.n_embd, config.head_size, config.n_head, config.kv_heads
+        self.q, self.k, self.v = (nn.Linear(C, n * D, config.bias) for n in (H, G, G))
+        self.proj = nn.Linear(H * D, C, config.bias)
+        self.q_norm = make_norm(config, D, config.qk_norm)
+        self.k_norm = make_norm(config, D, config.qk_norm)
+        self.drop, self.layer = Dropout(config.dropout), layer
+        self.scale = None if config.scale_attention else 1.0
         self.split_heads = lambda t: t.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, T, HD->H, D)
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
+
+    def keys_values(self, source):
+        """source (B, S, C) -> keys and values, 2 x (B, G, S, D)."""
+        return self.k_norm(self.split_heads(self.k(source))), self.split_heads(self.v(source))
 
     def forward(self, x, memory=None, mask=None, causal=False, rotary=None, cache=None):
         """
@@ -432,23 +413,17 @@ class Attention(nn.Module):
         positions of x. With a cache, x holds only the new tokens.
         """
         q = self.q_norm(self.split_heads(self.q(x)))                       # (B, H, T, D)
-        if cache is not None and self.layer in cache.cross and memory is not None:
-            k, v = cache.cross[self.layer]
+        if cache is not None and memory is not None:
+            k, v = cache.cross.layers[self.layer]
         else:
-            source = x if memory is None else memory
-            k = self.k_norm(self.split_heads(self.k(source)))              # (B, G, S, D)
-            v = self.split_heads(self.v(source))
+            k, v = self.keys_values(x if memory is None else memory)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None and memory is None:
             k, v = cache.append(self.layer, k, v)
-        elif cache is not None:
-            k, v = k.to(cache_dtype(k)), v.to(cache_dtype(v))
-            cache.cross[self.layer] = k, v
         dtype, q = q.dtype, q.type_as(k)
         if self.recorded is not None:
-            keys = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
-            self.recorded.append(attention_weights(q, keys, mask, causal, self.scale))
+            self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
         y = attention(q, k, v, self.drop, mask, causal, self.scale)        # (B, H, T, D)
         return self.proj(y.to(dtype).transpose(1, 2).flatten(2))           # heads side by side
 
@@ -473,26 +448,24 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner = config.n_embd, config.mlp_dim or 4 * config.n_embd
-        gated = config.activation in ('swiglu', 'geglu')
         self.activation = ACTIVATIONS[config.activation]
         self.fc = nn.Linear(C, inner, config.bias)
-        self.gate = nn.Linear(C, inner, config.bias) if gated else None
+        self.gate = None
+        if config.activation in ('swiglu', 'geglu'):
+            self.gate = nn.Linear(C, inner, config.bias)
         self.proj = nn.Linear(inner, C, config.bias)
 
     def forward(self, x):
         h = self.fc(x)                                                     # (B, T, inner)
-        if self.gate is None:
-            h = self.activation(h)
-        else:
-            h = self.activation(self.gate(x)) * h
+        h = self.activation(h) if self.gate is None else self.activation(self.gate(x)) * h
         return self.proj(h)                                                # (B, T, C)
 
 class Block(nn.Module):
     """
     Self-attention, cross-attention where there is a source, MLP. Each adds its result to the
     residual stream x. Pre-norm (GPT-2 and later) normalises the input of each sublayer, post-norm
-    (2017, BERT) the stream itself. parallel (PaLM, section 2 of [5]): all sublayers read the same
-    normalised stream and are added at once.
+    (2017, BERT) the stream itself. parallel (PaLM, section 2 of [5]): attention and MLP read the
+    same normalised stream and are added at once.
     """
 
     def __init__(self, config, layer, cross=False):
@@ -502,8 +475,8 @@ class Block(nn.Module):
         self.cross = Attention(config, layer) if cross else None
         self.mlp = MLP(config)
         self.attn_norm = make_norm(config, C)
-        self.cross_norm = make_norm(config, C) if cross and not self.parallel else None
-        self.mlp_norm = make_norm(config, C) if not self.parallel else None
+        self.cross_norm = make_norm(config, C) if cross else None
+        self.mlp_norm = None if self.parallel else make_norm(config, C)
         self.drop = Dropout(config.dropout)
 
     def residual(self, x, norm, sublayer):
@@ -511,17 +484,15 @@ class Block(nn.Module):
             return x + self.drop(sublayer(norm(x)))
         return norm(x + self.drop(sublayer(x)))
 
-    def forward(self, x, self_attention, cross_attention, cache=None):
+    def forward(self, x, self_attention, cross_attention):
         """x (B, T, C) -> (B, T, C). The two dicts are the keyword arguments of the attentions."""
-        attn = lambda h: self.attn(h, **self_attention, cache=cache)
-        cross = lambda h: self.cross(h, **cross_attention, cache=cache)
-        if self.parallel:
-            sublayers = [attn, self.mlp] if self.cross is None else [attn, cross, self.mlp]
-            return self.residual(x, self.attn_norm, lambda h: sum(f(h) for f in sublayers))
-        x = self.residual(x, self.attn_norm, attn)
+        attn = lambda h: self.attn(h, **self_attention)
+        cross = lambda h: self.cross(h, **cross_attention)
+        both = lambda h: attn(h) + self.mlp(h)
+        x = self.residual(x, self.attn_norm, both if self.parallel else attn)
         if self.cross is not None:
             x = self.residual(x, self.cross_norm, cross)
-        return self.residual(x, self.mlp_norm, self.mlp)
+        return x if self.parallel else self.residual(x, self.mlp_norm, self.mlp)
 
 # -----------------------------------------------------------------------------
 # Stacks
@@ -539,7 +510,7 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             self.register_buffer('sinusoids', sinusoids(config.block_size, C), persistent=False)
         self.segments = nn.Embedding(config.segments, C) if config.segments else None
-        self.norm = make_norm(config, C) if config.embedding_norm else nn.Identity()
+        self.norm = make_norm(config, C, config.embedding_norm)
         self.drop = Dropout(config.dropout)
 
     def forward(self, ids, positions, segments=None):
@@ -555,77 +526,69 @@ class Embedding(nn.Module):
 
 class Stack(nn.Module):
     """
-    An embedding and n_layer blocks. causal=True is a decoder: a token sees itself and the past (all
-    of GPT). causal=False is an encoder: a token sees all others. cross=True adds cross-attention to
-    the output of an encoder.
+    An embedding and n_layer blocks: a decoder (causal=True), where a token sees itself and the
+    past, or an encoder, where it sees all others. cross=True adds cross-attention to an encoder.
     """
 
     def __init__(self, config, tokens, causal, cross=False):
         super().__init__()
-        self.causal, self.block_size = causal, config.block_size
-        self.windows = [int(n) for n in config.window.split()]             # for the blocks in turn
+        self.causal, self.config = causal, config
+        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # blocks in turn
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd) if config.norm_first else nn.Identity()
-        self.kind, self.max_distance = config.positions, config.max_distance
-        if self.kind == 'rotary':
+        self.norm = make_norm(config, config.n_embd, config.norm_first)
+        if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
-            self.register_buffer('cos', angles.cos(), persistent=False)
-            self.register_buffer('sin', angles.sin(), persistent=False)
-        elif self.kind == 'relative':
+            self.register_buffer('rotary', torch.stack([angles.cos(), angles.sin()]), False)
+        elif config.positions == 'relative':
             self.relative_bias = nn.Embedding(config.buckets, config.n_head)  # for all blocks
 
     def forward(self, ids, attention_mask=None, segments=None, memory=None, memory_mask=None,
                 cache=None):
         """
-        ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are True
-        at real tokens and False at padding, which stands on the right; None: all are real. With a
-        cache, ids holds only the new tokens. Raises ValueError beyond block_size.
+        ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
+        False at padding, which stands on the right; None: all tokens are real. With a cache, ids
+        holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size.
         """
-        past = 0 if cache is None else cache.length
+        past = 0
+        if cache is not None:
+            past, memory, memory_mask = cache.length, cache.memory, cache.memory_mask
         end = past + ids.size(1)
-        if end > self.block_size:
+        if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
-                             f"{self.block_size}: shorten it, or train with a larger block_size")
+                             f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = key_positions[past:]                                   # (T,)
-        rotary = None
-        if self.kind == 'rotary':
-            rotary = self.cos[past:end], self.sin[past:end]                # 2 x (T, D/2)
-        inputs = {}
-        for window in set(self.windows):
-            inputs[window] = self.mask(positions, key_positions, window, attention_mask)
-            inputs[window]['rotary'] = rotary
-        cross = {'memory': memory, 'mask': self.source_mask(positions, memory_mask)}
+        shared, cross = {'cache': cache}, {'cache': cache, 'memory': memory}
+        if self.config.positions == 'rotary':
+            shared['rotary'] = self.rotary[:, past:end].unbind()           # 2 x (T, D/2)
+        inputs = {window: self.mask(positions, key_positions, window, attention_mask) | shared
+                  for window in set(self.windows)}
+        if memory_mask is not None:
+            real = memory_mask[:, None, None]                              # (B, 1, 1, S)
+            cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
         x = self.embed(ids, positions, segments)                           # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            x = block(x, inputs[self.windows[i % len(self.windows)]], cross, cache)
+        for block, window in zip(self.blocks, self.windows):
+            x = block(x, inputs[window], cross)
         if cache is not None:
             cache.length = end
         return self.norm(x)
 
-    def source_mask(self, positions, real):
-        """The mask of cross-attention, where the source has padding."""
-        if real is None:
-            return None
-        source_positions = torch.arange(real.size(1), device=real.device)
-        return attention_mask(positions, source_positions, causal=False, real=real)
-
     def mask(self, positions, key_positions, window, real):
         """The arguments mask and causal of attention, the same for all blocks of one window."""
-        T, S = len(positions), len(key_positions)
+        T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
         # Without a mask the kernels are faster. They know the triangle of T queries and T keys; one
         # new token sees all keys anyway. With several new tokens behind a cache, is_causal would
         # align query 0 with key 0, which is wrong.
-        if (real is None and self.kind != 'relative' and not 0 < window < S
+        if (real is None and not relative and not 0 < window < S
                 and (not self.causal or T in (1, S))):
             return {'causal': self.causal and T > 1}
         mask = attention_mask(positions, key_positions, self.causal, window, real)
-        if self.kind == 'relative':
-            distance = key_positions[None, :] - positions[:, None]         # (T, S)
-            buckets = distance_buckets(distance, not self.causal, self.relative_bias.num_embeddings,
-                                       self.max_distance)
+        if relative:
+            distance = key_positions - positions[:, None]                  # (T, S)
+            buckets = distance_buckets(distance, not self.causal, self.config.buckets,
+                                       self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
             mask = bias.masked_fill(~mask, -math.inf)                      # (1 or B, H, T, S)
         return {'mask': mask}
@@ -637,10 +600,9 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
     """
     The one loss of this project, in nats: whatever is predicted is a choice among classes. logits
     (..., classes), targets (...) with IGNORE_INDEX where there is none. It is the sum over all
-    targets divided by num_targets: their number here, unless the caller knows the number in the
-    whole global batch (a mean of means would give short rows more weight). None without targets.
-    smoothing: so much of the target probability is spread evenly over all classes (Szegedy et al.
-    2015, https://arxiv.org/abs/1512.00567).
+    targets divided by num_targets: their number here, unless the caller knows that of the whole
+    global batch (a mean of means would give short rows more weight). smoothing: the share of a
+    target that is spread over all classes (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567).
     """
     if targets is None:
         return None
@@ -650,21 +612,20 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
         num_targets = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return loss / num_targets
 
-def init_weights(model, config):
+def init_weights(model):
     """
     Biases start at 0, norms at 1, all else as normal draws around 0 with a standard deviation of
 
-    gpt2     0.02, and 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: section
-             2.3 of [2]
+    gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
     fan_in   1 / sqrt(inputs), and 1 for token embeddings as they enter the stream: section 5, [5]
-    zero     fan_in, but 0 where a layer writes to the stream or to the logits: every block starts
-             as the identity
+    zero     fan_in, but 0 where a layer writes to the stream or the logits: blocks do nothing yet
     """
+    config = model.config
     for name, p in model.named_parameters():
         writes = name.endswith('proj.weight')
         if p.dim() < 2:
-            if name.endswith('bias') or 'bias_' in name:  # nn.LSTM has bias_ih_l0 and others
+            if 'bias' in name:
                 nn.init.zeros_(p)
             continue
         if config.init == 'zero' and (writes or name.startswith('output.')):
@@ -697,7 +658,11 @@ class Output(nn.Module):
         return logits
 
 class LanguageModel(nn.Module):
-    """What GPT and LSTM share: `hidden` reads the tokens, `output` predicts the next ones."""
+    """What models that write share: `hidden` reads the tokens, `output` predicts the next ones."""
+
+    def hidden(self, ids, **inputs):
+        """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
+        return self.decoder(ids, **inputs)
 
     def forward(self, ids, attention_mask=None, targets=None, num_targets=None, **inputs):
         """
@@ -714,10 +679,7 @@ class LanguageModel(nn.Module):
         return self.output(self.hidden(ids, cache=cache)[:, -1])
 
 class GPT(LanguageModel):
-    """
-    A decoder-only Transformer [2]: P(x) = product over t of P(x_t given x_<t). At every position it
-    predicts the next token.
-    """
+    """A decoder-only Transformer [2]: P(x) = product over t of P(x_t given x_<t)."""
 
     def __init__(self, config):
         super().__init__()
@@ -725,11 +687,7 @@ class GPT(LanguageModel):
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.decoder = Stack(config, self.tokens, causal=True)
         self.output = Output(config, self.tokens)
-        init_weights(self, config)
-
-    def hidden(self, ids, **inputs):
-        """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
-        return self.decoder(ids, **inputs)
+        init_weights(self)
 
 class LSTM(LanguageModel):
     """
@@ -746,7 +704,7 @@ class LSTM(LanguageModel):
         self.lstm = nn.LSTM(C, C, config.n_layer, batch_first=True, dropout=between)
         self.drop = Dropout(config.dropout)
         self.output = Output(config, self.tokens)
-        init_weights(self, config)
+        init_weights(self)
 
     def hidden(self, ids, cache=None, **inputs):
         """ids (B, T) -> (B, T, C)."""
@@ -774,7 +732,7 @@ class BERT(nn.Module):
         self.output = Output(config, self.tokens, bias=True)
         self.pooler = nn.Linear(C, C)
         self.nsp_head = nn.Linear(C, 2)  # class 1: B follows A (0 in Google's files)
-        init_weights(self, config)
+        init_weights(self)
 
     def hidden(self, ids, **inputs):
         """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
@@ -796,24 +754,20 @@ class BERT(nn.Module):
         logits (B, 2). The loss is the sum of both losses: section 3.1 of [3].
         """
         x = self.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
-        loss = None
+        losses = []
         if next_targets is not None:
             logits = self.nsp_head(self.pool(x))                           # (B, 2)
-            loss = cross_entropy(logits, next_targets, num_next_targets)
+            losses.append(cross_entropy(logits, next_targets, num_next_targets))
         if targets is not None:
             has_target = targets != IGNORE_INDEX
             logits = self.mlm_logits(x[has_target])                        # (N, V)
-            mlm_loss = cross_entropy(logits, targets[has_target], num_targets)
-            loss = mlm_loss if loss is None else loss + mlm_loss
-        if loss is None:
-            logits = self.mlm_logits(x)                                    # (B, T, V)
-        return logits, loss
+            losses.append(cross_entropy(logits, targets[has_target], num_targets))
+        return (logits, sum(losses)) if losses else (self.mlm_logits(x), None)
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(LanguageModel):
     """
-    The Transformer of 2017 [1], and T5 [4]. The encoder reads the source, every token seeing all of
-    it. The decoder writes the target: each token sees the target so far and, by cross-attention,
-    the source. Both share one embedding matrix.
+    The Transformer of 2017 [1], and T5 [4]. The encoder reads the source, the decoder writes the
+    target: each token sees the target so far and, by cross-attention, the source.
     """
 
     def __init__(self, config):
@@ -823,11 +777,7 @@ class EncoderDecoder(nn.Module):
         self.encoder = Stack(config, self.tokens, causal=False)
         self.decoder = Stack(config, self.tokens, causal=True, cross=True)
         self.output = Output(config, self.tokens)
-        init_weights(self, config)
-
-    def hidden(self, ids, **inputs):
-        """The source: ids (B, S) -> (B, S, C)."""
-        return self.encoder(ids, **inputs)
+        init_weights(self)
 
     def forward(self, ids, attention_mask=None, decoder_ids=None, targets=None, num_targets=None,
                 **inputs):
@@ -835,21 +785,17 @@ class EncoderDecoder(nn.Module):
         ids and attention_mask (B, S) of the source; decoder_ids (B, T), the target shifted to the
         right behind a start token -> logits (B, T, V), and the loss where targets (B, T) are given.
         """
-        memory = self.hidden(ids, attention_mask=attention_mask, **inputs)
-        x = self.decoder(decoder_ids, memory=memory, memory_mask=attention_mask)  # (B, T, C)
-        logits = self.output(x)                                            # (B, T, V)
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        return logits, cross_entropy(logits, targets, num_targets, smoothing)
+        memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
+        return super().forward(decoder_ids, None, targets, num_targets, memory=memory,
+                               memory_mask=attention_mask)
 
     def encode(self, ids, attention_mask=None, size=None):
         """Read the source once: a KVCache to decode `size` tokens with [block_size]."""
-        memory = self.hidden(ids, attention_mask=attention_mask)
-        return KVCache(size or self.config.block_size, memory, attention_mask)
-
-    def decode(self, ids, cache):
-        """The newest target tokens (B, T) -> logits of the token after the last one, (B, V)."""
-        x = self.decoder(ids, memory=cache.memory, memory_mask=cache.memory_mask, cache=cache)
-        return self.output(x[:, -1])
+        memory = self.encoder(ids, attention_mask=attention_mask)
+        cache = KVCache(size or self.config.block_size, memory, attention_mask)
+        for i, block in enumerate(self.decoder.blocks):
+            cache.cross.append(i, *block.cross.keys_values(memory))
+        return cache
 
 MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
 
@@ -872,10 +818,6 @@ class TaskModel(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def hidden(self, ids, **inputs):
-        """ids (B, T) -> (B, T, C)."""
-        return self.trunk.hidden(ids, **inputs)
-
     def forward(self, ids, segments=None, attention_mask=None, targets=None, num_targets=None,
                 **inputs):
         """
@@ -883,14 +825,15 @@ class TaskModel(nn.Module):
         tag (B, T, L) against (B, T), qa (B, 2, T) against (B, 2), the places of the first and the
         last token of the answer.
         """
-        x = self.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
-        if self.config.task == 'classify' and self.config.arch == 'bert':
+        task = self.config.task
+        x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
+        if task == 'classify' and self.config.arch == 'bert':
             x = self.trunk.pool(x)                                         # (B, C)
-        elif self.config.task == 'classify':
-            real = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+        elif task == 'classify':
+            real = torch.ones_like(ids) if attention_mask is None else attention_mask
             x = x[torch.arange(len(x), device=x.device), real.sum(dim=1) - 1]  # the last, (B, C)
         logits = self.head(self.drop(x))
-        if self.config.task == 'qa':
+        if task == 'qa':
             logits = logits.transpose(1, 2)                                # (B, 2, T)
             if attention_mask is not None:  # no answer lies in the padding
                 lowest = torch.finfo(logits.dtype).min
@@ -907,9 +850,9 @@ def build(config):
 def write_file(path, write):
     """
     Write a file whole or not at all: write(f) fills a temporary file in the same folder, which then
-    takes the place of the old one. Raises OSError naming the path; the old file is untouched then.
+    takes the place of the old one. Raises OSError.
     """
-    temporary = f'{path}.{os.getpid()}.tmp'
+    temporary = Path(f'{path}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as f:
             write(f)
@@ -917,17 +860,15 @@ def write_file(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # a RuntimeError is how torch reports a full disk
-        reason = getattr(e, 'strerror', None) or str(e.__context__ or e).splitlines()[0]
-        raise OSError(f"{path} cannot be written ({reason}): make room, or choose another "
-                      "folder") from e
+        reason = str(e.__context__ or e).splitlines()[0]
+        raise OSError(f"{path} cannot be written ({reason}): make room or change the folder") from e
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        temporary.unlink(missing_ok=True)
 
 def save(path, model, **extra):
     """Write a checkpoint: tensors and plain data only, so that opening one runs no code."""
-    checkpoint = {'config': dataclasses.asdict(model.config), 'model': model.state_dict(), **extra}
-    write_file(path, lambda f: torch.save(checkpoint, f))
+    data = {'config': asdict(model.config), 'model': model.state_dict(), **extra}
+    write_file(path, lambda f: torch.save(data, f))
 
 @contextlib.contextmanager
 def reading(path, remedy):
@@ -937,9 +878,22 @@ def reading(path, remedy):
     except FileNotFoundError:
         raise
     except Exception as e:
-        sentence = ' '.join(str(e).split()).split('. ')[0]
-        reason = ''.join(filter(str.isprintable, sentence))[:120]
+        reason = ' '.join(str(e).split()).split('. ')[0][:120]
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
+
+def find_checkpoint(path):
+    """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
+    for found in (Path(path), Path(path, 'best.pt'), Path(path, 'ckpt.pt')):
+        if found.is_file():
+            return found
+    if Path(path, 'config.json').exists():
+        return path
+    with contextlib.suppress(Exception):  # not installed, no network, or no such model
+        from huggingface_hub import snapshot_download
+        return snapshot_download(path, allow_patterns=['*.json', 'model*.safetensors', '*.txt'])
+    raise FileNotFoundError(
+        f"there is no checkpoint {path}: train a model first, with python train.py, or download "
+        f"https://huggingface.co/{path} into a folder (pip install huggingface_hub does so itself)")
 
 def load(path, device='cpu', **changes):
     """
@@ -951,84 +905,43 @@ def load(path, device='cpu', **changes):
     if os.path.isdir(path):
         model, checkpoint = from_huggingface(path)
     else:
-        checkpoint = read_checkpoint(path, device)
-        with reading(path, "it does not fit this version or its own configuration"):
+        with reading(path, "it is damaged or of another version, choose another checkpoint"):
+            with zipfile.ZipFile(path) as parts:  # its checksums, which torch.load does not compare
+                require(parts.testzip() is None, "a part of it is damaged")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)  # runs no code
             model = build(Config(**checkpoint['config']))
             model.load_state_dict(checkpoint['model'])
     return resize(model, path, **changes).to(device), checkpoint
 
-def find_checkpoint(path):
-    """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
-    if not os.path.exists(path):
-        with contextlib.suppress(Exception):  # not installed, no network, or no such model
-            from huggingface_hub import snapshot_download
-            files = ['*.json', 'model*.safetensors', 'vocab.txt', 'merges.txt']
-            return snapshot_download(path, allow_patterns=files)
-        raise FileNotFoundError(
-            f"there is no checkpoint {path}: train a model first, with python train.py. A model of "
-            "the hub is fetched where huggingface_hub is installed and online; else download its "
-            f"files from https://huggingface.co/{path} into a folder")
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, 'config.json')):
-        for name in ('best.pt', 'ckpt.pt'):
-            if os.path.exists(os.path.join(path, name)):
-                return os.path.join(path, name)
-        raise FileNotFoundError(f"{path} holds no best.pt and no ckpt.pt: train a model first, "
-                                f"python train.py --out_dir {path}")
-    return path
-
-def read_checkpoint(path, device='cpu'):
-    """Open a file that `save` wrote; runs no code from it. Raises ValueError if it is damaged."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}: train a model first, with python "
-                                "train.py")
-    with reading(path, "it is not a whole checkpoint, choose another one"), open(path, 'rb') as f:
-        with zipfile.ZipFile(f) as parts:
-            if damaged := parts.testzip():  # checksums, which torch.load does not compare
-                raise ValueError(f"{damaged} is damaged")
-        f.seek(0)
-        checkpoint = torch.load(f, map_location=device, weights_only=True)
-        checkpoint['config'], checkpoint['model']
-    return checkpoint
-
 def resize(model, path, **changes):
     """
-    The same weights under other fields of Config: a smaller block_size drops the last positions; a
-    larger vocab_size adds tokens close to the mean of the old ones. Raises ValueError where
-    block_size would grow.
+    The same weights under other fields of Config: a smaller block_size or vocab_size drops the last
+    positions or tokens, a larger vocab_size adds tokens close to the mean of the old ones.
     """
-    if not changes:
-        return model
     old, config = model.config, replace(model.config, **changes)
-    if config.block_size > old.block_size:
-        raise ValueError(f"block_size={config.block_size} is longer than the {old.block_size} that "
-                         f"{path} was trained with: choose at most that")
-    added = max(0, config.vocab_size - old.vocab_size)
-    weights = model.state_dict()
-    for name, p in weights.items():
-        if name.endswith('embed.positions.weight'):
-            weights[name] = p[:config.block_size]
-        elif added and re.search(r'\b(tokens|output)\.', name):
-            noise = 0.01 * torch.randn(added, *p.shape[1:], device=p.device)
-            weights[name] = torch.cat([p, p.mean(dim=0, keepdim=True) + noise])
-    with reading(path, "its weights do not fit another size"):
-        model = build(config)
-        model.load_state_dict(weights)
+    if config == old:
+        return model
+    require(config.block_size <= old.block_size, f"block_size={config.block_size} is longer than "
+            f"the {old.block_size} that {path} was trained with: choose at most that")
+    weights, model = model.state_dict(), build(config)
+    for name, p in model.state_dict().items():
+        rows = weights[name]
+        if len(rows) != len(p):
+            more = rows.mean(dim=0) + 0.01 * torch.randn_like(p)
+            weights[name] = torch.cat([rows, more])[:len(p)]
+    model.load_state_dict(weights)
     return model
 
 def optimizer_groups(model, weight_decay):
     """
-    The trainable weights in three groups, each weight in one: `matrices` (inside the blocks),
-    `embeddings` (tables, output layers and heads: one row per token or label), `vectors` (biases
-    and norms, which do not decay).
+    The trainable weights in three groups: `matrices` (inside the blocks), `embeddings` (tables,
+    output layers and heads: one row per token or label), `vectors` (biases and norms; no decay).
     """
-    tables = set()
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, Output)) or name.endswith('head'):
-            tables.add(id(module.weight))
+    tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
-    for p in model.parameters():  # a tied weight comes once
+    for name, p in model.named_parameters():  # a tied weight comes once
+        kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.dim() > 1 else 'vectors'
         if p.requires_grad:
-            kind = 'embeddings' if id(p) in tables else 'matrices' if p.dim() >= 2 else 'vectors'
             groups[kind].append(p)
     return [{'name': kind, 'params': params,
              'weight_decay': 0.0 if kind == 'vectors' else weight_decay}
@@ -1043,29 +956,13 @@ def pairs(text, ours='', theirs=''):
     split = (pair.partition('=') for pair in text.split())
     return {ours + a: theirs + (b or a) for a, _, b in split}
 
-T5_ATTENTION = """_norm=layer_norm .q=SelfAttention.q .k=SelfAttention.k .v=SelfAttention.v
-    .proj=SelfAttention.o"""
-T5_SUBLAYERS = {
-    'attn': T5_ATTENTION, 'cross': T5_ATTENTION.replace('Self', 'EncDec'),
-    'mlp': """_norm=layer_norm .gate=DenseReluDense.wi_0 .fc=DenseReluDense.wi_1
-        .proj=DenseReluDense.wo"""}
-
-def t5_names(stack, *sublayers):
-    """A block of T5 is a list of sublayers, each with a norm of its own."""
-    names = pairs("""norm=final_layer_norm
-        relative_bias=block.0.layer.0.SelfAttention.relative_attention_bias""", stack, stack)
-    for i, sublayer in enumerate(sublayers):
-        names |= pairs(T5_SUBLAYERS[sublayer], f'{stack}blocks.N.{sublayer}',
-                       f'{stack}block.N.layer.{i}.')
-    return names
-
 class Family(NamedTuple):
     """What a family of models is called there."""
     size: str             # the preset whose recipe suits to train on
     base: Config          # what an empty config.json means
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config
-    activations: dict     # theirs -> ours
+    activations: dict     # theirs -> ours; the last of several names is exported
     prefix: str           # of all names, but for those of output layers and heads
     names: dict           # module of ours -> theirs, N for the number of a block
     dropped: str          # regex of tensors that are copies or constants
@@ -1075,7 +972,7 @@ LLAMA_FIELDS = pairs("""vocab_size max_position_embeddings=block_size hidden_siz
     num_hidden_layers=n_layer num_attention_heads=n_head num_key_value_heads=n_kv_head rope_theta
     intermediate_size=mlp_dim hidden_act=activation rms_norm_eps=norm_eps
     tie_word_embeddings=tied""")
-PLAIN = pairs('gelu_new=gelu_tanh gelu_pytorch_tanh=gelu_tanh gelu relu relu2')
+PLAIN = pairs('gelu_pytorch_tanh=gelu_tanh gelu_new=gelu_tanh gelu relu relu2')
 FAMILIES = {
     'gpt2': Family(
         'gpt2-124m', PRESETS['gpt2-124m'], {'GPT2LMHeadModel': '', 'GPT2Model': ''},
@@ -1115,108 +1012,126 @@ FAMILIES = {
         pairs("""vocab_size n_positions=block_size d_model=n_embd d_kv=head_dim d_ff=mlp_dim
             num_layers=n_layer num_heads=n_head feed_forward_proj=activation
             layer_norm_epsilon=norm_eps relative_attention_num_buckets=buckets
-            relative_attention_max_distance=max_distance scale_decoder_outputs=scale_output"""),
+            relative_attention_max_distance=max_distance tie_word_embeddings=tied
+            scale_decoder_outputs=scale_output"""),
         pairs('relu gated-gelu=geglu gated-silu=swiglu gelu_new=gelu_tanh gelu relu2'), '',
-        pairs('tokens=shared output=lm_head') | t5_names('encoder.', 'attn', 'mlp')
-        | t5_names('decoder.', 'attn', 'cross', 'mlp'),
+        pairs("""tokens=shared output=lm_head
+            encoder.norm=encoder.final_layer_norm decoder.norm=decoder.final_layer_norm
+            encoder.relative_bias=encoder.block.0.layer.0.SelfAttention.relative_attention_bias
+            decoder.relative_bias=decoder.block.0.layer.0.SelfAttention.relative_attention_bias""")
+        | pairs("""attn_norm=0.layer_norm attn.q=0.SelfAttention.q attn.k=0.SelfAttention.k
+            attn.v=0.SelfAttention.v attn.proj=0.SelfAttention.o mlp_norm=1.layer_norm
+            mlp.gate=1.DenseReluDense.wi_0 mlp.fc=1.DenseReluDense.wi_1
+            mlp.proj=1.DenseReluDense.wo""", 'encoder.blocks.N.', 'encoder.block.N.layer.')
+        | pairs("""attn_norm=0.layer_norm attn.q=0.SelfAttention.q attn.k=0.SelfAttention.k
+            attn.v=0.SelfAttention.v attn.proj=0.SelfAttention.o cross_norm=1.layer_norm
+            cross.q=1.EncDecAttention.q cross.k=1.EncDecAttention.k cross.v=1.EncDecAttention.v
+            cross.proj=1.EncDecAttention.o mlp_norm=2.layer_norm mlp.gate=2.DenseReluDense.wi_0
+            mlp.fc=2.DenseReluDense.wi_1 mlp.proj=2.DenseReluDense.wo""",
+                'decoder.blocks.N.', 'decoder.block.N.layer.'),
         r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight'),
     'llama': Family(
         'llama-7b', replace(PRESETS['llama-7b'], n_kv_head=0),
         {'LlamaForCausalLM': '', 'LlamaModel': ''},
         LLAMA_FIELDS | pairs('attention_bias=bias mlp_bias=bias'),
-        pairs('silu=swiglu swish=swiglu gelu_pytorch_tanh=geglu gelu_new=geglu'), 'model.',
+        pairs('swish=swiglu silu=swiglu gelu_new=geglu gelu_pytorch_tanh=geglu'), 'model.',
         pairs('tokens=embed_tokens decoder.norm=norm output=lm_head') | pairs(
             """attn.q=self_attn.q_proj attn.k=self_attn.k_proj attn.v=self_attn.v_proj
             attn.proj=self_attn.o_proj attn_norm=input_layernorm mlp_norm=post_attention_layernorm
             mlp.gate=mlp.gate_proj mlp.fc=mlp.up_proj mlp.proj=mlp.down_proj""",
             'decoder.blocks.N.', 'layers.N.'),
-        r'.*rotary_emb\.inv_freq|lm_head\.weight'),
+        r'.*rotary_emb\.inv_freq|lm_head\.weight',
+        r'.*_proj\.bias'),  # there are models with biases in the attention alone
 }
 FAMILIES['mistral'] = FAMILIES['llama']._replace(  # Jiang et al. 2023: a Llama with a window
-    base=replace(PRESETS['llama-7b'], block_size=131072, n_kv_head=8, mlp_dim=14336),
+    base=replace(PRESETS['llama-7b'], block_size=131072, n_kv_head=8, mlp_dim=14336,
+                 window='4096'),
     classes={'MistralForCausalLM': '', 'MistralModel': ''},
     fields=LLAMA_FIELDS | {'sliding_window': 'window'})
-LLAMA3 = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
+        'original_max_position_embeddings')  # the words of Config.rope_scaling
 
 # Fields that change what a model computes, but not here: unless its family reads it, each of these
 # must be null, false, empty, or have this one value.
 UNSUPPORTED = dict.fromkeys("""
-    add_cross_attention alibi attention_bias attention_chunk_size attention_multiplier
-    attention_sinks attn_logit_softcapping clip_qkv embedding_multiplier embedding_size
-    final_logit_softcapping is_decoder layer_types logit_scale logits_scaling mlp_bias
-    multi_query no_rope_layers num_experts num_local_experts parallel_attn pruned_heads qk_layernorm
-    quantization_config query_pre_attn_scalar residual_multiplier rope_interleaved rotary_dim
-    scale_attn_by_inverse_layer_idx scale_depth scale_emb sliding_window use_qk_norm
-    use_sliding_window""".split()) | {
-        'is_llama_config': True, 'partial_rotary_factor': 1, 'rotary_pct': 1,
-        'position_embedding_type': 'absolute', 'problem_type': 'single_label_classification'}
+    add_cross_attention attention_bias attention_sinks final_logit_softcapping is_decoder
+    layer_types mlp_bias num_experts num_local_experts pruned_heads quantization_config
+    scale_attn_by_inverse_layer_idx sliding_window""".split()) | {
+        'partial_rotary_factor': 1, 'position_embedding_type': 'absolute',
+        'problem_type': 'single_label_classification'}
 # Fields of most files that say nothing of the computation, or that config_from reads by name.
 FAMILIAR = re.compile(
-    '_.*|architectures|model_type|transformers.*|.*dtype|.*token_id|.*drop(out)?(_.*)?|.*label.*|'
-    'initializer_.*|use_cache|task_specific_params|(summary|pooler|output|rope)_.*|return_dict|'
-    'gradient_checkpointing|n_ctx|pretraining_tp|reorder_and_upcast_attn|dense_act_fn|is_gated_act|'
-    'is_encoder_decoder|tie_word_embeddings|directionality|chunk_size_feed_forward')
+    '_.*|architectures|model_type|type|transformers.*|.*dtype|.*token_id|.*drop(out)?(_.*)?|'
+    '.*label.*|initializer_.*|use_cache|task_specific_params|(summary|pooler|output|rope)_.*|'
+    'return_dict|(.*_)?factor|original_max.*|gradient_checkpointing|n_ctx|pretraining_tp|is_.*|'
+    'reorder_and_upcast_attn|dense_act_fn|num_decoder_layers|tie_word_embeddings|directionality|'
+    'chunk_size_feed_forward')
 
 def config_from(theirs):
     """
     What a config.json means: (Config, labels, fields that were not read). Raises ValueError naming
-    the first field whose effect is not computed here.
+    the first field whose effect is not computed here. An activation, an architecture or a scaling
+    of rotary positions that is unknown is left as it is, for Config to refuse.
     """
-    def check(holds, name, value):
-        if not holds:
-            raise ValueError(f"{name}={value!r} is not supported here")
-
     kind = theirs.get('model_type')
-    if kind not in FAMILIES:
-        raise ValueError(f"the key model_type must be one of {', '.join(FAMILIES)}, not {kind}")
-    family = FAMILIES[kind]
-    architecture = (theirs.get('architectures') or [*family.classes])[0]
-    check(architecture in family.classes, 'architectures', architecture)
-    harmless = UNSUPPORTED | {'num_decoder_layers': theirs.get('num_layers', family.base.n_layer)}
-    values, not_read = {}, []
-    for name, value in theirs.items():
-        if value is None or (name == 'layer_types' and set(value) == {'full_attention'}):
-            continue
+    require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
+    family, values, not_read = FAMILIES[kind], {}, []
+    rope = (theirs.get('rope_scaling') or {}) | (theirs.get('rope_parameters') or {})
+    for name, value in (theirs | rope).items():
         ours = family.fields.get(name)
+        if ours == 'window':
+            value = str(value or 0)
+        if value is None:
+            continue
         if ours == 'activation':
-            check(value in family.activations, name, value)
-            value = family.activations[value]
+            value = family.activations.get(value, f'{name}={value}')
         if ours:
             values[ours] = values.get(ours) or value  # one of Llama's two biases means both
-        elif name in harmless:
-            check(value in (False, '', [], {}, harmless[name]), name, value)
+        elif name in UNSUPPORTED:
+            require(value in (False, '', [], {}, UNSUPPORTED[name]),
+                    f"{name}={value!r} is not supported here")
         elif not FAMILIAR.fullmatch(name):
             not_read.append(name)
-    if kind == 'mistral':
-        values['window'] = str(theirs.get('sliding_window', 4096) or 0)
     if kind == 't5':
-        values.setdefault('scale_output', theirs.get('tie_word_embeddings') is not False)
-    if 'rope_theta' in family.fields:
-        rope = (theirs.get('rope_scaling') or {}) | (theirs.get('rope_parameters') or {})
-        rotary = rope.get('rope_type', rope.get('type', 'default'))
-        check(rotary in ('default', 'llama3') and rope.get('partial_rotary_factor', 1) == 1,
-              'rope_parameters or rope_scaling', rope)
-        values['rope_theta'] = rope.get('rope_theta', values.get('rope_theta', 10000.0))
-        if rotary == 'llama3':
-            values['rope_scaling'] = ' '.join(['llama3', *(str(rope[name]) for name in LLAMA3)])
-    task, labels = family.classes[architecture], []
+        values.setdefault('scale_output', values.get('tied', True))
+    rope.setdefault('rope_type', rope.get('type', 'default'))
+    if rope['rope_type'] != 'default':
+        values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
+    architecture, = theirs.get('architectures') or [*family.classes][:1]
+    task, labels = family.classes.get(architecture, architecture), []
     if task in ('classify', 'tag'):
-        number = theirs.get('num_labels', 2)
-        named = theirs.get('id2label') or {i: f'LABEL_{i}' for i in range(number)}
-        labels = [str(named[i]) for i in sorted(named, key=int)]
-        if len(labels) < 2:
-            raise ValueError("num_labels=1 is a regression, which is not supported here")
+        named = theirs.get('id2label') or {0: 'LABEL_0', 1: 'LABEL_1'}
+        labels = [named[i] for i in sorted(named, key=int)]
+        require(len(labels) > 1, "a head with one label is a regression, which is not supported")
     config = replace(family.base, **values, task=task, n_labels=len(labels))
     return config, labels, sorted(not_read)
 
+def config_to(kind, config):
+    """A Config as a config.json. What it cannot express is lost, which config_from shows."""
+    family = FAMILIES[kind]
+    classes = [name for name, task in family.classes.items() if task == config.task]
+    activations = {ours: theirs for theirs, ours in family.activations.items()}
+    theirs = {'model_type': kind, 'architectures': classes[:1] or None}
+    for name, ours in family.fields.items():
+        value = getattr(config, ours)
+        theirs[name] = activations.get(value) if ours == 'activation' else value
+    if kind == 'mistral':
+        theirs['sliding_window'] = int(config.window.split()[0])
+    if 'rope_theta' in theirs:
+        kind, *numbers = config.rope_scaling.split() or ['default']
+        theirs['rope_parameters'] = dict(zip(ROPE, [kind, *map(json.loads, numbers)]))
+    return theirs
+
 def hf_name(family, config, name):
     """The name of a weight of ours there, without the prefix."""
-    number = ''.join(re.findall(r'\.(\d+)\.', name))
-    module, kind = name.removeprefix('trunk.').replace(f'.{number}.', '.N.').rsplit('.', 1)
-    theirs = f'{family.names[module]}.{kind}'.replace('.N.', f'.{number}.')
+    module, kind = name.removeprefix('trunk.').rsplit('.', 1)
+    number = ''.join(re.findall(r'\d+', module))
+    theirs = family.names[module.replace(f'.{number}.', '.N.')].replace('.N.', f'.{number}.')
     if config.activation not in ('swiglu', 'geglu'):
-        theirs = theirs.replace('.wi_1.', '.wi.')  # T5's name where there is no gate
-    return theirs.replace('classifier', 'qa_outputs') if config.task == 'qa' else theirs
+        theirs = theirs.replace('.wi_1', '.wi')  # T5's name where there is no gate
+    if config.task == 'qa':
+        theirs = theirs.replace('classifier', 'qa_outputs')
+    return f'{theirs}.{kind}'
 
 def hf_layout(name, t):
     """
@@ -1229,97 +1144,53 @@ def hf_layout(name, t):
 
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
-    path = os.path.join(folder, 'model.safetensors')
-    index, names = f'{path}.index.json', ['model.safetensors']
-    if os.path.exists(index):
-        with reading(index, "fetch it again"), open(index, encoding='utf-8') as f:
-            names = {os.path.basename(name) for name in json.load(f)['weight_map'].values()}
-    elif not os.path.exists(path):
-        found = re.search(r'pytorch_model[^ ]*\.bin\b', ' '.join(os.listdir(folder)))
-        raise ValueError(f"{folder}: its weights are in {found[0]}, which is not read here: save "
-                         "them as safetensors" if found else f"there is no {path}: fetch it, too")
-    tensors = {}
-    for path in (os.path.join(folder, name) for name in sorted(names)):
-        remedy = "fetch it or choose another; it needs pip install safetensors"
-        with reading(path, remedy), open(path, 'rb') as f:
-            if f.read(40).startswith(b'version https://git-lfs'):
-                raise ValueError("it is a git-LFS pointer, and not the file itself")
+    paths, tensors = sorted(Path(folder).glob('model*.safetensors')), {}
+    require(paths, f"there is no {folder}/model.safetensors: fetch it; pytorch_model.bin is not "
+                   "read here, so save its weights as safetensors")
+    for path in paths:
+        with reading(path, "fetch the file itself, no git-LFS pointer; pip install safetensors"):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():
-                if not t.isfinite().all():
-                    raise ValueError(f"{name} holds NaN or infinity")
+                require(t.isfinite().all(), f"{name} holds NaN or infinity")
                 name = name.removeprefix(family.prefix).replace('.gamma', '.weight')
                 name = name.replace('.beta', '.bias')  # as BERT's files had it in 2018
-                t = hf_layout(name, t)
+                tensors[name] = hf_layout(name, t)
                 if '.c_attn.' in name:
-                    parts = [name.replace('.c_attn.', f'.c_attn.{part}.') for part in 'qkv']
-                    tensors |= zip(parts, t.chunk(3))
-                else:
-                    tensors[name] = t
+                    for part, piece in zip('qkv', tensors.pop(name).chunk(3)):
+                        tensors[name.replace('c_attn', f'c_attn.{part}')] = piece
     return tensors
 
 def from_huggingface(folder):
     """
-    A Hugging Face folder -> (model, checkpoint). The checkpoint lists the tensors that were
-    `dropped` on purpose, the weights of ours that are `new` because the folder lacks them, and the
-    fields that were `not_read`. Raises ValueError naming the field or tensor that does not fit.
+    A Hugging Face folder -> (model, checkpoint), which lists the tensors that were `dropped`, the
+    weights that are `new` because the folder lacks them, and the fields that were `not_read`.
+    Raises ValueError naming the field or tensor that does not fit.
     """
-    path, remedy = os.path.join(folder, 'config.json'), "choose another model, or fetch it again"
-    with reading(path, remedy), open(path, encoding='utf-8') as f:
-        theirs = json.load(f)
+    path = Path(folder, 'config.json')
+    with reading(path, "choose another model, or fetch it again"):
+        theirs = json.loads(path.read_text(encoding='utf-8'))
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
     if theirs['model_type'] == 't5':
         config.tied = 'lm_head.weight' not in tensors
-    bias = 'cls.predictions.bias', 'cls.predictions.decoder.bias'  # two names, in tied files of one
-    if bias[0] in tensors and (config.tied or bias[1] not in tensors):
-        tensors[bias[1]] = tensors.pop(bias[0])
-    with reading(path, remedy):  # a model of that size may not fit
-        model, new = build(config), []
+    model, new = build(config), []
+    if 'cls.predictions.bias' in tensors:  # two names for one: files may hold both
+        tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))
     for ours, p in model.named_parameters():
         name = hf_name(family, config, ours)
         t = tensors.pop(name, None)
         if t is None and re.fullmatch(family.may_lack, name):
             new.append(ours)
             continue
-        promised = theirs.get('mlp_bias' if '.mlp.' in ours else 'attention_bias')
-        if t is None and 'mlp_bias' in family.fields and ours.endswith('.bias') and not promised:
-            continue  # Llama with only one kind of biases: the others stay 0
-        if t is None or t.shape != p.shape or not t.is_floating_point():
-            found = 'is missing' if t is None else f'is {t.dtype} of shape {tuple(t.shape)}'
-            raise ValueError(f"{folder}: the tensor {name} {found}, and should be floating point "
-                             f"numbers of shape {tuple(p.shape)}")
+        require(t is not None and t.shape == p.shape, f"{folder}: the tensor {name} is missing, or "
+                f"its shape is not {tuple(p.shape)}")
         p.data.copy_(t)
     for name in tensors:
-        if not re.fullmatch(family.dropped, name):
-            raise ValueError(f"{folder}: the tensor {name} is not part of the model that "
-                             "config.json describes")
-    return model, {'config': dataclasses.asdict(config), 'task': config.task, 'labels': labels,
-                   'settings': {'preset': family.size}, 'dropped': sorted(tensors), 'new': new,
-                   'not_read': not_read, 'folder': folder}
-
-def config_to(kind, config):
-    """A Config as a config.json. What it cannot express is lost, which config_from shows."""
-    family = FAMILIES[kind]
-    classes = [name for name, task in family.classes.items() if task == config.task]
-    theirs = {'model_type': kind, 'dtype': 'float32', 'architectures': classes[:1]}
-    for name, ours in family.fields.items():
-        theirs[name] = getattr(config, ours)
-        if ours == 'activation':
-            theirs[name] = {b: a for a, b in reversed(family.activations.items())}.get(theirs[name])
-    if kind == 't5':
-        theirs |= {'num_decoder_layers': config.n_layer, 'is_encoder_decoder': True,
-                   'tie_word_embeddings': config.tied}
-    if kind == 'mistral':
-        theirs['sliding_window'] = int(config.window.split()[0])
-    if 'rope_theta' in theirs:
-        rotary, *numbers = config.rope_scaling.split() or ['default']
-        theirs['rope_parameters'] = {'rope_type': rotary, 'rope_theta': config.rope_theta,
-                                     **dict(zip(LLAMA3, map(json.loads, numbers)))}
-    if config.n_labels:
-        theirs['id2label'] = {i: f'LABEL_{i}' for i in range(config.n_labels)}
-    return theirs
+        require(re.fullmatch(family.dropped, name), f"{folder}: the tensor {name} is not part of "
+                "the model that config.json describes")
+    return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.size},
+                   'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
 
 def spell_out(config):
     """The same computation with all sizes as numbers, and without what only matters in training."""
@@ -1328,44 +1199,33 @@ def spell_out(config):
 
 def export_huggingface(model, folder, vocab_size=None, **fields):
     """
-    Write config.json and model.safetensors as the classes of transformers load them. Only the first
-    vocab_size tokens [all] go with it; `fields` go into config.json. Raises ValueError naming what
-    no class there computes, or where the folder holds something already.
+    Write config.json, with more `fields`, and model.safetensors, with the first vocab_size tokens
+    [all]. Raises ValueError naming what no class of transformers computes.
     """
     try:
         from safetensors.torch import save as to_bytes
     except ImportError as e:
         raise ValueError("exporting needs one more package: pip install safetensors") from e
-    config = spell_out(replace(model.config, vocab_size=vocab_size or model.config.vocab_size))
-    kind = {'bert': 'bert', 'encdec': 't5'}.get(config.arch, 'gpt2')
-    if kind == 'gpt2' and config.positions == 'rotary':
-        kind = 'llama' if config.window == '0' else 'mistral'
-    theirs, family = config_to(kind, config), FAMILIES[kind]
+    model = resize(model.cpu(), folder, vocab_size=vocab_size or model.config.vocab_size)
+    config = spell_out(model.config)
+    kind = {'relative': 't5', 'rotary': 'llama'}.get(config.positions, 'gpt2')
+    if config.arch == 'bert':
+        kind = 'bert'
+    elif kind == 'llama' and config.window != '0':
+        kind = 'mistral'
+    family, theirs = FAMILIES[kind], config_to(kind, config) | fields
     there = spell_out(config_from(theirs)[0])
-    if kind == 't5':
-        there.tied = config.tied  # shown by the tensors
-    if kind in ('gpt2', 'bert'):
-        config.bias = True  # they always have biases: 0 where ours has none
-    lost = [f'{name}={value}' for name, value in dataclasses.asdict(config).items()
+    lost = [f'{name}={value}' for name, value in asdict(config).items()
             if value != getattr(there, name)]
-    if lost:
-        raise ValueError(f"no class of transformers computes what this model does: {kind} cannot "
-                         f"express {', '.join(lost)}")
-    if config.vocab_size > model.config.vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is more than the model's own")
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise ValueError(f"{folder} exists and is not empty: choose another name")
-
-    weights, tensors = dict(model.named_parameters()), {}
-    unused = {'': '$^', 'classify': r'cls\.'}.get(config.task, r'cls\.|pooler\.')
-    with torch.device('meta'):  # for its names and shapes alone
-        shapes = build(there)
-    for ours, p in shapes.named_parameters():
+    require(not lost, f"{kind} of transformers cannot express {', '.join(lost)}")
+    require(not any(Path(folder).glob('*')), f"{folder} is not empty: choose another name")
+    tensors = {}
+    unused = r'cls\.' if config.task == 'classify' else r'(cls|pooler)\.'
+    for ours, p in model.named_parameters():
         name = hf_name(family, config, ours)
-        if re.match(unused, name):
+        if config.task and re.match(unused, name):
             continue
-        t = weights[ours].detach().cpu() if ours in weights else torch.zeros(p.shape)
-        t = hf_layout(name, t[:len(p)])
+        t = hf_layout(name, p.detach())
         if not re.match(r'(lm_head|cls|classifier|qa_outputs)\.', name):
             name = family.prefix + name
         name = re.sub(r'c_attn\.[qkv]', 'c_attn', name)
@@ -1375,7 +1235,7 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
     if 'cls.predictions.decoder.bias' in tensors:
         tensors['cls.predictions.bias'] = tensors['cls.predictions.decoder.bias'].clone()
     os.makedirs(folder, exist_ok=True)
-    text = json.dumps(theirs | fields, ensure_ascii=False, indent=1)
-    write_file(os.path.join(folder, 'model.safetensors'),
-               lambda f: f.write(to_bytes(tensors, {'format': 'pt'})))
-    write_file(os.path.join(folder, 'config.json'), lambda f: f.write(text.encode()))
+    text = json.dumps(theirs, ensure_ascii=False, indent=1)
+    data = to_bytes(tensors, {'format': 'pt'})
+    write_file(f'{folder}/model.safetensors', lambda f: f.write(data))
+    write_file(f'{folder}/config.json', lambda f: f.write(text.encode()))

@@ -275,7 +275,7 @@ def bad_values(f):
     values = {int: ['1e4', '1.5', 'x', ''], float: ['nan', 'inf', 'x'], bool: ['maybe']}.get(
         rules.get('kind', type(f.default)), [])
     for bound, beyond in (('low', -1), ('high', 1), ('above', 0), ('below', 0)):
-        if rules[bound] is not None:
+        if rules.get(bound) is not None:
             values.append(rules[bound] + beyond)
     return values
 
