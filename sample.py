@@ -22,6 +22,7 @@ Instead of an answer, a score on a file, or a page that shows the attention weig
 
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
 
 import numpy as np
 import regex
@@ -89,27 +90,27 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     (sum of losses in nats, number of targets, how many of them have the largest logit) for each
     kind of targets in the examples. Batches hold examples of about one length.
     """
-    results, totals, config = [None] * len(examples), {}, model.config
+    results, totals, config = [None] * len(examples), collections.defaultdict(float), model.config
     if not config.task:  # the logits of a batch have to fit into memory
-        batch_size = max(1, min(batch_size, 2 ** 26 // (config.block_size * config.vocab_size)))
+        batch_size = min(batch_size, 1 + 2 ** 26 // (config.block_size * config.vocab_size))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
     for start in range(0, len(order), batch_size):
         progress(f"{start:,} of {len(order):,}")
         chosen = order[start:start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
-        goals = {key: batch.pop(key) for key in [*batch] if key.endswith('targets')}
-        for kind in goals or ['']:
-            goal = {kind: goals[kind], f'num_{kind}': 1} if goals else {}
+        kinds = [key for key in batch if key.endswith('targets')]
+        for kind in kinds or ['targets']:
+            inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
-                logits, loss = model(**batch, **goal)
+                logits, loss = model(**inputs, **{f'num_{kind}': 1})
             check_finite(logits)
-            if goals:
-                targets = goals[kind]
+            if kinds:
+                targets = batch[kind]
                 if logits.shape[:-1] != targets.shape:  # BERT: the tokens with a target only
                     targets = targets[targets != IGNORE_INDEX]
                 right = (logits.argmax(dim=-1) == targets).sum().item()
                 number = (targets != IGNORE_INDEX).sum().item()
-                totals[kind] = totals.get(kind, 0) + np.array([loss.item(), number, right])
+                totals[kind] += np.array([loss.item(), number, right])
         if postprocess:
             for i, row in zip(chosen, logits.float().cpu()):
                 results[i] = postprocess(examples[i], row)
@@ -200,50 +201,43 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     """
     The likeliest continuations of ids (B, T): for each row at most `beams` of them, as [(score,
     tokens), ...], best first. Each step extends the `beams` best unfinished texts of a row by every
-    token, and keeps the best again. The score is log P(tokens) / length^length_penalty, with the
-    end as a token (section 7 of Wu et al. 2016, https://arxiv.org/abs/1609.08144). A row is done
-    when no unfinished text could beat its `beams` finished ones by ending now. What has not ended
-    after max_new_tokens counts as it is.
+    token and keeps the best again; what has ended among the best is finished. The score is
+    log P(tokens) / length^length_penalty, with the end as a token (section 7 of Wu et al. 2016,
+    https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could beat its `beams`
+    finished ones by ending now; after max_new_tokens a text counts as it is.
     """
-    cache = cache or KVCache(ids.size(1) + max_new_tokens)
-    texts = {row: [[]] for row in range(len(ids))}         # the beams of each row that is not done
-    finished = [[] for _ in ids]
-    log_p, new = torch.zeros(len(ids), 1, device=ids.device), ids          # one beam at first
+    cache, rows = cache or KVCache(ids.size(1) + max_new_tokens), list(range(len(ids)))
+    logits = next_logits(model, ids, cache, suppressed).repeat_interleave(beams, dim=0)
+    cache.reorder([row for row in rows for _ in range(beams)])
+    log_p = [0.0, *[-math.inf] * (beams - 1)] * len(ids)  # a row's beams are equal: one counts
+    texts, finished = [[] for _ in log_p], [[(-math.inf, [])] * beams for _ in rows]
     for length in range(1, max_new_tokens + 1):
-        logits = next_logits(model, new, cache, suppressed).float()        # (B beams, V)
-        total = log_p[..., None] + logits.log_softmax(dim=-1).unflatten(0, log_p.shape)
-        _, width, V = total.shape                                          # (B, beams, V)
-        count = min((1 + len(end_ids)) * beams, width * V)                 # so many may end
-        best, places = total.flatten(1).topk(count)
-        norm, parents, kept, longer = length ** length_penalty, [], [], {}
-        for i, (row, before) in enumerate(texts.items()):
+        V, norm = logits.size(-1), length ** length_penalty
+        p = logits.float().log_softmax(dim=-1)                             # (B beams, V)
+        total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, beams V)
+        best, places = total.topk(min(1 + len(end_ids), V) * beams)        # so many may end
+        longer, rest = [], []
+        for i, row in enumerate(rows):
             unfinished = []                                                # (log P, beam, tokens)
             for rank, (score, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
-                beam, token = divmod(place, V)
-                if score == -math.inf:
-                    break
-                text = before[beam] if token in end_ids else [*before[beam], token]
+                beam, token = i * beams + place // V, place % V
+                text = texts[beam] if token in end_ids else [*texts[beam], token]
                 if token not in end_ids and length < max_new_tokens:
                     unfinished.append((score, beam, text))
                 elif rank < beams:
                     finished[row].append((score / norm, text))
-            finished[row] = sorted(finished[row], key=lambda text: -text[0])[:beams]
-            worst = finished[row][-1][0] if len(finished[row]) == beams else -math.inf
-            if not unfinished or unfinished[0][0] / norm <= worst:
-                continue
-            # Every row has as many beams: those that are missing have no probability.
-            unfinished = (unfinished + [(-math.inf, *unfinished[0][1:])] * beams)[:beams]
-            parents += [i * width + beam for _, beam, _ in unfinished]
-            kept.append([score for score, _, _ in unfinished])
-            longer[row] = [text for _, _, text in unfinished]
-        if not longer:
+            finished[row] = sorted(finished[row], reverse=True)[:beams]
+            if unfinished and unfinished[0][0] / norm > finished[row][-1][0]:
+                longer += unfinished[:beams]
+                rest.append(row)
+        if not rest:
             break
-        # The beams of a source only change places among themselves, unless their number changes.
-        changed = width != beams or len(parents) != len(new)
-        cache.reorder(torch.tensor(parents, device=ids.device), source=changed)
-        texts, log_p = longer, torch.tensor(kept, device=ids.device)       # (B, beams)
-        new = torch.tensor(list(longer.values()), device=ids.device)[..., -1].view(-1, 1)
-    return finished
+        log_p, parents, texts = zip(*longer)
+        # The beams of a source only change places among themselves, unless a row is done.
+        cache.reorder(ids.new_tensor(parents), source=rest != rows)
+        rows, newest = rest, ids.new_tensor([text[-1:] for text in texts])
+        logits = next_logits(model, newest, cache, suppressed)
+    return [[text for text in row if text[0] > -math.inf] for row in finished]
 
 # -----------------------------------------------------------------------------
 # Text
@@ -252,40 +246,38 @@ class TextStream:
     """
     Tokens to text, one at a time. All are decoded again each time, and what is new is shown; but
     half a character waits for its other half, and what may begin a stop text until that is decided.
-    `done` after an end or a stop text.
+    `done` after an end or a stop text. score and tokens: of a text that a beam search has found.
     """
 
-    def __init__(self, tokenizer, prompt=(), stops=()):
-        self.tokenizer, self.prompt, self.ids = tokenizer, list(prompt), []
-        self.stops, self.text, self.done = stops, '', False
+    def __init__(self, tokenizer, prompt=(), stops=(), score=None, tokens=()):
+        self.tokenizer, self.prompt, self.score = tokenizer, [*prompt], score
+        self.ids, self.text, self.done = [], '', False
         self.begin = len(tokenizer.decode(self.prompt))                    # of the new text
+        # A stop that has another one inside is never the first to be whole.
+        first = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
+        self.stop = regex.compile('|'.join(map(regex.escape, first)) or '(?!)')
+        if tokens:
+            self.add(*tokens, tokenizer.end_id)
 
-    def add(self, token):
-        """Returns the text that is certain now, but was not before."""
+    def add(self, *tokens):
+        """Returns the text that is certain now, but was not before: all of it after an end."""
         if self.done:
             return ''
-        self.done = token in self.tokenizer.end_ids
-        self.ids += [] if self.done else [token]
-        text, held = self.tokenizer.decode(self.prompt + self.ids)[self.begin:], 0
+        ends = self.tokenizer.end_ids
+        self.done = tokens[-1] in ends
+        self.ids += [token for token in tokens if token not in ends]
+        text = self.tokenizer.decode(self.prompt + self.ids)[self.begin:]
         if not self.done:
             text = text.rstrip('\ufffd')
-            found = [(text.find(stop) + len(stop), text.find(stop))
-                     for stop in self.stops if stop in text]
-            if found:  # the stop that is whole first, whatever the tokens are
-                text, self.done = text[:min(found)[1]], True
-            for stop in self.stops:
-                for n in range(1, len(stop)):
-                    if text.endswith(stop[:n]):
-                        held = max(held, n)
-        text = text if self.done else text[:len(text) - held]
-        if not self.done and not text.startswith(self.text):
-            return ''  # byte tokens: half a character makes those before it unreadable for a while
-        new, self.text = text[len(self.text):], text
+        found = self.stop.search(text, partial=not self.done)
+        if found:  # a stop, or the beginning of one at the end of the text
+            text, self.done = text[:found.start()], self.done or not found.partial
+        new = text[len(self.text):]
+        self.text += new
         return new
 
-    def end(self):
-        """Returns the text that was still waiting."""
-        return self.add(self.tokenizer.end_id)
+    def to_dict(self):
+        return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
 def suppressed_tokens(model, tokenizer):
     """(V,) bool: special tokens, which are never text, and rows that no token has; but no ends."""
@@ -293,82 +285,61 @@ def suppressed_tokens(model, tokenizer):
     suppressed = [i >= tokenizer.n_vocab or i in hidden for i in range(model.config.vocab_size)]
     return torch.tensor(suppressed, device=device_of(model))
 
-def prompt_ids(tokenizer, prompt):
-    """The ids that a GPT continues. Some models need a start token, and so does an empty text."""
-    ids = tokenizer.encode(prompt).tolist()
-    if '<|start|>' in tokenizer.special or not ids:
-        ids.insert(0, tokenizer.start_id)
-    return ids
-
-class Text(NamedTuple):
-    text: str
-    ids: list            # its tokens
-    score: float = None  # of a beam search
-
-    def to_dict(self):
-        return {'text': self.text} | ({} if self.score is None else {'score': self.score})
-
 @torch.inference_mode()
 def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda text: None):
     """
     Continue prompts of one length; an encoder-decoder reads sources first. Returns for each a list
-    of Text: the one drawn by (seed, row), or the best of its beams. show(text) is called with what
-    becomes certain of the first. Beams, and texts behind a source, have to fit into one window.
+    of TextStream: the one drawn by (seed, row), or the best of its beams; show(text) is called with
+    what is new of the first. Beams, and texts behind a source, have to fit into one window of
+    block_size tokens: beams continue the newest part of a long prompt.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
-    length, beams = settings.max_new_tokens, settings.num_beams
-    end = {'suppressed': suppressed_tokens(model, tokenizer), 'end_ids': tokenizer.end_ids}
+    length, beams, block_size = settings.max_new_tokens, settings.num_beams, model.config.block_size
+    if sources:
+        prompts = [()] * len(prompts)  # a target is a text of its own
+    elif beams > 1:
+        ids = ids[:, min(length, block_size // 2) - block_size:]
     if sources or beams > 1:
-        length = max(1, min(length, model.config.block_size - ids.size(1)))
+        length = max(1, min(length, block_size - ids.size(1)))
     if model.config.arch == 'encdec':
         batch = collate([{'ids': ids} for ids in sources], tokenizer.pad_id, ids.device)
         cache = model.encode(**batch, size=length + 1)
-    stream_of = lambda prompt: TextStream(tokenizer, [] if sources else prompt, settings.stop)
+    how = {'cache': cache, 'end_ids': tokenizer.end_ids,
+           'suppressed': suppressed_tokens(model, tokenizer)}
     if beams > 1:
-        results = [[] for _ in prompts]
-        found = beam_search(model, ids, beams, length, settings.length_penalty, cache=cache, **end)
-        for result, prompt, texts in zip(results, prompts, found):
-            for score, tokens in texts[:settings.num_samples]:
-                stream = stream_of(prompt)
-                for token in [*tokens, tokenizer.end_id]:
-                    stream.add(token)
-                result.append(Text(stream.text, tokens, score))
-        return results
-    temperature, streams = settings.temperature, list(map(stream_of, prompts))
-    if temperature is None:
-        temperature = 0.0 if sources else 0.8
-    for tokens in generate(model, ids, length, temperature, settings.top_k, settings.top_p,
-                           settings.seed, rows, cache=cache, **end):
+        found = beam_search(model, ids, beams, length, settings.length_penalty, **how)
+        return [[TextStream(tokenizer, prompt, settings.stop, *text)
+                 for text in texts[:settings.num_samples]] for prompt, texts in zip(prompts, found)]
+    streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in prompts]
+    for tokens in generate(model, ids, length, settings.temperature, settings.top_k, settings.top_p,
+                           settings.seed, rows, **how):
         texts = [stream.add(token) for stream, token in zip(streams, tokens.tolist())]
         show(texts[0])
         if all(stream.done for stream in streams):
             break
-    texts = [stream.end() for stream in streams]
+    texts = [stream.add(tokenizer.end_id) for stream in streams]
     show(texts[0])
-    return [[Text(stream.text, stream.ids)] for stream in streams]
+    return [[stream] for stream in streams]
 
 def write_targets(model, tokenizer, examples, settings):
     """
-    Text to text: num_samples of Text for each source, best first. A decoder-only model reads the
-    source as a prompt that ends in [SEP]. Sources of about one length are decoded together.
+    Text to text: num_samples of TextStream for each source, best first. A decoder-only model reads
+    the source as a prompt that ends in [SEP]. Sources of about one length are decoded together.
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
-    size = max(1, 1024 // settings.num_beams)
-    length = lambda i: len(examples[i]['ids'])
-    for _, group in itertools.groupby(sorted(range(len(examples)), key=length),
-                                      key=lambda i: encoder or length(i)):
-        group = [(i, k) for i in group for k in range(repeat)]
-        for start in range(0, len(group), size):
-            progress(f"{sum(map(bool, results)):,} of {len(examples):,} texts")
-            chosen = group[start:start + size]
-            sources = [examples[i]['ids'] for i, _ in chosen]
-            prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
-                       for ids in sources]
-            rows = [i * repeat + k for i, k in chosen]
-            texts = write_batch(model, tokenizer, prompts, sources, rows, settings)
-            for (i, _), found in zip(chosen, texts):
-                results[i] += found
+    sources = [example['ids'] for example in examples for _ in range(repeat)]
+    rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
+    while rest:
+        progress(f"{len(sources) - len(rest):,} of {len(sources):,} texts")
+        length = len(sources[rest[0]])
+        rows = [row for row in rest[:1 + 1024 // settings.num_beams]
+                if encoder or len(sources[row]) == length]
+        rest, batch = rest[len(rows):], [sources[row] for row in rows]
+        prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
+                   for ids in batch]
+        for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, rows, settings)):
+            results[row // repeat] += texts
     progress('')
     return results
 
@@ -416,104 +387,85 @@ def decode_span(examples, logits, labels):
     A window without the answer points at [CLS]. If the training data had questions without answer
     (labels says so), the answer is '' where [CLS] is likelier in every window.
     """
-    best, no_answer = {'probability': -1.0}, 1.0
+    best, no_answer = {'answer': '', 'probability': 0.0}, 1.0
     for example, row in zip(examples, logits):
         p, meta = row.softmax(dim=-1), example['meta']
         no_answer, offsets = min(no_answer, float(p[0, 0] * p[1, 0])), meta['offsets']
         if not offsets:
             continue
         first, last = p[:, meta['first']:][:, :len(offsets)]
-        both = (first[:, None] * last[None, :]).triu().tril(29)            # (begin, end)
+        both = (first[:, None] * last).triu().tril(29)                     # (begin, end)
         solid = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
         until = solid.cumsum(0)                                # an answer is not only white space
-        both = both * (until[None, :] > (until - solid)[:, None])
+        both = both * (until > (until - solid)[:, None])
         begin, end = divmod(int(both.argmax()), len(offsets))
-        if both[begin, end] > best['probability']:
+        probability = float(both[begin, end])
+        if probability > best['probability']:
             low, high = offsets[begin][0], offsets[end][1]
             text = meta['context'][low:high]
-            best = {'answer': text.strip(), 'probability': float(both[begin, end]),
+            best = {'answer': text.strip(), 'probability': probability,
                     'start': meta['start'] + high - len(text.lstrip())}
-    if best['probability'] < (no_answer if labels else 0):
+    if labels and no_answer > best['probability']:
         return {'answer': '', 'probability': no_answer}
     return best
 
 DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}
 
-def answer_rows(model, tokenizer, examples, task, labels, settings):
-    """Examples -> (an answer for each row, the examples of each row, totals of `predict`)."""
-    rows = itertools.groupby(examples, key=lambda example: example['meta']['row'])
-    rows = [list(group) for _, group in rows]
-    if task == 'seq2seq':
-        written = write_targets(model, tokenizer, examples, settings)
-        answers = [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
-                   for texts in written]
-        return answers, rows, {}
-    logits, totals = predict(model, examples, tokenizer.pad_id, lambda example, row: row)
-    rest = iter(logits)
-    answers = [DECODERS[task](row, list(itertools.islice(rest, len(row))), labels) for row in rows]
-    return answers, rows, totals
-
-def masked_example(tokenizer, text, block_size):
-    """
-    `The [MASK] statement` -> an example; `a ||| b` for two texts. Where tokens carry the space
-    before a word, the space before [MASK] is part of the hidden word.
-    """
-    texts = text.split('|||')
-    if len(texts) > 2:
-        raise ValueError(f"{text[:60]!r}: write one text, or two as a ||| b")
-    parts, hidden = [], ' [MASK]' if tokenizer.name in ('bpe', 'gpt2') else '[MASK]'
-    for part in texts:
-        ids = []
-        for piece in part.strip().replace(hidden, '[MASK]').split('[MASK]'):
-            ids += [tokenizer.id('[MASK]'), *tokenizer.encode(piece).tolist()]
-        parts.append(ids[1:])
-    ids, segments = add_special_tokens(tokenizer, *parts)
-    if len(ids) > block_size:
-        raise ValueError(f"{text[:60]!r} has {len(ids)} tokens, more than block_size={block_size}: "
-                         "shorten it")
-    return {'ids': ids, 'segments': segments, 'meta': {'text': text}}
-
-def decode_masks(tokenizer, suppressed, example, logits, k):
+def decode_masks(tokenizer, suppressed, k, example, logits):
     """(T, V) -> for each [MASK] the k likeliest tokens, [(text, probability)]."""
     guesses = []
     for token, row in zip(example['ids'], logits):
         if token == tokenizer.id('[MASK]'):
-            p = row.masked_fill(suppressed, -math.inf).softmax(dim=-1)
-            p, best = p.topk(min(k, (~suppressed).sum()))
-            texts = [tokenizer.decode([i]) for i in best.tolist()]
-            guesses.append([(text.strip() or text, value)
-                            for text, value in zip(texts, p.tolist()) if value])
-    return guesses
+            p, best = row.masked_fill(suppressed, -math.inf).softmax(dim=-1).topk(min(k, len(row)))
+            guesses.append([(tokenizer.decode([i]), value)
+                            for i, value in zip(best.tolist(), p.tolist()) if value])
+    return {'guesses': guesses}
+
+def answer_rows(model, tokenizer, rows, task, labels, settings):
+    """Rows, each a list of its examples -> (an answer for each, totals of `predict`)."""
+    examples = list(itertools.chain(*rows))
+    if task == 'seq2seq':
+        written = write_targets(model, tokenizer, examples, settings)
+        return [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
+                for texts in written], {}
+    keep = lambda example, logits: logits
+    if task == 'masks':
+        suppressed = suppressed_tokens(model, tokenizer).cpu()
+        suppressed[tokenizer.end_ids] = True
+        keep = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
+    found, totals = predict(model, examples, tokenizer.pad_id, keep)
+    if task in DECODERS:
+        rest = iter(found)
+        found = [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows]
+    return found, totals
 
 # -----------------------------------------------------------------------------
 # Scores. Each takes the answers and the examples of all rows. An answer that is right scores 1.
 
-def ratio(a, b):
-    return a / b if b else 0.0
-
 def f1(hits, guessed, true):
     """The harmonic mean of precision hits / guessed and recall hits / true."""
-    return ratio(2 * hits, guessed + true)
+    return 2 * hits / max(1, guessed + true)
 
 def label_scores(answers, golds):
     """Accuracy, and the mean over all labels of the F1 of finding that label."""
     guesses, right = [a['label'] for a in answers], [g[0]['meta']['label'] for g in golds]
-    hits = collections.Counter(g for g, r in zip(guesses, right) if g == r)
-    guessed, true = collections.Counter(guesses), collections.Counter(right)
-    f1s = [f1(hits[label], guessed[label], true[label]) for label in guessed | true]
-    return {'accuracy': hits.total() / len(right), 'macro_f1': float(np.mean(f1s))}
+    pairs, guessed, true = map(collections.Counter, (zip(guesses, right), guesses, right))
+    hits = {label: pairs[label, label] for label in guessed | true}
+    f1s = [f1(hits[label], guessed[label], true[label]) for label in hits]
+    return {'accuracy': sum(hits.values()) / len(right), 'macro_f1': fmean(f1s)}
 
 def entity_scores(answers, golds):
     """Precision, recall and F1 of whole entities: both ends and the kind must be right."""
     found, true = set(), set()
     for i, (answer, gold) in enumerate(zip(answers, golds)):
         tags = []
-        for meta in (example['meta'] for example in gold):  # a token without a piece counts as O
+        for example in gold:
+            meta = example['meta']
             tags += [tag if first >= 0 else 'O' for tag, first in zip(meta['tags'], meta['first'])]
         found |= {(i, *entity) for entity in entities(answer['tags'])}
-        true |= {(i, *entity) for entity in entities(tags)}
+        true |= {(i, *entity) for entity in entities(tags)}  # a token without a piece is O
     hits = len(found & true)
-    return {'precision': ratio(hits, len(found)), 'recall': ratio(hits, len(true)),
+    return {'precision': hits / max(1, len(found)), 'recall': hits / max(1, len(true)),
             'f1': f1(hits, len(found), len(true))}
 
 def ngrams(words, n):
@@ -537,7 +489,7 @@ def answer_scores(answers, golds):
         rights = [right for right in rights if right] or [[]]  # no answer: '' is right
         exact.append(words in rights)
         overlap.append(max(words == right or ngram_f1(words, right, 1) for right in rights))
-    return {'exact_match': float(np.mean(exact)), 'f1': float(np.mean(overlap))}
+    return {'exact_match': fmean(exact), 'f1': fmean(overlap)}
 
 def bleu_words(text):
     """sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK by characters."""
@@ -553,20 +505,19 @@ def bleu(guesses, rights):
     the geometric mean of the shares of its 1- to 4-grams that are in the reference, times a penalty
     where it is shorter. An order without a match counts as half of what the one before would.
     """
-    hits, totals, right_length = [0] * 4, [0] * 4, 0
-    for guess, right in zip(map(bleu_words, guesses), map(bleu_words, rights)):
-        right_length += len(right)
-        for n in range(4):
-            found = ngrams(guess, n + 1)
-            hits[n] += (found & ngrams(right, n + 1)).total()
-            totals[n] += found.total()
-    if not hits[0] or not totals[3]:
-        return 0.0
-    smooth, log_sum = 1.0, min(0.0, 1 - right_length / totals[0])
-    for hit, total in zip(hits, totals):
-        smooth /= 1 if hit else 2
-        log_sum += math.log((hit or smooth) / total) / 4
-    return 100 * math.exp(log_sum)
+    guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
+    n_guessed, n_right = sum(map(len, guesses)), sum(map(len, rights))
+    log_mean, smooth = min(0.0, 1 - n_right / max(1, n_guessed)), 1.0
+    for n in range(1, 5):
+        hits = total = 0
+        for guess, right in zip(guesses, rights):
+            hits += (ngrams(guess, n) & ngrams(right, n)).total()
+            total += ngrams(guess, n).total()
+        if not total or (n == 1 and not hits):
+            return 0.0
+        smooth /= 1 if hits else 2
+        log_mean += math.log((hits or smooth) / total) / 4
+    return 100 * math.exp(log_mean)
 
 ROUGE_WORD = regex.compile(CJK.pattern + r'|(?:(?!' + CJK.pattern + r')[\p{L}\p{M}\p{N}])+')
 
@@ -584,10 +535,10 @@ def rouge(guess, right):
 def target_scores(answers, golds):
     """BLEU of the corpus; ROUGE and exact match, the means over the texts."""
     guesses, rights = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
-    rouges = np.mean(list(map(rouge, guesses, rights)), axis=0).tolist()
+    rouge1, rouge2, rouge_l = map(fmean, zip(*map(rouge, guesses, rights)))
     same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
-    return {'bleu': bleu(guesses, rights), 'rouge1': rouges[0], 'rouge2': rouges[1],
-            'rougeL': rouges[2], 'exact_match': float(np.mean(same))}
+    return {'bleu': bleu(guesses, rights), 'rouge1': rouge1, 'rouge2': rouge2, 'rougeL': rouge_l,
+            'exact_match': fmean(same)}
 
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
@@ -596,35 +547,28 @@ BEST_SCORE = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1', 'seq2seq': 'loss'
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores of labelled examples, with the loss; of text to text without it, decoded greedily."""
     settings = settings or Settings(temperature=0.0, seed=0)
-    answers, golds, totals = answer_rows(model, tokenizer, examples, task, labels, settings)
-    scores = {}
+    rows = itertools.groupby(examples, key=lambda example: example['meta']['row'])
+    rows = [list(group) for _, group in rows]
+    answers, totals = answer_rows(model, tokenizer, rows, task, labels, settings)
+    scores = SCORES[task](answers, rows)
     for nats, n, _ in totals.values():
-        scores['loss'] = nats / max(1, n)
-    return scores | SCORES[task](answers, golds)
-
-def text_windows(tokens, block_size):
-    """Windows that do not overlap, as examples: every token but the first is predicted once."""
-    windows = []
-    for start in range(0, len(tokens) - 1, block_size):
-        window = tokens[start:start + block_size + 1].astype(np.int64)
-        windows.append({'ids': window[:-1], 'targets': window[1:]})
-    return windows
+        scores = {'loss': nats / max(1, n)} | scores
+    return scores
 
 def text_scores(nats, predictions, text_bytes):
     """Loss in nats a token, perplexity = exp(loss), and bits per byte, for any tokenizer alike."""
-    loss = nats / max(1, predictions)
+    loss = nats / predictions
     return {'loss': loss, 'perplexity': math.exp(min(loss, 700)),
-            'bits_per_byte': nats / math.log(2) / max(1, text_bytes)}
+            'bits_per_byte': nats / math.log(2) / text_bytes}
 
-def masked_accuracy(model, tokenizer, ids, most=1024):
+def masked_accuracy(model, tokenizer, ids):
     """
     How often BERT predicts a token of a text, ids (n,), from all others of its window: one token at
-    a time is hidden, `most` of them in a long text, evenly spaced.
+    a time is hidden, at most 1024 of a long text, evenly spaced.
     """
     room, examples = model.config.block_size - 2, []
-    for i in np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).astype(int)).tolist():
-        window = ids[i // room * room:][:room].tolist()
-        shown, segments = add_special_tokens(tokenizer, window)
+    for i in range(0, len(ids), 1 + len(ids) // 1024):
+        shown, segments = add_special_tokens(tokenizer, ids[i // room * room:][:room].tolist())
         place, targets = i % room + 1, [IGNORE_INDEX] * len(shown)
         targets[place], shown[place] = shown[place], tokenizer.id('[MASK]')
         examples.append({'ids': shown, 'segments': segments, 'targets': targets})
@@ -637,39 +581,37 @@ def format_scores(scores):
     return ', '.join(f"{name.replace('_', ' ')} {value:.{digits.get(name, 4)}f}"
                      for name, value in scores.items())
 
-def read_text(tokenizer, path):
-    """A text file as prepare_data.py reads it: (ids, its size in bytes)."""
+def score_text(model, tokenizer, path, kind):
+    """Scores on a text, read as prepare_data.py reads it."""
+    pieces = itertools.chain.from_iterable(map(read_pieces, find_files([path])))
     with tempfile.TemporaryDirectory() as folder:
-        file, pieces = os.path.join(folder, 'ids'), map(read_pieces, find_files([path]))
-        counts = write_ids(file, 'int64', tokenizer, itertools.chain.from_iterable(pieces))
-        ids = np.fromfile(file, 'int64')
+        counts = write_ids(f'{folder}/ids', 'int64', tokenizer, pieces)
+        ids = np.fromfile(f'{folder}/ids', 'int64')
     if len(ids) < 2:
         raise ValueError(f"--score {path}: no text in it")
-    return ids, counts['bytes']
-
-def score_file(model, tokenizer, path, kind, labels, settings):
-    """Scores on a file of the format that prepare_data.py reads for what the model is for."""
-    if kind == 'text':
-        ids, size = read_text(tokenizer, path)
-        T, V = model.config.block_size, model.config.vocab_size
-        _, totals = predict(model, text_windows(ids, T), tokenizer.pad_id,
-                            batch_size=max(1, min(64, 2 ** 25 // (T * V))))
-        return text_scores(*totals['targets'][:2], size)
     if kind == 'masks':
-        ids, _ = read_text(tokenizer, path)
         return masked_accuracy(model, tokenizer, ids[ids != tokenizer.end_id])
-    rows = [row for file in find_files([path]) for row in TASKS[kind].read(file)]
+    # Windows that do not overlap: every token but the first is predicted once.
+    T, inputs, targets = model.config.block_size, ids[:-1], ids[1:]
+    windows = [{'ids': inputs[i:i + T], 'targets': targets[i:i + T]}
+               for i in range(0, len(inputs), T)]
+    nats, n, _ = predict(model, windows, tokenizer.pad_id)[1]['targets']
+    return text_scores(nats, n, counts['bytes'])
+
+def score_rows(model, tokenizer, path, task, labels, settings):
+    """Scores on labelled rows, read as prepare_data.py reads them."""
+    rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
     if not rows:
         raise ValueError(f"--score {path}: no rows in it")
-    check_labels(kind, rows, labels)
+    check_labels(task, rows, labels)
     # The answers of a question may not guide how its context is cut into tokens.
-    questions = [{key: row[key] for key in row if key != 'answers'} for row in rows]
-    examples = encode_rows(tokenizer, kind, questions, labels, model.config.block_size)
-    for meta in (example['meta'] for example in examples):
-        meta['answers'] = [text for _, text in rows[meta['row']].get('answers', [])]
-    scores = task_scores(model, tokenizer, examples, kind, labels, settings)
-    scores.pop('loss', None)
-    return scores
+    examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
+                           model.config.block_size)
+    for example in examples:
+        del example['targets']
+        right = rows[example['meta']['row']].get('answers', [])
+        example['meta']['answers'] = [text for _, text in right]
+    return task_scores(model, tokenizer, examples, task, labels, settings)
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -696,47 +638,40 @@ def attention_maps(model, batch):
 PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Attention weights</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>
-:root { color-scheme: light dark } /* Canvas and CanvasText are then white and black, or reversed */
+:root { color-scheme: light dark } /* Canvas is then white or black, and text the other */
 body { max-width: 80rem; margin: auto; padding: 1rem; font: 1rem/1.4 system-ui, sans-serif }
-h1 { margin: 0; font-size: 1.5rem }
-label { display: inline-block; margin-right: 1rem } button, select { font: inherit }
+label { margin-right: 1rem } button, select { font: inherit }
 output { display: block; min-height: 2.8em; margin: 1rem 0 .5rem; overflow-wrap: anywhere }
-section { max-height: max(18rem, 100dvh - 13rem); overflow: auto; scroll-padding-top: 9rem }
-table { --cell: round(clamp(1.2rem, (min(100vw, 80rem) - 10rem) / var(--n), 3rem), 1px);
-        --gaps: linear-gradient(90deg, transparent calc(100% - 2px), Canvas 0) 0 0 / var(--cell);
+section { max-height: max(18rem, 100dvh - 15rem); overflow: auto; scroll-padding-top: 9rem }
+table { --cell: clamp(1.2rem, (min(100vw, 80rem) - 11rem) / var(--n) - 2px, 3rem);
         border-spacing: 2px; font-size: min(.9rem, var(--cell) * .7); line-height: 1.2 }
-thead, th { position: sticky; left: 0; z-index: 1; padding: 0; background: Canvas }
-thead { top: 0; z-index: 2 }
-td { padding: 0; display: grid; grid: minmax(var(--cell), auto) / repeat(var(--n), var(--cell)) }
-td span { margin: auto; font-size: clamp(0px, (var(--cell) - 1.7rem) * 99, .66rem) } /* or none */
+th { padding: 0; vertical-align: bottom } th:first-child { left: 0; z-index: 1 }
+thead, th:first-child { position: sticky; background: Canvas } thead { top: 0; z-index: 2 }
+td { min-width: var(--cell); height: var(--cell); padding: 0; text-align: center;
+     font-size: clamp(0px, (var(--cell) - 1.5rem) * 99, .66rem) } /* none where it has no room */
 button, bdi { overflow: hidden; text-overflow: ellipsis; white-space: pre }
-bdi { place-self: end center; writing-mode: vertical-rl; padding: .4em 0; max-height: 8rem }
-button { display: block; width: 100%; max-width: 7rem; height: var(--cell); padding: 0 .4em;
-         border: 0; background: none; text-align: right }
-tbody tr:is(:hover, :has(:focus-visible, [aria-pressed=true])) > * { outline: 2px solid }
-[aria-pressed=true] { color: Canvas; background: CanvasText }
+bdi { display: block; margin: .4em auto; max-height: 8rem; writing-mode: vertical-rl }
+button { width: 7rem; height: var(--cell); border: 0; background: none; text-align: right }
+tbody tr:is(:hover, [aria-current=true]) { outline: 2px solid }
 </style>
 <h1>Attention weights</h1>
-<p><label>Attention <select id="kind"></select></label>
+<label>Attention <select id="kind"></select></label>
 <label>Layer <select id="layer"></select></label> <label>Head <select id="head"></select></label>
-<output id="said" aria-live="polite"></output>
-<section><table id="map"><thead><tr data-said="Point at, tap or Tab to a row. A click keeps it.">
-<th><td id="cols"></thead><tbody id="rows"></table></section>
-<script id="data" type="application/json">DATA</script>
+<output id="said"></output>
+<section><table id="map"><thead><tr id="cols" data-said="Point at a row. A click or Tab keeps it.">
+</thead><tbody id="rows"></table></section>
 <script>
-const $ = id => document.getElementById(id), maps = JSON.parse($('data').textContent)
+const maps = DATA, $ = id => document.getElementById(id)
 const add = (parent, tag) => parent.appendChild(document.createElement(tag))
 const fill = (select, names) => select.replaceChildren(...names.map((name, i) =>
   new Option(name, i, false, i === select.selectedIndex)))  // the same place stays chosen
-let kept = 0  // the row that a click has kept; row 0, that of the headings, stands for none
+const isolate = text => `\u2068${text}\u2069`  // Arabic does not turn what is around it
+let kept = 0  // row 0, that of the headings, stands for none
 
 function draw() {
-  const {rows, cols, weights} = maps[$('kind').value]
+  const {rows, cols, weights} = maps[$('kind').value], heads = weights[$('layer').value || 0]
   fill($('layer'), weights.map((_, i) => i + 1))
-  const heads = weights[$('layer').value]
   fill($('head'), ['mean of all', ...heads.map((_, i) => i + 1)])
   const head = $('head').value - 1, chosen = head < 0 ? heads : [heads[head]]
   const mean = rows.map((_, i) => cols.map((_, j) =>
@@ -744,26 +679,27 @@ function draw() {
   const most = Math.max(...mean.map(row => Math.max(...row)))  // has the strongest colour
   $('map').style.setProperty('--n', cols.length)
   for (const id of ['rows', 'cols']) $(id).replaceChildren()
-  for (const text of cols) add($('cols'), 'bdi').textContent = text
+  for (const text of ['', ...cols]) add(add($('cols'), 'th'), 'bdi').textContent = text
   mean.forEach((row, i) => {
-    const tr = add($('rows'), 'tr'), isolate = text => `\u2068${text}\u2069`
+    const tr = add($('rows'), 'tr'), digits = cols.length > 40 ? 3 : 2
     Object.assign(add(add(tr, 'th'), 'button'), {textContent: rows[i], dir: 'auto'})
-    const td = add(tr, 'td'), stops = row.map((w, j) =>
-      `rgb(59 130 246 / ${Math.sqrt(w / most).toFixed(2)}) 0 ${(j + 1) / cols.length * 100}%`)
-    td.style.background = `var(--gaps), linear-gradient(90deg, ${stops})`
-    if (cols.length <= 40) for (const w of row) add(td, 'span').textContent = w ? w.toFixed(2) : ''
+    for (const w of row) {
+      const td = add(tr, 'td')
+      td.style.background = `rgb(59 130 246 / ${Math.sqrt(w / most)})`
+      if (w && digits === 2) td.textContent = w.toFixed(2)
+    }
     const best = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5).filter(j => row[j])
     tr.dataset.said = `${isolate(rows[i])} attends to: ` +
-      best.map(j => `${isolate(cols[j])} ${row[j].toFixed(cols.length > 40 ? 3 : 2)}`).join(', ')
+      best.map(j => `${isolate(cols[j])} ${row[j].toFixed(digits)}`).join(', ')
   })
   point({target: document.body})
 }
 
-function point({type, target}) {
-  const at = target.closest('tr')?.rowIndex || 0
-  if (type === 'click' && at) kept = at === kept ? 0 : at
-  document.querySelectorAll('button').forEach((button, i) => button.ariaPressed = i + 1 === kept)
-  $('said').textContent = ($('map').rows[at || kept] || $('map').rows[0]).dataset.said
+function point({type, target}) {  // the row below the pointer, or the last that had a click or Tab
+  const at = target.closest('tr')?.rowIndex || 0, table = $('map')
+  if (at && type !== 'pointerover') kept = at
+  for (const row of table.rows) row.ariaCurrent = row.rowIndex === kept
+  $('said').textContent = (table.rows[at || kept] || table.rows[0]).dataset.said
 }
 fill($('kind'), maps.map(map => map.name))
 onchange = draw
@@ -772,29 +708,25 @@ draw()
 </script>
 """
 
-def write_attention(model, tokenizer, prompt, kind, labels, settings):
+def write_attention(model, tokenizer, prompt, kind, settings):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
-    config, text = model.config, prompt if kind == 'text' else prompt.strip()
-    if kind != 'text' and '\n' in text:
-        raise ValueError("--attention shows one line: leave the other lines of --start out")
-    example = examples_of(tokenizer, kind, text, labels, config.block_size)[0]
-    ids = decoder_ids = example['ids'] = example['ids'][-config.block_size:]
-    if kind == 'seq2seq' and config.arch != 'encdec':
-        ids[-1] = tokenizer.id('[SEP]')
+    config = model.config
+    example = examples_of(tokenizer, kind, prompt, config.block_size)[0]
     if config.arch == 'encdec':
-        start = tokenizer.start_id
-        written = write_batch(model, tokenizer, [[start]], [ids], [0], settings)[0][0]
-        decoder_ids = example['decoder_ids'] = [start, *written.ids]
-    source, target = ([render_token(tokenizer, i) for i in row] for row in (ids, decoder_ids))
+        [[text]] = write_targets(model, tokenizer, [example], settings)
+        example['decoder_ids'] = [tokenizer.start_id, *text.ids]
+    elif kind == 'seq2seq':
+        example['ids'][-1] = tokenizer.id('[SEP]')
     maps = attention_maps(model, collate([example], tokenizer.pad_id, device_of(model)))
+    source = [render_token(tokenizer, i) for i in example['ids']]
+    target = [render_token(tokenizer, i) for i in example.get('decoder_ids', example['ids'])]
     data = [{'name': name, 'rows': source if name == 'encoder' else target,
              'cols': target if name == 'decoder' else source,
              'weights': (1000 * weights[:, 0]).round().int().tolist()}  # (layers, H, T, S)
             for name, weights in maps.items()]
-    data = json.dumps(data, ensure_ascii=False, separators=(',', ':')).replace('<', r'\u003c')
-    write_file(settings.attention, lambda f: f.write(PAGE.replace('DATA', data, 1).encode()))
-    print(f"{settings.attention}: {len(ids)} tokens, {config.n_layer} layers of "
-          f"{config.n_head} heads", file=sys.stderr)
+    page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c'), 1).encode()
+    write_file(settings.attention, lambda f: f.write(page))
+    print(f"{settings.attention}: the weights of {len(source)} tokens", file=sys.stderr)
 
 # -----------------------------------------------------------------------------
 # The script
@@ -807,8 +739,8 @@ class Settings:
     init_from: str = flag('', 'or a checkpoint, a Hugging Face folder, or a name on the hub')
     num_samples: int = flag(1, 'how many texts; with beams, so many of the best', low=1)
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
-    temperature: float = flag(None, '0 takes the likeliest token, 1 draws as the model says [0.8; '
-                                    'text to text: 0]', low=0, high=1e6, kind=float)
+    temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
+                                   'text to text 0 if not given', low=0, high=1e6)
     num_beams: int = flag(1, 'above 1: search the likeliest text by beams', low=1, high=4096)
     length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', low=0, high=100)
     top_k: int = flag(0, 'the k likeliest tokens; 0: all. For [MASK]: how many to show', low=0)
@@ -824,34 +756,30 @@ class Settings:
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to generate on a GPU, else float32',
                       choices=('auto', 'float32', 'bfloat16', 'float16'))
 
-    def __post_init__(self):
-        check_flags(self)
-        if self.num_beams > 1 and (self.temperature or self.top_k or self.top_p < 1):
-            raise ValueError(f"--num_beams {self.num_beams} searches for the likeliest text, and "
-                             "--temperature, --top_k and --top_p draw one: leave one of them out")
-        if 1 < self.num_beams < self.num_samples:
-            raise ValueError(f"--num_samples {self.num_samples}: a search with --num_beams "
-                             f"{self.num_beams} finds no more texts than beams: raise it")
-
-# The flags that each use reads, beside those that say which model and where it computes.
-DRAWING = ' max_new_tokens temperature top_k top_p num_beams length_penalty stop seed'
-FLAGS = {'text': 'start json stream num_samples' + DRAWING, 'masks': 'start json top_k',
-         'seq2seq': 'start json num_samples' + DRAWING,
-         'score': 'score json', 'score seq2seq': 'score json' + DRAWING,
-         'export': 'export', 'attention': 'attention start max_new_tokens'}
-
 def check_use(given, settings, kind, arch):
-    """Raise ValueError for a flag that would be ignored."""
-    use = next((name for name in ('export', 'attention', 'score') if getattr(settings, name)), kind)
-    use = 'score seq2seq' if (use, kind) == ('score', 'seq2seq') else use
-    read = FLAGS.get(use, 'start json') + ' out_dir init_from device dtype'
-    unread = set(given) - set(read.split())
-    if use == 'attention' and arch != 'encdec':
-        unread |= set(given) & {'max_new_tokens'}
-    beside = {'length_penalty'} if settings.num_beams == 1 else {'seed', 'stream'}
-    unread |= set(given) & (beside | {'stream'} if settings.json else beside)
+    """What is wanted of a model for `kind`. Raises ValueError for a flag that would be ignored."""
+    use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
+    beams, n = settings.num_beams, settings.num_samples
+    writing = 'max_new_tokens stop num_beams temperature top_k top_p seed'
+    if beams > 1:
+        writing = 'max_new_tokens stop num_beams length_penalty'
+    live = '' if beams > 1 or settings.json else 'stream'
+    read = {  # the flags of each use, beside those of the model
+        'export': 'export', 'score': 'score json', 'start': 'start json',
+        'attention': 'attention start', 'attention encdec': 'attention start max_new_tokens',
+        'start text': f'start json num_samples {writing} {live}',
+        'start seq2seq': f'start json num_samples {writing}',
+        'score seq2seq': f'score json {writing}', 'start masks': 'start json top_k',
+    }
+    read = read.get(f'{use} {kind}') or read.get(f'{use} {arch}') or read[use]
+    unread = given.keys() - {*read.split(), 'out_dir', 'init_from', 'device', 'dtype'}
     if unread:
-        raise ValueError(f"--{min(unread)} changes nothing here ({use}): leave it out")
+        raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
+                         f"--num_beams {beams}): leave it out")
+    if 1 < beams < n:
+        raise ValueError(f"--num_samples {n}: a search with --num_beams {beams} finds no more "
+                         "texts than beams: raise it")
+    return use
 
 def open_model(path, device='cpu', **changes):
     """`load` of model.py, and the tokenizer where a Hugging Face folder has one: a third value."""
@@ -883,24 +811,23 @@ def export(model, tokenizer, labels, folder):
 
 def find_device(name):
     """auto -> the best device there is. Raises ValueError where the machine lacks the one named."""
-    found = {'cuda': torch.cuda, 'mps': torch.backends.mps, 'cpu': torch.cpu}
-    present = [device for device in found if found[device].is_available()]
-    if name not in ('auto', *present):
-        raise ValueError(f"--device {name}: this machine or this torch has none: use --device auto")
-    return present[0] if name == 'auto' else name
+    backends = {'cuda': torch.cuda, 'mps': torch.backends.mps, 'cpu': torch.cpu}
+    for device, backend in backends.items():
+        if name in ('auto', device) and backend.is_available():
+            return device
+    raise ValueError(f"--device {name}: this machine or this torch has none: use --device auto")
 
 def read_start(start):
     """The text that --start names."""
-    if start == '-':
-        data = sys.stdin.buffer.read()
-    elif start.startswith('FILE:'):
-        data = Path(start.removeprefix('FILE:')).read_bytes()
-    else:
-        return start
     try:
-        return data.decode('utf-8-sig').replace('\r\n', '\n').replace('\r', '\n')
+        if start == '-':
+            sys.stdin.reconfigure(encoding='utf-8-sig')
+            return sys.stdin.read()
+        if start.startswith('FILE:'):
+            return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
+    return start
 
 def report(started, n, what, rate):
     """To standard error, how fast it was."""
@@ -909,89 +836,94 @@ def report(started, n, what, rate):
 
 def print_texts(model, tokenizer, prompt, settings):
     """Print the samples to standard output, and the speed to standard error."""
-    started, ids, n = time.perf_counter(), prompt_ids(tokenizer, prompt), settings.num_samples
-    live = settings.stream
-    show = lambda text: print(text, end='', flush=True) if live else None
-    if settings.num_beams > 1:  # one window: of a long prompt the newest half
-        room = model.config.block_size - min(settings.max_new_tokens, model.config.block_size // 2)
-        ids, n = ids[-room:], 1
-    printed = []
+    started, texts = time.perf_counter(), []
+    ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
+    live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
+    show = lambda text: live and print(text, end='', flush=True)
     for rows in [[row] for row in range(n)] if live else [range(n)]:
-        show('---\n' * bool(printed) + prompt)
-        texts = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
-        for found in itertools.chain(*texts):
-            if settings.json:
-                print(json.dumps({'prompt': prompt} | found.to_dict(), ensure_ascii=False))
-            else:
-                print('' if live else '---\n' * bool(printed) + prompt + found.text)
-            printed.append(found)
-    report(started, sum(len(found.ids) for found in printed), 'tokens', 'tok/s')
+        show('\n---\n' * bool(texts) + prompt)
+        written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
+        texts += itertools.chain(*written)
+    if settings.json:
+        for text in texts:
+            print(json.dumps({'prompt': prompt} | text.to_dict(), ensure_ascii=False))
+    else:
+        print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
+    report(started, sum(len(text.ids) for text in texts), 'tokens', 'tok/s')
 
 WORDS = regex.compile(CJK.pattern + r'|[\p{L}\p{N}\p{M}_@#](?:(?!' + CJK.pattern
                       + r')\S)*(?<=[\p{L}\p{N}\p{M}_])|\S')
 
-def examples_of(tokenizer, kind, line, labels, block_size):
+def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""
     if kind == 'text':
-        return [{'ids': prompt_ids(tokenizer, line)}]
-    if kind == 'masks':
-        return [masked_example(tokenizer, line, block_size)]
+        ids = tokenizer.encode(line).tolist()
+        if '<|start|>' in tokenizer.special or not ids:  # an empty text begins a document
+            ids.insert(0, tokenizer.start_id)
+        return [{'ids': ids[-block_size:]}]
     if kind == 'tag':
         row = {'tokens': WORDS.findall(line)}
     elif kind == 'seq2seq':
-        row = {'source': line}
+        row = {'source': line.strip()}
     else:
-        names, least, form = ('text', 'text_b'), 1, "one text, or two as a ||| b"
-        if kind == 'qa':
-            names, least, form = ('question', 'context'), 2, "question ||| context"
+        names = ('question', 'context') if kind == 'qa' else ('text', 'text_b')
         texts = [text.strip() for text in line.split('|||')]
-        if not all(texts) or not least <= len(texts) <= 2:
-            raise ValueError(f"{line[:60]!r}: write {form}")
+        if not all(texts) or len(texts) > 2 or (kind, len(texts)) == ('qa', 1):
+            raise ValueError(f"{line[:60]!r}: write {' ||| '.join(names)}")
+        if kind == 'masks':
+            return [masked_example(tokenizer, texts, block_size)]
         row = dict(zip(names, texts))
-    return encode_rows(tokenizer, kind, [row], labels, block_size)
+    return encode_rows(tokenizer, kind, [row], [], block_size)
+
+def masked_example(tokenizer, texts, block_size):
+    """
+    One or two texts with [MASK] -> an example. Where tokens carry the space before a word, the
+    space before [MASK] is part of the hidden word.
+    """
+    parts, hidden = [], r' ?\[MASK\]' if tokenizer.name in ('bpe', 'gpt2') else r'\[MASK\]'
+    for text in texts:
+        ids = []
+        for piece in re.split(hidden, text):
+            ids += [tokenizer.id('[MASK]'), *tokenizer.encode(piece).tolist()]
+        parts.append(ids[1:])
+    ids, segments = add_special_tokens(tokenizer, *parts)
+    if len(ids) > block_size:
+        raise ValueError(f"{texts[0][:60]!r} has {len(ids)} tokens, more than "
+                         f"block_size={block_size}: shorten it")
+    return {'ids': ids, 'segments': segments}
 
 def format_answer(answer):
     """An answer as one line of text."""
+    one_line = lambda text: ' '.join(text.split())
     if 'guesses' in answer:
-        plain = lambda text: text if text.isprintable() else repr(text)
-        return ' | '.join(', '.join(f'{plain(text)} {p:.3f}' for text, p in guesses)
-                          for guesses in answer['guesses'])
+        lists = [[f'{one_line(text) or repr(text)} {p:.3f}' for text, p in guesses]
+                 for guesses in answer['guesses']]
+        return ' | '.join(map(', '.join, lists))
     if 'label' in answer:
-        return f"{' '.join(answer['label'].split())} {answer['probability']:.4f}"
+        return f"{answer['label']} {answer['probability']:.4f}"
     if 'tags' in answer:
         tagged = ' '.join(map('/'.join, zip(answer['tokens'], answer['tags'])))
         found = '; '.join(f"{e['kind']}: {e['text']}" for e in answer['entities'])
         return f'{tagged}\t{found}'.rstrip()
     if 'targets' in answer:
-        return '\n'.join(' '.join(target['text'].split()) for target in answer['targets'])
-    return ' '.join(answer['answer'].split())
+        return '\n'.join(one_line(target['text']) for target in answer['targets'])
+    return one_line(answer['answer'])
 
 def print_answers(model, tokenizer, prompt, kind, labels, settings):
     """Answer each line of the prompt with a line on standard output; an empty line stays empty."""
-    started, examples = time.perf_counter(), []
+    started, rows = time.perf_counter(), []
     lines = [line.strip() for line in prompt.removesuffix('\n').split('\n')]
-    for n, line in enumerate(lines):
-        if not line:
-            continue
+    for n, line in enumerate(lines, 1):
         try:
-            if kind == 'masks' and '[MASK]' not in line:
+            if kind == 'masks' and line and '[MASK]' not in line:
                 raise ValueError(f"{line[:60]!r} has no [MASK]: write one for a word to predict")
-            made = examples_of(tokenizer, kind, line, labels, model.config.block_size)
+            if line:
+                rows.append(examples_of(tokenizer, kind, line, model.config.block_size))
         except ValueError as e:
-            raise ValueError(f"line {n + 1}: {e}" if len(lines) > 1 else str(e)) from None
-        for example in made:
-            example['meta']['row'] = n
-        examples += made
-    if not examples:
+            raise ValueError(f"line {n}: {e}") from None
+    if not rows:
         raise ValueError("--start is empty: give a text, FILE:path, or - for standard input")
-    if kind == 'masks':
-        suppressed = suppressed_tokens(model, tokenizer).cpu()
-        suppressed[tokenizer.end_ids] = True
-        best = lambda example, logits: {'guesses': decode_masks(
-            tokenizer, suppressed, example, logits, settings.top_k or 5)}
-        answers, _ = predict(model, examples, tokenizer.pad_id, best, batch_size=8)
-    else:
-        answers, _, _ = answer_rows(model, tokenizer, examples, kind, labels, settings)
+    answers, _ = answer_rows(model, tokenizer, rows, kind, labels, settings)
     rest = iter(answers)
     for line in lines:
         if not line:
@@ -1000,41 +932,38 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings):
             print(json.dumps({'text': line} | next(rest), ensure_ascii=False))
         else:
             print(format_answer(next(rest)))
-    report(started, len(answers), 'answer' + 's' * (len(answers) != 1), 'a second')
+    report(started, len(answers), 'answers', 'a second')
 
 def main(argv):
     given = read_flags(argv, __doc__, {'flags': Settings})
     settings = Settings(**given)
-    device = find_device(settings.device)
-    if settings.seed < 0:
-        settings.seed = int.from_bytes(os.urandom(4), 'little')
-    path = settings.init_from or settings.out_dir
-    if not settings.init_from and not os.path.exists(path):
-        raise FileNotFoundError(f"there is no folder {path}: train a model first, with python "
-                                "train.py")
+    check_flags(settings)
+    device, path = find_device(settings.device), settings.init_from or settings.out_dir
     model, checkpoint, tokenizer = open_model(path, device)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: it cannot read or write text")
-    labels = checkpoint.get('labels', [])
-    usual = {'gpt': 'text', 'lstm': 'text', 'bert': 'masks', 'encdec': 'seq2seq'}
-    kind = checkpoint.get('task') or usual[model.config.arch]
-    check_use(given, settings, kind, model.config.arch)
-    if settings.export:
+    labels, arch = checkpoint.get('labels', []), model.config.arch
+    kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
+    use, dtype = check_use(given, settings, kind, arch), settings.dtype
+    if kind == 'seq2seq':
+        settings.temperature = given.get('temperature', 0.0)
+    if settings.seed < 0:
+        settings.seed = int.from_bytes(os.urandom(4))
+    if dtype == 'auto':
+        half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = 'bfloat16' if half and use == 'start' else 'float32'
+    model, prompt = model.to(getattr(torch, dtype)).eval(), read_start(settings.start)
+    if use == 'export':
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
-        return
-    half = device == 'cuda' and not (settings.score or settings.attention) and \
-        torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = ('bfloat16' if half else 'float32') if settings.dtype == 'auto' else settings.dtype
-    model = model.to(getattr(torch, dtype)).eval()
-    prompt = read_start(settings.start)
-    if settings.attention:
-        write_attention(model, tokenizer, prompt, kind, labels, settings)
+    elif use == 'attention':
+        write_attention(model, tokenizer, prompt, kind, settings)
     elif kind == 'masks' and 'output.bias' in checkpoint.get('new', []):
         raise ValueError(f"{path} is an encoder without a head, so it has no output: fine-tune it "
                          f"first, with python train.py --init_from {path}")
-    elif settings.score:
-        scores = score_file(model, tokenizer, settings.score, kind, labels, settings)
+    elif use == 'score':
+        scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings)
+                  if kind in TASKS else score_text(model, tokenizer, settings.score, kind))
         print(json.dumps(scores) if settings.json else format_scores(scores))
     elif kind == 'text':
         print_texts(model, tokenizer, prompt, settings)
