@@ -33,12 +33,11 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import functools
 import glob
 import gzip
 import hashlib
 import heapq
-import http.client
+import importlib
 import io
 import itertools
 import json
@@ -71,16 +70,14 @@ import tiktoken
 
 BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
           'above': ('above', operator.gt), 'below': ('below', operator.lt)}
-KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a text',
-         list: 'a list'}
 
-def flag(default, help, choices=(), low=None, high=None, above=None, below=None, kind=None):
+def flag(default, help, choices=(), kind=None, **bounds):
     """
     A field that describes itself. `low` and `high` are allowed values, `above` and `below` are
     not. `kind` is its type, given where the default is None: a value that is derived or missing.
     """
-    rules = dict(help=help, choices=choices, low=low, high=high, above=above, below=below,
-                 kind=kind or type(default))
+    rules = dict.fromkeys(BOUNDS) | dict(help=help, choices=choices, kind=kind or type(default),
+                                         **bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -89,42 +86,27 @@ def check_flags(settings):
     """Raise ValueError for the first field of a dataclass of flags whose value breaks its rules."""
     for f in dataclasses.fields(settings):
         value, rules = getattr(settings, f.name), f.metadata
-        kind, choices = rules['kind'], rules['choices']
-        if value is None and f.default is None:
+        if value is None:
             continue
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"--{f.name} {value!r}: must be {KINDS[kind]}")
-        if choices and value not in choices:
-            known = ', '.join(filter(None, choices))
+        if rules['choices'] and value not in rules['choices']:
+            known = ', '.join(filter(None, rules['choices']))
             raise ValueError(f"--{f.name} {value}: choose one of {known}")
-        if kind is float and not abs(value) < math.inf:
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} {value}: must be finite")
         for bound, (words, holds) in BOUNDS.items():
             if rules[bound] is not None and not holds(value, rules[bound]):
                 raise ValueError(f"--{f.name} {value}: must be {words} {rules[bound]}")
 
-def parse_value(kind, text):
-    """The text of a flag as a value of its kind."""
-    booleans = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
-    try:
-        return booleans[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text} is not {KINDS[kind]}") from None
+def boolean(text):
+    """--compile=False: what bool('False') gives is True."""
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
 
-def normalize_flag(word, kinds):
+def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
-    name, equals, value = word.partition('=')
-    if not name.startswith('--') or name == '--help':
-        return word
-    plain = name[2:].replace('-', '_')
-    if plain in kinds:
-        return f'--{plain}{equals}{value}'
-    positive = plain.removeprefix('no_')
-    if kinds.get(positive) is bool and not equals:
-        return f'--{positive}=False'
-    near = difflib.get_close_matches(plain, kinds, n=1)
-    hint = f"did you mean --{near[0]}?" if near else "see --help"
-    raise ValueError(f"unknown flag {name}: {hint}")
+    word = re.sub('^--[^=]+', lambda name: '--' + name[0][2:].replace('-', '_'), word)
+    return re.sub('^--no_(.+)', r'--\1=False', word)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -138,43 +120,44 @@ def read_flags(argv, description, groups):
     parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    kinds, many = {}, {bool: dict(nargs='?', const=True), list: dict(nargs='+', action='extend')}
+    names, options = [], {bool: dict(type=boolean, nargs='?', const=True),
+                          list: dict(nargs='+', action='extend')}
     for title, cls in groups.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            kind = kinds[f.name] = f.metadata.get('kind', type(f.default))
-            about = f.metadata['help']
+            kind, about = f.metadata.get('kind', type(f.default)), f.metadata['help']
             if f.metadata['choices']:
                 about += ': ' + ' | '.join(filter(None, f.metadata['choices']))
             if f.default not in (None, '', dataclasses.MISSING):
                 about += f' [{f.default}]'
-            group.add_argument(f'--{f.name}', help=about.replace('%', '%%'), metavar=kind.__name__,
-                               type=functools.partial(parse_value, str if kind is list else kind),
-                               **many.get(kind, {}))
+            names.append(f'--{f.name}')
+            group.add_argument(names[-1], help=about.replace('%', '%%'), metavar=kind.__name__,
+                               **options.get(kind, dict(type=kind)))
 
     def parse(words):
-        given, extra = parser.parse_known_args([normalize_flag(word, kinds) for word in words])
+        given, extra = parser.parse_known_args(map(normalize_flag, words))
         if extra:
-            raise ValueError(f"{extra[0]} belongs to no flag: see --help")
+            near = difflib.get_close_matches(extra[0].partition('=')[0], names, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise ValueError(f"{extra[0]} belongs to no flag: {hint}")
         return vars(given)
 
     given = parse(argv)
-    path = given.get('config')
-    if not path:
+    if not given.get('config'):
         return given
     try:
-        values = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+        values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8'))
         return parse([f'--{name}={value}' for name, value in values.items()]) | given
     except ValueError as e:
-        raise ValueError(f"--config {path}: {e}") from None
+        raise ValueError(f"--config {given['config']}: {e}") from None
 
 def write_config(values, notes=()):
     """{name: value} as TOML that --config reads. None, which stands for derived, is left out."""
-    lines = [f'# {note}\n' for note in notes]
+    lines = [f'# {note}' for note in notes]
     for name, value in values.items():
         if value is not None:
-            lines.append(f'{name} = {json.dumps(value, ensure_ascii=False)}\n')
-    return ''.join(lines)
+            lines.append(f'{name} = {json.dumps(value, ensure_ascii=False)}')
+    return '\n'.join(lines) + '\n'
 
 def run(main):
     """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
@@ -211,13 +194,13 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 FORMAT = 'plainformer tokenizer 2'
 
-# Where a long text may be cut, so that no token would cross the cut: at the end of a line, before a
-# line that begins with something solid; else before a space. (?r) searches from the end.
-CUTS = [regex.compile(pattern) for pattern in (r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)',
-                                               r'(?r)(?<=\S)(?= \S)')]
-SHORT = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
+# Where a long text may be cut, so that no token would cross the cut: before a line that begins with
+# something solid, or before a space (not in a line that begins with <|endoftext|>, or it would
+# look like a marker). (?r) searches from the end.
+CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
+PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
-def safe_pieces(texts, size):
+def safe_pieces(texts, size=PIECE):
     """
     Join texts and cut them again, into pieces of about `size` characters that no token crosses. A
     text without such places is cut anywhere, into pieces that are twice as long.
@@ -225,18 +208,14 @@ def safe_pieces(texts, size):
     rest = ''
     for text in texts:
         rest += text
-        cuts = [pattern.search(rest) for pattern in CUTS] if len(rest) >= size else []
-        cut = next((match.start() for match in cuts if match), 0)
-        if not cut and len(rest) >= 2 * size:
-            cut = len(rest)
-        if cut:
+        if len(rest) < size:
+            continue
+        found = CUT.search(rest)
+        if found or len(rest) >= 2 * size:
+            cut = found.start() if found else len(rest)
             yield rest[:cut]
             rest = rest[cut:]
     yield rest
-
-def short_pieces(text):
-    """A text in pieces of about SHORT characters."""
-    return safe_pieces((text[i:i + SHORT] for i in range(0, len(text), SHORT)), SHORT)
 
 class Tokenizer:
     """
@@ -276,18 +255,13 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> uint32 ids (T,). Raises ValueError where it cannot be written in tokens."""
-        if self.name == 'char':
-            unknown = [c for c in set(text) if c.encode(errors='replace') not in self.ranks]
-            if unknown:
-                at = min(map(text.index, unknown))
-                raise ValueError(f"the tokenizer has never seen {text[at]!r} (character {at + 1} "
-                                 f"of {text[:at + 20]!r}): it knows the characters of its text")
-        try:
-            ids = [self.encoding.encode_to_numpy(piece, disallowed_special=())
-                   for piece in short_pieces(text)]
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
-            raise ValueError(f"this is not valid Unicode text: {text[:40]!r}") from None
-        return np.concatenate(ids)
+        for c in dict.fromkeys(text) if self.name == 'char' else ():
+            if c.encode(errors='replace') not in self.ranks:
+                at = text.index(c) + 1
+                raise ValueError(f"the tokenizer has never seen {c!r} (character {at} of the text)")
+        chunks = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
+        return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=())
+                               for piece in safe_pieces(chunks)])
 
     def encode_batch(self, texts):
         """The ids of many texts, on all cores: tiktoken releases Python's lock."""
@@ -307,15 +281,11 @@ class Tokenizer:
         return ids, np.stack([character[ends[:-1]], character[ends[1:] - 1] + 1], axis=1)
 
     def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids])
+        return self.encoding.decode(list(ids))
 
     def token_bytes(self, i):
         """What one token adds to a text."""
         return self.encoding.decode_single_token_bytes(i)
-
-    def text_of(self, i):
-        """The name of a special token."""
-        return next(text for text, j in self.special.items() if i == j)
 
     def to_dict(self):
         """Plain data, for JSON and checkpoints."""
@@ -328,22 +298,25 @@ class Tokenizer:
     def from_dict(saved):
         if saved.get('format') != FORMAT:
             raise ValueError(f"this is no tokenizer of this version: its format is not {FORMAT!r}")
-        try:
-            if saved['name'] == HFTokenizer.name:
-                engine = import_tokenizers().Tokenizer.from_str(saved['engine'])
-                return HFTokenizer(engine, saved['special'], saved['end_ids'])
-            ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
-            return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
-        except (KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"the tokenizer is damaged ({e!r}): prepare the data again") from None
+        if saved['name'] == HFTokenizer.name:
+            engine = optional('tokenizers').Tokenizer.from_str(saved['engine'])
+            return HFTokenizer(engine, saved['special'], saved['end_ids'])
+        ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
+        return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
     def hf_engine(self, special):
         """The same as a tokenizer of the package `tokenizers`."""
         if self.name == 'char':
-            raise ValueError("the tokenizer char has no counterpart in transformers: prepare the "
-                             "data with --tokenizer bpe or byte")
-        hf = import_tokenizers()
-        engine = hf.Tokenizer(hf.models.BPE(*vocab_and_merges(self.ranks)))
+            raise ValueError("transformers has no tokenizer like char: use --tokenizer byte or bpe")
+        write = lambda token: ''.join(VISIBLE[b] for b in token)
+        merges = []  # each token with all pairs of tokens that it can be merged of
+        for token in self.ranks:
+            for i in range(1, len(token)):
+                if token[:i] in self.ranks and token[i:] in self.ranks:
+                    merges.append((write(token[:i]), write(token[i:])))
+        hf = optional('tokenizers')
+        vocab = {write(token): i for token, i in self.ranks.items()}
+        engine = hf.Tokenizer(hf.models.BPE(vocab, merges))
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                            use_regex=self.name != 'byte')
         engine.decoder = hf.decoders.ByteLevel()
@@ -354,11 +327,9 @@ class Tokenizer:
         """{file name: data} for transformers, with the special tokens below vocab_size."""
         special = {text: i for text, i in self.special.items() if i < vocab_size}
         config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-        for key, name in {'eos_token': '<|endoftext|>', 'bos_token': '<|start|>',
-                          'pad_token': '[PAD]', 'cls_token': '[CLS]', 'sep_token': '[SEP]',
-                          'mask_token': '[MASK]'}.items():
+        for name, (key, *_) in ROLES.items():
             if name in special:
-                config[key] = self.text_of(special[name])
+                config[key] = self.decode([special[name]])
         return {'tokenizer.json': json.loads(self.hf_engine(special).to_str()),
                 'tokenizer_config.json': config}
 
@@ -372,22 +343,8 @@ def byte_tokenizer():
 
 def gpt2_tokenizer():
     """That of GPT-2, with our special tokens behind its own 50,257."""
-    try:
-        base = tiktoken.get_encoding('gpt2')
-    except Exception as e:  # whatever the network raises
-        raise ValueError(f"the gpt2 tokenizer could not be downloaded ({type(e).__name__}): go "
-                         "online once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use "
-                         "--tokenizer bpe") from None
+    base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
-
-def count_pairs(tokens):
-    """
-    How often each pair of neighbours occurs.
-
-    >>> dict(count_pairs([1, 2, 3, 1, 2]))
-    {(1, 2): 2, (2, 3): 1, (3, 1): 1}
-    """
-    return collections.Counter(itertools.pairwise(tokens))
 
 def merge(tokens, pair, new):
     """
@@ -396,14 +353,12 @@ def merge(tokens, pair, new):
     >>> merge([1, 2, 3, 1, 2], (1, 2), 4)
     [4, 3, 4]
     """
-    merged, i = [], 0
-    while i < len(tokens):
-        if tokens[i] == pair[0] and tokens[i + 1:i + 2] == [pair[1]]:
-            merged.append(new)
-            i += 2
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
         else:
-            merged.append(tokens[i])
-            i += 1
+            merged.append(token)
     return merged
 
 def train_bpe(piece_counts, n_tokens):
@@ -422,8 +377,8 @@ def train_bpe(piece_counts, n_tokens):
     counts = collections.defaultdict(int)   # pair -> how often it occurs
     holders = collections.defaultdict(set)  # pair -> the numbers of the pieces that hold it
     for i, piece in enumerate(pieces):
-        for pair, n in count_pairs(piece).items():
-            counts[pair] += n * weights[i]
+        for pair in itertools.pairwise(piece):
+            counts[pair] += weights[i]
             holders[pair].add(i)
 
     # A heap has the commonest pair on top. Counts change after a pair was pushed: one that comes
@@ -441,12 +396,11 @@ def train_bpe(piece_counts, n_tokens):
         new, changed = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         for i in holders.pop(pair):
-            piece, weight = pieces[i], weights[i]
-            for p in zip(piece, piece[1:]):
-                counts[p] -= weight
-            pieces[i] = piece = merge(piece, pair, new)
-            for p in zip(piece, piece[1:]):
-                counts[p] += weight
+            for p in itertools.pairwise(pieces[i]):
+                counts[p] -= weights[i]
+            pieces[i] = merge(pieces[i], pair, new)
+            for p in itertools.pairwise(pieces[i]):
+                counts[p] += weights[i]
                 if new in p:
                     changed.add(p)
                     holders[p].add(i)
@@ -454,20 +408,19 @@ def train_bpe(piece_counts, n_tokens):
             heapq.heappush(heap, entry(p))
         progress(f"learning tokens: {new:,} of {n_tokens:,}")
     progress('')
-    unique = dict.fromkeys(tokens)  # two pairs may give the same bytes: one token
-    return {token: i for i, token in enumerate(unique)}
+    # Two pairs may give the same bytes: one token.
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 def bpe_tokenizer(texts, vocab_size):
     """A byte-level BPE learned from texts. vocab_size counts the special tokens too."""
-    n_tokens = vocab_size - len(SPECIALS)
-    if n_tokens < 256:
-        raise ValueError(f"--vocab_size {vocab_size}: a bpe vocabulary has 256 bytes and "
-                         f"{len(SPECIALS)} special tokens: choose at least {256 + len(SPECIALS)}")
+    least = 256 + len(SPECIALS)
+    if vocab_size < least:
+        raise ValueError(f"--vocab_size {vocab_size}: bpe has all bytes and some special tokens: "
+                         f"choose at least {least}")
     counts, pattern = collections.Counter(), regex.compile(WORDS)
     for text in texts:
-        for piece in short_pieces(text):
-            counts.update(pattern.findall(piece))
-    return Tokenizer('bpe', WORDS, train_bpe(counts, n_tokens))
+        counts.update(pattern.findall(text))
+    return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
 def next_merge(ranks, parts):
     """
@@ -493,7 +446,7 @@ def explain(tokenizer, text):
             parts[i:i + 2] = [b''.join(parts[i:i + 2])]
     yield f"{len(ids):,} tokens: " + ', '.join(f'{render_token(tokenizer, i)} {i}' for i in ids)
 
-SIGNS = str.maketrans({' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥'})
+SIGNS = str.maketrans(' \n\r\t', '␣⏎␍⇥')
 
 def render_bytes(data):
     """Bytes to be seen: ␣ is a space, ⏎ a line end, ‹E6 98› less than a character."""
@@ -505,36 +458,22 @@ def render_bytes(data):
 def render_token(tokenizer, i):
     """A token to be seen."""
     if i in tokenizer.special.values():
-        return tokenizer.text_of(i)
+        return tokenizer.decode([i])
     return render_bytes(tokenizer.token_bytes(i))
 
 # -----------------------------------------------------------------------------
 # The tokenizers of other models, through the package `tokenizers`
 
 # GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
-VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_OF = {chr(b): b for b in VISIBLE}
-BYTE_OF |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)}.difference(VISIBLE)))}
+others = itertools.count(256)
+VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
 
-def vocab_and_merges(ranks):
-    """A table {bytes: id} as GPT-2's files have it: with the two tokens that each is merged of."""
-    visible, merges = {b: c for c, b in BYTE_OF.items()}, []
-    write = lambda token: ''.join(visible[b] for b in token)
-    for token in sorted(ranks, key=ranks.get):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:  # merge as an encoder would, until two are left
-            _, i = next_merge(ranks, parts)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(map(write, parts)))
-    return {write(token): i for token, i in ranks.items()}, merges
-
-def import_tokenizers():
+def optional(package):
+    """A package that only some folders need."""
     try:
-        import tokenizers
+        return importlib.import_module(package)
     except ImportError:
-        raise ValueError("this tokenizer needs one more package: pip install tokenizers") from None
-    return tokenizers
+        raise ValueError(f"one more package is needed: pip install {package}") from None
 
 class HFTokenizer(Tokenizer):
     """That of another model (WordPiece, SentencePiece, ...); engine is a tokenizers.Tokenizer."""
@@ -570,21 +509,11 @@ class HFTokenizer(Tokenizer):
         return next(self.encode_all([text]))
 
     def decode(self, ids):
-        return self.engine.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.engine.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self, i):
-        """What one token adds to a text that goes on: a word of WordPiece, the space before it."""
-        token, kind = self.engine.id_to_token(i) or '', type(self.engine.decoder).__name__
-        if kind == 'ByteLevel':
-            return b''.join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in token)
-        if kind == 'WordPiece':
-            return (token[2:] if token.startswith('##') else ' ' + token).encode()
-        if re.fullmatch('<0x[0-9A-F]{2}>', token):
-            return bytes.fromhex(token[3:5])
-        return token.replace('\u2581', ' ').encode()
-
-    def text_of(self, i):
-        return self.engine.id_to_token(i)
+        """What one token adds behind itself: a word of WordPiece, the space before it."""
+        return self.decode([i, i])[len(self.decode([i])):].encode()
 
     def to_dict(self):
         return {'format': FORMAT, 'name': self.name, 'special': self.special,
@@ -600,168 +529,110 @@ ROLES = {
     '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>', '<|begin_of_text|>'),
     '[SEP]': ('sep_token', '[SEP]', '</s>'),
     '[MASK]': ('mask_token', '[MASK]'),
-    **{f'<extra_{i}>': (f'<extra_id_{i}>',) for i in range(100)},
+    '<|start|>': ('bos_token', '<s>'),
 }
-# What tokenizer_config.json may say where no tokenizer.json describes the tokenizer.
-UNDERSTOOD = {
-    'tokenizer_class': ('BertTokenizer', 'DistilBertTokenizer', 'ElectraTokenizer',
-                        'MobileBertTokenizer', 'GPT2Tokenizer', 'RobertaTokenizer'),
-    'subword_tokenizer_type': ('wordpiece',), 'word_tokenizer_type': ('basic',),
-    'do_subword_tokenize': (True,), 'do_word_tokenize': (True,), 'do_basic_tokenize': (True,),
-}
-
-def read_vocabulary(folder, config, added):
-    """
-    vocab.txt as WordPiece, or vocab.json and merges.txt as byte-level BPE, with added tokens
-    {text: id} -> a tokenizers.Tokenizer.
-    """
-    for key, values in UNDERSTOOD.items():
-        value = config.get(key)
-        if value is not None and value not in values and str(value)[:-4] not in values:  # ...Fast
-            raise ValueError(f"{folder}: {key}={value} is not supported here: save the tokenizer "
-                             "as a tokenizer.json, or choose another model")
-    hf, path = import_tokenizers(), functools.partial(os.path.join, folder)
-    if os.path.exists(path('vocab.txt')):
-        if not config:
-            print(f"{folder} has no tokenizer_config.json: all letters become lower case, as in "
-                  "transformers", file=sys.stderr)
-        engine = hf.BertWordPieceTokenizer(
-            path('vocab.txt'), lowercase=config.get('do_lower_case', True),
-            strip_accents=config.get('strip_accents'),
-            handle_chinese_chars=config.get('tokenize_chinese_chars', True))
-    elif os.path.exists(path('vocab.json')) and os.path.exists(path('merges.txt')):
-        vocab, merges = hf.models.BPE.read_file(path('vocab.json'), path('merges.txt'))
-        engine = hf.ByteLevelBPETokenizer(
-            vocab, merges, add_prefix_space=config.get('add_prefix_space', False))
-    else:
-        raise ValueError(f"{folder} has no tokenizer that can be read here: it needs "
-                         "tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    special = {value for key, value in config.items() if key.endswith('_token')}
-    for text in sorted(added, key=added.get):
-        add = engine.add_special_tokens if text in special else engine.add_tokens
-        add([text])
-        if engine.token_to_id(text) != added[text]:
-            raise ValueError(f"{folder}: the added token {text!r} cannot have the id {added[text]}")
-    return hf.Tokenizer.from_str(engine.to_str())
 
 def open_huggingface(folder):
-    """The tokenizer of a Hugging Face folder. Raises ValueError where it has none, or no end."""
-    path = functools.partial(os.path.join, folder)
-    read = lambda name: read_json(path(name)) if os.path.exists(path(name)) else {}
+    """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
+    def read(name):
+        path = os.path.join(folder, name)
+        return read_json(path) if os.path.exists(path) else {}
+
     config = read('special_tokens_map.json') | read('tokenizer_config.json')
-    for key, value in config.items():
-        if isinstance(value, dict) and 'content' in value:
-            config[key] = value['content']
-    if os.path.exists(path('tokenizer.json')):
-        engine = import_tokenizers().Tokenizer.from_file(path('tokenizer.json'))
-    else:
-        added = config.get('added_tokens_decoder', {}).items()
-        added = {token['content']: int(i) for i, token in added} | read('added_tokens.json')
-        engine = read_vocabulary(folder, config, added)
+    path = os.path.join(folder, 'tokenizer.json')
+    if os.path.exists(path):
+        engine = optional('tokenizers').Tokenizer.from_file(path)
+    else:  # older files, which transformers can read
+        if not config:
+            print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
+                  "transformers", file=sys.stderr)
+        theirs = optional('transformers').AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False)
+        engine, config = theirs.backend_tokenizer, theirs.special_tokens_map
 
-    def find(*candidates):
-        """The id of the first candidate that is a token, or None."""
-        texts = [config.get(name, name) for name in candidates]
-        return next((engine.token_to_id(text) for text in texts
-                     if isinstance(text, str) and engine.token_to_id(text) is not None), None)
-
-    ends = [find(*ROLES['<|endoftext|>'])]  # a text ends at each token that a file calls its end
+    vocab, special = engine.get_vocab(), {}
+    sentinels = {f'<extra_{i}>': [f'<extra_id_{i}>'] for i in range(100)}
+    for name, candidates in (ROLES | sentinels).items():
+        for candidate in candidates:
+            text = config.get(candidate, candidate)
+            text = text['content'] if isinstance(text, dict) else text
+            if text in vocab:
+                special.setdefault(name, vocab[text])
+    ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     for name in ('generation_config.json', 'config.json'):
         found = read(name).get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
-    ends = [i for i in dict.fromkeys(ends) if i is not None and engine.id_to_token(i)]
+    ends = [i for i in dict.fromkeys(ends) if i in vocab.values()]
     if not ends:
-        raise ValueError(f"{folder}: its tokenizer has no token that ends a text: it needs a "
-                         "tokenizer_config.json with an eos_token")
-    special = dict.fromkeys(['<|endoftext|>', '[PAD]', '[CLS]', '[SEP]'], ends[0])
-    for name, candidates in ROLES.items():
-        found = find(*candidates)
-        if found is not None:
-            special[name] = found
+        raise ValueError("no token ends a text: it needs a tokenizer_config.json with eos_token")
+    for name in SPECIALS[:4]:  # all but [MASK]
+        special.setdefault(name, ends[0])
     # What stands before a text: a Llama's tokenizer puts <s> there; T5's decoder begins with [PAD].
-    start, begin = read('config.json').get('decoder_start_token_id'), find('bos_token', '<s>')
-    if start is None and '<extra_0>' in special:
-        start = special['[PAD]']
-    if start is None and begin is not None and engine.encode('').ids[:1] == [begin]:
-        start = begin
+    begin, start = engine.encode('').ids[:1], special.pop('<|start|>', None)
+    start = read('config.json').get('decoder_start_token_id', start if begin == [start] else None)
     if start is not None:
         special['<|start|>'] = start
     for i, token in engine.get_added_tokens_decoder().items():
-        if token.special and i not in special.values():
-            special[f'{token.content} {i}' if token.content in special else token.content] = i
+        if token.special:
+            special[f'{token.content} {i}'] = i
     return HFTokenizer(engine, special, ends)
 
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
     files = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model'} & {*os.listdir(folder)}
     if not files:
-        raise FileNotFoundError(f"{folder} has no tokenizer.json: give a folder that "
-                                "prepare_data.py made")
-    if 'tokenizer.json' in files:
-        saved = read_json(os.path.join(folder, 'tokenizer.json'))
-        if 'format' in saved:
-            return Tokenizer.from_dict(saved)
+        raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
     try:
+        if 'tokenizer.json' in files:
+            saved = read_json(os.path.join(folder, 'tokenizer.json'))
+            if 'format' in saved:
+                return Tokenizer.from_dict(saved)
         return open_huggingface(folder)
-    except (ValueError, OSError, KeyboardInterrupt):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({type(e).__name__}: "
-                         f"{str(e)[:80]}): fetch its files again") from None
+        why = ' '.join(f'{type(e).__name__}: {e}'.split())
+        raise ValueError(f"{folder}: fetch or make its tokenizer.json again: {why}") from None
 
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
 
-PIECE = 1 << 22                                        # characters that are read at once
-MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on a line of its own it ends a document
+MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on its own line it ends a document
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out."""
     found = []
     for path in paths:
-        inside = [path]
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"there is no file or folder {path}")
-        if os.path.isdir(path):
-            names = glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)
-            files = {os.path.realpath(name): name for name in names if os.path.isfile(name)}
-            inside = sorted(files.values(), key=Path)  # once, though links lead in circles
-            if not files:
-                raise ValueError(f"folder {path} holds no files: put UTF-8 text files into it")
-        elif not os.path.isfile(path):
-            raise ValueError(f"{path} can be read only once: save it as a file")
-        found += inside
+        names = [path, *glob.glob(f'{glob.escape(path)}/**', recursive=True)]
+        files = {os.path.realpath(name): str(name) for name in names if os.path.isfile(name)}
+        if not files:
+            raise ValueError(f"{path} is no file (save a pipe as one), nor a folder of files")
+        found += sorted(files.values(), key=Path)  # once each, though links lead in circles
     return found
 
-def read_text(path):
-    """The text of a file in pieces, its line ends as \\n. Raises ValueError at a bad byte."""
+@contextlib.contextmanager
+def open_text(path):
+    """A text file, its line ends as \\n. Raises ValueError at a bad byte."""
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
         try:
-            while text := f.read(PIECE):
-                yield text
+            yield f
         except UnicodeDecodeError as e:
             offset = f.buffer.tell() - len(e.object) + e.start
-            raise ValueError(f"{path} is not UTF-8: the byte at offset {offset} cannot be read as "
-                             "text. Convert the file, or leave it out") from None
+            raise ValueError(f"{path} is not UTF-8 (the byte at offset {offset}): convert it, or "
+                             "leave it out") from None
 
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
-    n, rest = 1, ''
-    for text in read_text(path):
-        *lines, rest = (rest + text).split('\n')
-        yield from enumerate(lines, n)
-        n += len(lines)
-    if rest:
-        yield n, rest
+    with open_text(path) as f:
+        for n, line in enumerate(f, 1):
+            yield n, line.removesuffix('\n')
 
 def is_json_lines(path):
     """Whether a file has a JSON object a line: its name tells, or the first line of a .json."""
     if not path.endswith('.json'):
         return path.endswith(('.jsonl', '.ndjson', '.jsonlines'))
-    try:
-        return isinstance(json.loads(next(read_lines(path))[1]), dict)
-    except (StopIteration, ValueError):
-        return False
+    first = next((line.strip() for _, line in read_lines(path)), '')
+    return first.startswith('{') and first.endswith('}')
 
 def read_rows(path, names, optional=()):
     """(number, texts) of every row: JSON lines with the keys `names`, or columns between tabs."""
@@ -777,54 +648,51 @@ def read_rows(path, names, optional=()):
                 texts = [row[name] for name in names]
                 texts += [row[name] for name in optional if name in row]
                 ''.join(texts).encode()  # each a text, and no half of a surrogate pair
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-                example = json.dumps(dict.fromkeys(names, '...'))
-                raise ValueError(f"{path}, line {n}: a row must be JSON with texts, such as "
-                                 f"{example} ({type(e).__name__})") from None
+            except Exception as e:
+                raise ValueError(f"{path}, line {n}: a row must be JSON with a text for each of "
+                                 f"{', '.join(names)} ({e!r})") from None
             yield n, texts
 
 def read_pieces(path):
     """
-    Yield a file as (text, ends_document), up to PIECE characters at a time. Documents are the rows
+    Yield a file as (text, ends_document), about PIECE characters at a time. Documents are the rows
     of JSON lines, or what lies between lines that hold only <|endoftext|>; they may be empty.
     """
     if is_json_lines(path):
         for _, (text,) in read_rows(path, ['text']):
             yield text, True
         return
-    for piece in safe_pieces(read_text(path), PIECE):
-        *documents, rest = MARKER.split(piece)
-        for text in documents:
-            yield text, True
-        yield rest, False
+    with open_text(path) as f:
+        for piece in safe_pieces(iter(lambda: f.read(PIECE), '')):
+            *documents, rest = MARKER.split(piece)
+            for text in documents:
+                yield text, True
+            yield rest, False
     yield '', True
 
-def split_pieces(pieces, cut):
-    """(split, text, ends_document): the first `cut` characters are train, what follows is val."""
-    seen, split = 0, 'train' if cut else 'val'
+def part(pieces, begin, end):
+    """Of pieces (text, ends_document), the characters from begin to end. A cut ends no document."""
+    at = 0
     for text, ends in pieces:
-        size = max(0, cut - seen)
-        seen += len(text)
-        if 0 < size < len(text):  # the document goes on in the other split, without an end between
-            yield 'train', text[:size], False
-            text = text[size:]
-        if text:
-            split = 'train' if seen <= cut else 'val'
-        yield split, text, ends
+        first, last = max(0, begin - at), end - at
+        at += len(text)
+        if last < 0:
+            break
+        if at >= begin:
+            yield text[first:last], ends and at <= end
 
 # -----------------------------------------------------------------------------
 # Writing a folder
 
 def write_json(path, data):
-    with open(path, 'w', encoding='utf-8') as f:
-        json.dump(data, f, ensure_ascii=False, indent=1)
+    Path(path).write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding='utf-8')
 
 def read_json(path):
     """Raises ValueError where the file is not JSON."""
     data = Path(path).read_bytes()
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as e:
+    except Exception as e:
         if data.startswith(b'version https://git-lfs'):
             raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself") from None
         raise ValueError(f"{path} is damaged ({e}): make or fetch it again") from None
@@ -835,58 +703,53 @@ def new_folder(path):
     with new_folder(path) as temporary: ... The folder gets its name when all of it is written, in
     the place of an older data folder; after an error nothing is left.
     """
-    path = os.path.realpath(path)  # a link stays a link
-    meta = Path(path, 'meta.json')
-    ours = meta.exists() and b'plainformer data' in meta.read_bytes()
-    if os.path.exists(path) and not ours and (os.path.isfile(path) or os.listdir(path)):
-        raise ValueError(f"--out_dir {path} exists and is not a data folder: choose another name, "
-                         "or move it away")
-    beside = next(parent for parent in Path(path).parents if parent.exists())
-    with tempfile.TemporaryDirectory(dir=beside, prefix='.') as temporary:
-        new, old = os.path.join(temporary, 'new'), os.path.join(temporary, 'old')
-        os.mkdir(new)
+    path = Path(path).resolve()  # a link stays a link
+    meta = path / 'meta.json'
+    is_full = path.exists() and any(path.iterdir())
+    if is_full and not (meta.exists() and b'plainformer data' in meta.read_bytes()):
+        raise ValueError(f"--out_dir {path} holds files that are no data: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:
+        new, old = Path(temporary, 'new'), Path(temporary, 'old')
+        new.mkdir()
         yield new
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if os.path.exists(path):
-            os.rename(path, old)
-        os.rename(new, path)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
 
 def sha256_of(paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, 'rb') as f:
-            while data := f.read(PIECE):
-                digest.update(data)
+            hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()
 
 def batches(pieces):
-    """Short pieces, in lists of about PIECE characters: work for all cores."""
+    """Lists of pieces, of a few million characters together: work for all cores."""
     batch, size = [], 0
-    for text, ends in pieces:
-        *parts, last = short_pieces(text)
-        batch += [*((part, False) for part in parts), (last, ends)]
-        size += len(text)
-        if size >= PIECE:
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size > 40 * PIECE:
             yield batch
             batch, size = [], 0
     yield batch
 
 def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
-    counts = dict.fromkeys(('tokens', 'documents', 'characters', 'bytes'), 0)
+    counts = collections.Counter(tokens=0, characters=0, documents=0, bytes=0)
     is_open = False  # a document has begun
     with open(path, 'wb') as f:
         for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for (text, ends), ids in zip(batch, encoded):
                 is_open = is_open or len(ids) > 0
-                if ends and is_open:
+                closes = ends and is_open
+                if closes:
                     ids, is_open = np.append(ids, tokenizer.end_id), False
-                    counts['documents'] += 1
                 f.write(ids.astype(dtype).tobytes())
-                counts['tokens'] += len(ids)
-                counts['characters'] += len(text)
-                counts['bytes'] += len(text.encode())
+                counts.update(tokens=len(ids), characters=len(text), documents=closes,
+                              bytes=len(text.encode()))
             progress(f"encoding: {counts['characters'] / 1e6:,.1f} M characters")
     counts['documents'] += is_open  # cut in two by the split: it counts on both sides
     return counts
@@ -897,23 +760,23 @@ def write_ids(path, dtype, tokenizer, pieces):
 # arguments of model.forward(), and with `meta`, which holds what only scoring needs.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
-HEADERS = {'label', 'text', 'text_b', 'sentence', 'sentence1', 'sentence2', 'source', 'target'}
+HEADERS = 'label text text_b sentence sentence1 sentence2 source target'.split()
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""
-    columns, blank = '<TAB>'.join(names) + ''.join(f'[<TAB>{name}]' for name in optional), 0
+    columns, blank = '<TAB>'.join((*names, *(f'[{name}]' for name in optional))), 0
     for n, texts in read_rows(path, names, optional):
-        where, filled = f'{path}, line {n}', sum(text.strip() != '' for text in texts)
+        where, filled = f'{path}, line {n}', [text for text in texts if text.strip()]
         if not filled:
             blank = blank or n
             continue
         if blank and not optional:
-            raise ValueError(f"{path}, line {blank}: must be {columns}, and is empty: a lost text?")
-        if n == 1 and HEADERS.issuperset(text.lower() for text in texts):
+            raise ValueError(f"{path}, line {blank} is empty, and must be {columns}")
+        if n == 1 and all(text.lower() in HEADERS for text in texts):
             raise ValueError(f"{where} looks like a header: leave it out")
-        if filled < len(texts) or not len(names) <= filled <= len(names) + len(optional):
-            raise ValueError(f"{where}: {texts[0][:40]!r} ... must be {columns}, and has "
-                             f"{len(texts)} columns, {len(texts) - filled} of them empty")
+        if filled != texts or not len(names) <= len(texts) <= len(names) + len(optional):
+            raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
+                             "empty")
         row = dict(zip((*names, *optional), texts))
         if 'label' in row:
             row['label'] = ' '.join(row['label'].split())
@@ -924,45 +787,49 @@ def read_tagged(path):
     CoNLL: a token a line and its tag (O, B-kind or I-kind) in the last column, with tabs or spaces
     between columns, and a blank line between texts.
     """
-    tokens, tags, columns, first = [], [], 0, 1
-    for n, line in itertools.chain(read_lines(path), [(None, '')]):
+    row, columns = None, 0
+    for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if not line.strip(' \t') or line.startswith('-DOCSTART-'):
-            if tokens:
-                yield {'where': f'{path}, line {first}', 'tokens': tokens, 'tags': tags}
-            tokens, tags = [], []
+            if row:
+                yield row
+            row = None
             continue
         fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
         columns = columns or max(2, len(fields))
-        if len(fields) != columns or not fields[0] or not re.fullmatch(r'O|[BI]-\S+', fields[-1]):
-            raise ValueError(f"{path}, line {n}: {line[:40]!r} must be a token and, in column "
-                             f"{columns}, its tag: O, B-kind where an entity begins, I-kind inside")
-        if not tokens:
-            first = n
-        tokens.append(fields[0])
-        tags.append(fields[-1])
+        is_tag = re.fullmatch(r'O|[BI]-\S+', fields[-1])
+        if len(fields) != columns or not fields[0] or not is_tag:
+            raise ValueError(f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first "
+                             "a token, last its tag, which is O, B-kind or I-kind")
+        row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
+        row['tokens'].append(fields[0])
+        row['tags'].append(fields[-1])
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
-    text, rows, wrong, where = ''.join(read_text(path)), [], [], path
-    lines = (n for n, line in enumerate(text.split('\n'), 1) for _ in re.findall(r'"id"\s*:', line))
+    rows, wrong, where = [], [], path
+    with open_text(path) as f:
+        text = f.read()
+    lines = (n for n, line in enumerate(text.split('\n'), 1)
+             for _ in re.findall(r'"id"\s*:', line))  # one for each question
     try:
-        for paragraph in (p for article in json.loads(text)['data'] for p in article['paragraphs']):
-            context = paragraph['context']
-            for question in paragraph['qas']:
-                where = f"{path}, line {next(lines, 1)} (question {question['id']})"
-                answers = [(a['answer_start'], a['text']) for a in question['answers']]
-                rows.append({'where': where, 'id': question['id'], 'context': context,
-                             'question': question['question'], 'answers': answers})
-                (context + question['question']).encode()  # no half of a surrogate pair
-                for start, answer in answers:
-                    if start < 0 or not answer.strip() or not context.startswith(answer, start):
-                        wrong.append(f"{answer[:40]!r} is not at {start} ({where})")
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as e:
-        raise ValueError(f"{where}: this is not as SQuAD's JSON has it, where each question has "
-                         f"answers, or [] ({type(e).__name__}: {e})") from None
+        for article in json.loads(text)['data']:
+            for paragraph in article['paragraphs']:
+                context = paragraph['context']
+                for question in paragraph['qas']:
+                    where = f"{path}, line {next(lines, 1)} (question {question['id']})"
+                    answers = [(a['answer_start'], a['text']) for a in question['answers']]
+                    rows.append({'where': where, 'id': question['id'], 'context': context,
+                                 'question': question['question'], 'answers': answers})
+                    (context + question['question']).encode()  # no half of a surrogate pair
+                    for start, answer in answers:
+                        is_there = start >= 0 and context.startswith(answer, start)
+                        if not is_there or not answer.strip():
+                            wrong.append(f"{answer[:40]!r} of {where}")
+    except Exception as e:
+        raise ValueError(f"{where}: not as in SQuAD's JSON, where each question has answers, or "
+                         f"[] ({e!r})") from None
     if wrong:
-        raise ValueError(f"{path}: {len(wrong):,} answers do not stand at their answer_start. The "
-                         f"first: {wrong[0]}")
+        raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}")
     return rows
 
 def add_special_tokens(tokenizer, *texts):
@@ -1010,23 +877,18 @@ def tag_examples(tokenizer, row, labels, block_size):
     meta: `first` is the place of the first piece of each token, or -1 for a token without a piece
     of its own: some tokenizers drop characters such as U+200B.
     """
-    tokens = row['tokens']
+    tokens, examples, begin = row['tokens'], [], 0
     ids, offsets = tokenizer.encode_with_offsets(' '.join(tokens))
-    ends = np.cumsum([len(token) + 1 for token in tokens]) - 1
-    starts = [0, *(ends[:-1] + 1)]
-    first = np.searchsorted(offsets[:, 1], starts, side='right')  # the first piece that ends later
-    has_piece = first < np.searchsorted(offsets[:, 0], ends)      # and begins before the token ends
-    before = np.maximum.accumulate(np.where(has_piece, first, -1))[:-1]
-    has_piece[1:] &= first[1:] > before
-    stops = [*first[1:], len(ids)]
-    examples, begin = [], 0
+    ends = np.cumsum([len(token) + 1 for token in tokens])  # of each token and its space
+    owner = np.searchsorted(ends, offsets[:, 1])            # the token that a piece ends in
+    first = np.searchsorted(owner, np.arange(len(tokens)))
+    stop = np.searchsorted(owner, np.arange(len(tokens)), side='right')
     while begin < len(tokens):
-        end = begin + 1
-        while end < len(tokens) and stops[end] - first[begin] <= block_size - 2:
-            end += 1
-        part = ids[first[begin]:stops[end - 1]][:block_size - 2].tolist()
+        room = first[begin] + block_size - 2
+        end = max(begin + 1, int(np.searchsorted(stop, room, side='right')))
+        part = ids[first[begin]:min(stop[end - 1], room)].tolist()
         part, _ = add_special_tokens(tokenizer, part)
-        places = np.where(has_piece, first - first[begin] + 1, -1)[begin:end].tolist()
+        places = np.where(stop > first, first - first[begin] + 1, -1)[begin:end].tolist()
         example = {'ids': part, 'meta': {'tokens': tokens[begin:end], 'first': places}}
         if 'tags' in row:
             example['meta']['tags'] = row['tags'][begin:end]
@@ -1038,23 +900,13 @@ def tag_examples(tokenizer, row, labels, block_size):
         begin = end
     return examples
 
-def tokens_between(offsets, start, stop):
-    """The first and the last token of text[start:stop]; the tokenizer may drop its last accents."""
-    first, last = np.searchsorted(offsets[:, 1], [start, stop - 1], side='right')
-    return np.array([first, min(last, np.searchsorted(offsets[:, 0], stop) - 1)])
-
-def encode_context(tokenizer, context, start, stop):
-    """ids and offsets of a context, and the first and last token of its answer [start:stop]."""
-    ids, offsets = tokenizer.encode_with_offsets(context)
-    first, last = answer = tokens_between(offsets, start, stop)
-    if context[offsets[first, 0]:offsets[last, 1]].strip() == context[start:stop].strip():
-        return ids, offsets, answer
-    parts = []  # the answer begins or ends inside of a token: encode it apart from what is around
-    for a, b in itertools.pairwise([0, start, stop, len(context)]):
-        part, places = tokenizer.encode_with_offsets(context[a:b])
-        parts.append((part, places + a))
-    ids, offsets = map(np.concatenate, zip(*parts))
-    return ids, offsets, tokens_between(offsets, start, stop)
+def encode_parts(tokenizer, text, cuts):
+    """ids (T,) and offsets (T, 2) of a text, of which no token crosses a cut."""
+    parts = []
+    for begin, end in itertools.pairwise([0, *cuts, len(text)]):
+        ids, offsets = tokenizer.encode_with_offsets(text[begin:end])
+        parts.append((ids, offsets + begin))
+    return map(np.concatenate, zip(*parts))
 
 def qa_examples(tokenizer, row, labels, block_size):
     """
@@ -1072,11 +924,16 @@ def qa_examples(tokenizer, row, labels, block_size):
     context, size, place = row['context'], block_size - 3 - len(question), len(question) + 2
     if row.get('answers'):
         start, text = row['answers'][0]
-        ids, offsets, (first, last) = encode_context(tokenizer, context, start, start + len(text))
+        stop = start + len(text)
+        for cuts in ((), (start, stop)):  # apart, where the answer begins or ends inside of a token
+            ids, offsets = encode_parts(tokenizer, context, cuts)
+            first = int(np.searchsorted(offsets[:, 1], start, side='right'))
+            last = int(np.searchsorted(offsets[:, 0], stop)) - 1
+            if context[offsets[first, 0]:offsets[last, 1]].strip() == text.strip():
+                break
         if last - first >= size:
-            raise ValueError(f"the answer {text[:40]!r} has {last - first + 1} tokens, more than a "
-                             f"window of block_size={block_size} holds beside its question: "
-                             "prepare (and train) with a larger --block_size, or leave it out")
+            raise ValueError(f"the answer {text[:40]!r} and its question have too many tokens for "
+                             f"block_size={block_size}: prepare (and train) with a larger one")
     else:
         ids, offsets = tokenizer.encode_with_offsets(context)
         first = last = -1  # in no window
@@ -1084,7 +941,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     end = max(0, len(ids) - size)
     begins = {*range(0, end, max(1, size // 2)), end}
     if first >= 0 and not any(map(holds, begins)):
-        begins.add(int(first))
+        begins.add(first)
     examples = []
     for begin in sorted(begins):
         window, spans = ids[begin:begin + size].tolist(), offsets[begin:begin + size]
@@ -1095,7 +952,7 @@ def qa_examples(tokenizer, row, labels, block_size):
         example = {'ids': framed, 'segments': segments, 'meta': meta}
         if 'answers' in row:
             shift = place - begin
-            example['targets'] = [int(first + shift), int(last + shift)] if holds(begin) else [0, 0]
+            example['targets'] = [first + shift, last + shift] if holds(begin) else [0, 0]
             meta |= {'id': row['id'], 'answers': [text for _, text in row['answers']]}
         examples.append(example)
     return examples
@@ -1113,41 +970,38 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
     for name, text in example['meta'].items():
         ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
         if len(ids) > block_size:
-            raise ValueError(f"the {name} {text[:40]!r} has {len(ids)} tokens with its end, more "
-                             f"than block_size={block_size}: shorten it, or prepare (and train) "
-                             "with a larger --block_size")
+            raise ValueError(f"the {name} {text[:40]!r} has more tokens than "
+                             f"block_size={block_size}: prepare (and train) with a larger one")
         if name == 'source':
             example['ids'] = ids
         else:
             example |= {'decoder_ids': [tokenizer.start_id, *ids[:-1]], 'targets': ids}
     return [example]
 
-class Task(NamedTuple):
-    """One kind of labelled data."""
-    read: Callable         # path -> rows
-    texts: Callable        # row -> its texts, from which a tokenizer may learn
-    labels_of: Callable    # row -> its labels
-    label_names: Callable  # the labels of all rows -> a list of those to choose from
-    examples: Callable     # (tokenizer, row, labels, block_size) -> examples
+def texts_of(row):
+    """The texts of a row, from which a tokenizer may learn."""
+    texts = pick(row, 'text', 'text_b', 'question', 'context', 'source', 'target').values()
+    return [*texts, ' '.join(row.get('tokens', []))]
 
 def tag_names(labels):
     """O, and for each kind B-kind and I-kind, seen or not."""
     kinds = sorted({label[2:] for label in labels} - {''})
     return ['O', *(prefix + kind for kind in kinds for prefix in ('B-', 'I-'))]
 
+class Task(NamedTuple):
+    """One kind of labelled data."""
+    read: Callable                          # path -> rows
+    examples: Callable                      # (tokenizer, row, labels, block_size) -> examples
+    labels_of: Callable = lambda row: []    # row -> its labels
+    label_names: Callable = sorted          # the labels of all rows -> a list to choose from
+
 TASKS = {
     'classify': Task(lambda path: read_columns(path, ('label', 'text'), ('text_b',)),
-                     lambda row: pick(row, 'text', 'text_b').values(),
-                     lambda row: [row['label']], sorted, classify_examples),
-    'tag': Task(read_tagged,
-                lambda row: [' '.join(row['tokens'])],
-                lambda row: row['tags'], tag_names, tag_examples),
-    'qa': Task(read_questions,
-               lambda row: [row['question'], row['context']],
-               lambda row: [] if row['answers'] else ['no answer'], sorted, qa_examples),
-    'seq2seq': Task(lambda path: read_columns(path, ('source', 'target')),
-                    lambda row: [row['source'], row['target']],
-                    lambda row: [], sorted, seq2seq_examples),
+                     classify_examples, lambda row: [row['label']]),
+    'tag': Task(read_tagged, tag_examples, lambda row: row['tags'], tag_names),
+    'qa': Task(read_questions, qa_examples,
+               lambda row: [] if row['answers'] else ['no answer']),
+    'seq2seq': Task(lambda path: read_columns(path, ('source', 'target')), seq2seq_examples),
 }
 
 def split_rows(rows, val_fraction):
@@ -1155,14 +1009,15 @@ def split_rows(rows, val_fraction):
     Shuffle, the same way every time, and cut: (train rows, val rows). Questions about one context
     stay together, or validation would be about texts that were learned by heart.
     """
-    groups, train = collections.defaultdict(list), []
+    groups, train, val = collections.defaultdict(list), [], []
     for i, row in enumerate(rows):
         groups[row.get('context', i)].append(row)
     groups = [*groups.values()]
-    order = [groups[i] for i in np.random.default_rng(0).permutation(len(groups))]
-    while order and len(train) + len(order[0]) <= len(rows) * (1 - val_fraction):
-        train += order.pop(0)
-    return train, list(itertools.chain(*order))
+    for i in np.random.default_rng(0).permutation(len(groups)):
+        fits = len(train) + len(groups[i]) <= len(rows) * (1 - val_fraction)
+        split = train if fits and not val else val
+        split += groups[i]
+    return train, val
 
 def some_of(labels):
     return ', '.join(labels[:10]) + ', ...' * (len(labels) > 10)
@@ -1172,8 +1027,8 @@ def check_labels(task, rows, labels):
     for row in rows:
         unknown = set(TASKS[task].labels_of(row)).difference(labels)
         if unknown and task != 'qa':  # any question may be one without an answer
-            raise ValueError(f"{row['where']}: the label {min(unknown)!r} is unknown: the training "
-                             f"data has {some_of(labels)}")
+            raise ValueError(f"{row['where']}: the label {min(unknown)!r} is unknown: choose one "
+                             f"of {some_of(labels)}")
 
 def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
@@ -1222,17 +1077,14 @@ def download(name, mirror):
         address = (mirror or UPSTREAM).rstrip('/') + '/' + path
         progress(f"downloading {address}")
         try:
-            with (urllib.request.urlopen(address, timeout=60) if '://' in address
-                  else open(address, 'rb')) as f:
-                data = f.read()
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            raise ValueError(f"{address} could not be read ({e}): go online, or give --mirror URL "
-                             "or FOLDER that has it") from None
+            data = (urllib.request.urlopen(address, timeout=60).read() if '://' in address
+                    else Path(address).read_bytes())
+        except Exception as e:
+            raise ValueError(f"{address} could not be read ({e}): go online, or give another "
+                             "--mirror URL or FOLDER") from None
         progress('')
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise ValueError(f"{address} is not the expected file: sha256 {found[:12]}… instead of "
-                             f"{sha256[:12]}…. Try again, or give another --mirror")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{address}: its sha256 is not {sha256}: give another --mirror")
         yield data
 
 def shakespeare(mirror):
@@ -1269,25 +1121,22 @@ def shuffled(texts):
 def library():
     """(name, source) of the modules of Python's own library, as bytes. They are not imported."""
     root = os.path.dirname(os.__file__)
-    skip = {'site-packages', 'test', 'tests', 'idlelib', 'lib2to3', '__pycache__'}
-    for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - skip
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix == '.py':
-                module = '.'.join(path.relative_to(root).with_suffix('').parts)
-                yield module.removesuffix('.__init__'), path.read_bytes()
+    skip = 'site-packages test tests idlelib lib2to3 __pycache__'.split()
+    for folder, folders, _ in os.walk(root):
+        folders[:] = set(folders).difference(skip)
+        for path in Path(folder).glob('*.py'):
+            module = '.'.join(path.relative_to(root).with_suffix('').parts)
+            yield module.removesuffix('.__init__'), path.read_bytes()
 
 def docstrings(node, title, prefix=''):
     """(title, docstring) of a module or class, and of the classes and functions in it."""
     yield title, ast.get_docstring(node)
     for child in node.body:
+        name = prefix + getattr(child, 'name', '')
         if isinstance(child, ast.ClassDef):
-            name = prefix + child.name
             yield from docstrings(child, f'class {name}', f'{name}.')
         elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            title = f'{prefix}{child.name}({ast.unparse(child.args)})'
-            yield title, ast.get_docstring(child)
+            yield f'{name}({ast.unparse(child.args)})', ast.get_docstring(child)
 
 def documented_library():
     """(module, [(title, docstring), ...]) of Python's library; its own docstring may be None."""
@@ -1334,8 +1183,9 @@ def pytokens(mirror=None):
                 kind = tokenize.tok_name[token.type].lower()
                 if keyword.iskeyword(token.string):
                     kind = 'keyword'
-                kind = re.sub('^fstring.*', 'string', kind)
-                if kind in ('keyword', 'name', 'number', 'string', 'comment', 'op'):
+                if kind.startswith('fstring'):
+                    kind = 'string'
+                if kind in 'keyword name number string comment op'.split():
                     for i, word in enumerate(token.string.split()):
                         tag = 'O' if kind == 'op' else f"{'I' if i else 'B'}-{kind}"
                         row.append(f'{word}\t{tag}')
@@ -1427,98 +1277,90 @@ def choose_tokenizer(settings, characters, texts):
         return gpt2_tokenizer()
     folder = name if os.path.isdir(name) else os.path.join('data', name)
     if not os.path.isdir(folder):
-        raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or the folder of data "
-                         "that was prepared (python prepare_data.py --dataset pydoc)")
+        raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder")
     return load_tokenizer(folder)
 
-def prepare_text(settings, folder, files, val_files):
+def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
-    pieces = lambda files: itertools.chain.from_iterable(map(read_pieces, files))
-    sizes, characters = [], set()
+    pieces = lambda paths: itertools.chain.from_iterable(map(read_pieces, paths))
+    size, characters, both = 0, set(), files + val_files
     for paths in (files, val_files):
-        sizes.append(0)
+        cut = size  # where val_files begin, in the end
         for text, _ in pieces(paths):
-            sizes[-1] += len(text)
+            size += len(text)
             characters.update(text)
-            progress(f"reading: {sum(sizes) / 1e6:,.1f} M characters")
-    cut = sizes[0] if val_files else int(sizes[0] * (1 - settings.val_fraction))
-    sample = split_pieces(pieces(files), min(cut, BPE_SAMPLE))
-    texts = (text for _, text, _ in itertools.takewhile(lambda piece: piece[0] == 'train', sample))
-    tokenizer = choose_tokenizer(settings, characters, texts)
+            progress(f"reading: {size / 1e6:,.1f} M characters")
+    if not val_files:
+        cut = int(size * (1 - settings.val_fraction))
+    sample = part(pieces(files), 0, min(cut, BPE_SAMPLE))
+    tokenizer = choose_tokenizer(settings, characters, (text for text, _ in sample))
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
-    both = itertools.chain(split_pieces(pieces(files), cut), split_pieces(pieces(val_files), 0))
     counts = {}
-    for split, group in itertools.groupby(both, key=operator.itemgetter(0)):
-        path = os.path.join(folder, f'{split}.bin')
-        counts[split] = write_ids(path, dtype, tokenizer, (piece[1:] for piece in group))
-    progress('')
-    for split in ('train', 'val'):
-        if split not in counts or counts[split]['tokens'] < 2:
-            raise ValueError(f"{files[0]}: a text of {sum(sizes):,} characters is too short for a "
-                             f"{split} split: add text, change --val_fraction, or give --val FILE")
+    for split, begin, end in (('train', 0, cut), ('val', cut, size)):
+        counts[split] = write_ids(folder / f'{split}.bin', dtype, tokenizer,
+                                  part(pieces(both), begin, end))
+        progress('')
+        if counts[split]['tokens'] < 2:
+            raise ValueError(f"{files[0]} is too short for a {split} split: add text, change "
+                             "--val_fraction, or give --val FILE")
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
 def prepare_task(settings, task, folder, files, val_files):
     """Labelled rows -> the files to fine-tune on. Returns what prepare_text returns."""
-    _, texts, labels_of, label_names, _ = TASKS[task]
-    read = lambda paths: [row for path in paths for row in TASKS[task].read(path)]
-    rows, val_rows = read(files), read(val_files)
+    spec = TASKS[task]
+    rows, val_rows = ([row for path in paths for row in spec.read(path)]
+                      for paths in (files, val_files))
     splits = (rows, val_rows) if val_files else split_rows(rows, settings.val_fraction)
     if not all(splits):
-        raise ValueError(f"{files[0]}: {len(rows)} rows are too few for a train and a val split: "
-                         "give more, change --val_fraction, or give --val FILE")
-    labels = label_names({label for row in rows for label in labels_of(row)})
-    if len(labels) > max(100, len(rows) // 2):
-        raise ValueError(f"{files[0]}: {len(labels):,} different labels in {len(rows):,} rows: the "
-                         "label must stand in the first column")
-    if len(labels) == 1 and task != 'qa':
-        raise ValueError(f"{files[0]}: all rows have the label {labels[0]!r}: give rows of at "
-                         "least two labels")
+        raise ValueError(f"{files[0]}: {len(rows)} rows are too few for two splits: add rows, "
+                         "change --val_fraction, or give --val FILE")
+    labels = spec.label_names({label for row in rows for label in spec.labels_of(row)})
+    if len(labels) > max(100, len(rows) // 2) or (len(labels) == 1 and task != 'qa'):
+        raise ValueError(f"{files[0]}: {len(labels)} labels in {len(rows)} rows: there must be "
+                         f"two or more, in the first column, not {some_of(labels)}")
     check_labels(task, val_rows, labels)
-    characters = set().union(*(text for row in rows + val_rows for text in texts(row)))
-    unique = dict.fromkeys(text for row in splits[0] for text in texts(row))
+    characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
+    unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
     for split, rows in zip(('train', 'val'), splits):
         examples = encode_rows(tokenizer, task, rows, labels, settings.block_size)
         sizes = [len(example['ids']) for example in examples]
-        n_bytes = sum(len(text.encode()) for row in rows for text in texts(row))
-        counts[split] = {'rows': len(rows), 'examples': len(examples), 'tokens': sum(sizes),
-                         'full': sizes.count(settings.block_size), 'bytes': n_bytes}
+        counts[split] = {'tokens': sum(sizes), 'rows': len(rows), 'examples': len(examples),
+                         'bytes': sum(len(text.encode()) for row in rows for text in texts_of(row))}
         lines = [json.dumps(example, ensure_ascii=False) + '\n' for example in examples]
-        Path(folder, f'{split}.jsonl').write_text(''.join(lines), encoding='utf-8', newline='\n')
-    return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
+        path = folder / f'{split}.jsonl'
+        path.write_text(''.join(lines), encoding='utf-8', newline='\n')
+        if task == 'classify' and settings.block_size in sizes:
+            print(f"{split}: {sizes.count(settings.block_size):,} examples fill --block_size "
+                  f"{settings.block_size}: their texts may be cut")
+    return tokenizer, {'counts': counts, 'labels': labels}
 
 def prepare(settings):
     """Make the data folder of the flags. Returns its path and meta; raises ValueError, OSError."""
     check_flags(settings)
     name, files, val_files = settings.dataset, settings.input, settings.val
     if bool(name) == bool(files):
-        raise ValueError(f"give either --input PATH... or --dataset NAME: {', '.join(DATASETS)}. "
-                         "For a first try: --dataset pydoc")
+        raise ValueError("give either --input PATH or --dataset NAME, for a first try pydoc")
     usual, make = DATASETS.get(name, ('lm', None))
     task = settings.task or usual
     if name and task != usual:
-        raise ValueError(f"--task {task}: {name} is for {usual}: leave the flag out")
+        raise ValueError(f"--task {task}: {name} is for {usual}")
     out_dir = settings.out_dir or os.path.join('data', name or Path(os.path.abspath(files[0])).stem)
     with new_folder(out_dir) as folder:
         if make:
-            paths = [os.path.join(folder, 'source.txt'), os.path.join(folder, 'source.val.txt')]
+            paths = [folder / 'source.txt', folder / 'source.val.txt']
             texts = make(settings.mirror)
             for path, text in zip(paths, texts):
-                Path(path).write_text(text, encoding='utf-8', newline='\n')
+                path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
-        if task == 'lm':
-            tokenizer, made = prepare_text(settings, folder, files, val_files)
-        else:
-            tokenizer, made = prepare_task(settings, task, folder, files, val_files)
+        prepare_files = prepare_text if task == 'lm' else prepare_task
+        tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,
                 'vocab_size': tokenizer.n_vocab, **made, 'source': name or settings.input,
-                'sha256': sha256_of(files)}
-        if val_files:
-            meta['val_sha256'] = sha256_of(val_files)
-        write_json(os.path.join(folder, 'tokenizer.json'), tokenizer.to_dict())
-        write_json(os.path.join(folder, 'meta.json'), meta)
+                'sha256': sha256_of(files + val_files)}
+        write_json(folder / 'tokenizer.json', tokenizer.to_dict())
+        write_json(folder / 'meta.json', meta)
     return out_dir, meta
 
 def main(argv):
@@ -1531,20 +1373,13 @@ def main(argv):
         return print(*explain(tokenizer, settings.show), sep='\n')
     out_dir, meta = prepare(settings)
     for split, counts in meta['counts'].items():
-        names = pick(counts, 'tokens', 'characters', 'documents', 'rows', 'examples')
-        parts = [f'{n:,} {name[:-1] if n == 1 else name}' for name, n in names.items()]
+        parts = [f'{n:,} {name[:-1] if n == 1 else name}'
+                 for name, n in counts.items() if name != 'bytes']
         print(f"{split + ':':6} {', '.join(parts)}")
     if meta['labels']:
         print(f"labels: {some_of(meta['labels'])}")
-    full = sum(counts.get('full', 0) for counts in meta['counts'].values())
-    if meta['task'] == 'classify' and full:
-        print(f"{full:,} examples are as long as --block_size {meta['block_size']} tokens allows: "
-              "their text may be cut")
     print(f"{out_dir}: {meta['tokenizer']} tokenizer, vocabulary of {meta['vocab_size']:,}. "
           f"Next: python train.py --dataset {out_dir.removeprefix('data' + os.sep)}")
-    if settings.tokenizer == 'bpe' and meta['vocab_size'] < settings.vocab_size:
-        print(f"the text has too few repeated pairs for --vocab_size {settings.vocab_size}: no "
-              "more were merged")
 
 if __name__ == '__main__':
     run(main)

@@ -424,6 +424,7 @@ def folders(place):
     for family, fill in WRITE.items():
         folder = found[family] = place()
         fill(folder)
+        put(folder, 'config.json', {'model_type': family})
         head = 'BertForMaskedLM' if family == 'bert' else None
         length = 'n_positions' if family in ('gpt2', 't5') else 'max_position_embeddings'
         model = reference(family, head, **{
@@ -535,7 +536,7 @@ def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, capsys):
 def test_a_folder_that_means_something_else_is_refused(tiny):
     """Weights that are not finite, a regression, another tokenizer class, pickled shards."""
     for name, words in {'nan': 'c_fc.weight holds NaN', 'regression': 'regression',
-                        'japanese': 'BertJapaneseTokenizer', 'shards': '.bin'}.items():
+                        'japanese': 'MecabTokenizer', 'shards': '.bin'}.items():
         refuses(tiny / f't-{name}', words, opens=sample.open_model)
 
 @some(60)

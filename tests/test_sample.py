@@ -372,7 +372,7 @@ def foreign(tmp_path_factory):
     vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *('##' + c for c in letters),
              'cat', '##at', 'the']
     (folder / 'vocab.txt').write_text('\n'.join(vocab), encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text('{"do_lower_case": true}')
+    (folder / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
     pieces = ['<s>', '</s>', '<unk>', *(f'<0x{i:02X}>' for i in range(256)), '▁', 'a', '▁a', '人']
     engine = hf.Tokenizer(hf.models.BPE({piece: i for i, piece in enumerate(pieces)},
                                         [('▁', 'a')], byte_fallback=True, unk_token='<unk>'))
