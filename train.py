@@ -28,11 +28,8 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import (IGNORE_INDEX, PRESETS, Config, Stack, TaskModel, build, optimizer_groups,
+from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, optimizer_groups,
                    reading, resize, save, write_file)
 from prepare_data import (add_special_tokens, check_flags, flag, load_tokenizer, progress,
                           read_flags, read_json, run, write_config)
@@ -73,19 +70,17 @@ class Data:
 
     def __init__(self, folder, split, seed=0, batch_size=1):
         self.folder, self.split, self.seed, self.batch_size = folder, split, seed, batch_size
-        meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
-        if meta.get('format') != 'plainformer data 2':
-            raise ValueError(f"{folder} is not a data folder of this version: prepare it again")
-        # tells this data from other data: a run has to go on with the same
-        self.fingerprint = {name: meta.get(name)
-                            for name in ('sha256', 'val_sha256', 'counts', 'labels')}
         self.tokenizer, self.rows = load_tokenizer(folder), []
+        meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
         with reading(path, "prepare the data again"):
+            if meta['format'] != 'plainformer data 2':
+                raise ValueError("its format is that of another version")
             self.task = meta['task'].replace('lm', '')                     # '': text
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts = meta['counts'][split]
+            self.fingerprint = [meta['sha256'], meta['counts']]            # of no other data
             self.is_text = np.ones(self.vocab_size, bool)                  # no special token
-            self.is_text[list(self.tokenizer.special.values())] = False
+            self.is_text[[*self.tokenizer.special.values()]] = False
             if self.task:
                 with open(f'{path}.jsonl', encoding='utf-8') as f:
                     self.rows = [json.loads(line) for line in f]
@@ -94,10 +89,10 @@ class Data:
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
             else:
                 self.tokens = np.memmap(f'{path}.bin', meta['dtype'], mode='r')
-            highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
-            if highest >= self.vocab_size or len(self.tokens) != n:
-                raise ValueError(f"it holds {len(self.tokens)} ids up to {highest}, and should "
-                                 f"hold {n} below {self.vocab_size}")
+            self.highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
+            if self.highest >= self.vocab_size or len(self.tokens) != n:
+                raise ValueError(f"it holds {len(self.tokens)} ids up to {self.highest}, and "
+                                 f"should hold {n} below {self.vocab_size}")
 
     def rng(self, *numbers):
         """A generator that draws the same numbers whenever it is made."""
@@ -124,10 +119,7 @@ class Data:
         return self.tokens[start:start + T + 1].astype(np.int64)
 
     def row(self, index):
-        """
-        Row `index` of labelled data. Training takes all rows of an epoch once, in batches of about
-        one length; validation takes them in the order of the file.
-        """
+        """Row `index` of labelled data, likewise; training takes batches of about one length."""
         if self.split == 'val':
             return self.rows[index]
         epoch, k = divmod(index, len(self.rows))
@@ -143,28 +135,24 @@ class Data:
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
             ^     ^      ^         ^                  ^
         """
-        kinds = []
-        for i in range(self.vocab_size):
-            text = self.tokenizer.token_bytes(i).decode('utf-8', 'replace')
-            kinds.append([not text.strip(), text[:1].isspace(), text.endswith(('.', '!', '?')),
-                          text.endswith(('。', '！', '？')) or '\n' in text])
-        blank, spaced, maybe, always = np.transpose(kinds)                 # (V,) each
+        texts = [self.tokenizer.token_bytes(i).decode('utf-8', 'replace')
+                 for i in range(self.vocab_size)]
+        blank, spaced, maybe, always = [                                   # (V,) each
+            np.array([re.search(pattern, text) is not None for text in texts])
+            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', r'[。！？]$|\n')]
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
-        starts = np.append(0, np.flatnonzero(ends) + 1)
-        solid = np.flatnonzero(~blank[self.tokens])    # white space belongs to the sentence before
-        starts = solid[np.unique(np.searchsorted(solid, starts[starts <= solid.max(initial=-1)]))]
-        starts = starts[~is_end[starts]]
+        sentence = np.append(0, ends).cumsum()                             # of each token
+        solid = np.flatnonzero(~blank[self.tokens] & ~is_end)  # white space begins no sentence
+        starts = solid[np.unique(sentence[solid], return_index=True)[1]]
         document = np.searchsorted(np.flatnonzero(is_end), starts)
         followed = np.flatnonzero(document[1:] == document[:-1])
         return np.append(starts, len(self.tokens)), document, followed
 
     @functools.cached_property
     def has_pairs(self):
-        """Whether there are two documents of text, and sentences that follow each other."""
-        if self.rows:
-            return False
+        """Whether there are two documents, and sentences that follow each other."""
         _, document, followed = self.sentences
         return len(followed) > 0 and document[0] != document[-1]
 
@@ -217,10 +205,10 @@ def sentence_pair(data, rng, room):
     """
     starts, document, followed = data.sentences
     first = followed[rng.integers(len(followed))]                          # A's first sentence
-    length = int(rng.integers(room // 4, 3 * room // 4 + 1))
-    low, high = np.searchsorted(document, [document[first], document[first] + 1])  # its document
+    length = rng.integers(room // 4, 3 * room // 4 + 1)
+    low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     after = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    after = second = min(max(after, first + 1), high - 1)                  # the first behind A
+    after = second = np.clip(after, first + 1, high - 1)                   # the first behind A
     follows = rng.random() < 0.5
     if not follows:
         second = rng.integers(len(document) - (high - low))
@@ -265,7 +253,7 @@ def span_corruption(data, index, T):
     def cut(total):
         """Cut `total` tokens into `spans` runs of at least one, all ways being equally likely."""
         places = 1 + rng.permutation(max(0, total - 1))[:spans - 1]
-        return np.diff([0, *sorted(places.tolist()), total]).tolist()
+        return np.diff(sorted([0, *places, total]))
 
     source, target = [], []
     for i, (shown, gone) in enumerate(zip(cut(n - hidden), cut(hidden))):
@@ -277,7 +265,7 @@ def span_corruption(data, index, T):
             'targets': [*target, tokenizer.end_id]}
 
 def supervised(data, index, T):
-    """Labelled data: the example as prepare_data.py wrote it."""
+    """Labelled data, as prepare_data.py wrote them."""
     return data.row(index)
 
 def completion(data, index, T):
@@ -292,57 +280,46 @@ def completion(data, index, T):
     return {'ids': [*prompt, data.tokenizer.id('[SEP]'), *row['targets'][:-1]],
             'targets': [IGNORE_INDEX] * len(prompt) + row['targets'], 'meta': row['meta']}
 
-class Objective(NamedTuple):
-    example: Callable    # (data, index, T) -> example, whose sequences have at most T tokens
+@dataclass
+class Objective:
+    example: object      # (data, index, T) -> example, whose sequences have at most T tokens
     archs: tuple         # the models that can learn it; the first row that fits is the default
     tasks: tuple = ('',)  # of the data; '': text
-    token: str = '<|endoftext|>'  # the special token that it needs
-    by_rows: bool = False         # takes labelled data row by row, not as one text
-    joined: bool = False          # source and target are one sequence
+    by_rows: bool = True  # takes labelled data row by row, not as one text
 
 OBJECTIVES = {
-    'causal_lm': Objective(causal_lm, ('gpt', 'lstm')),
-    'masked_lm': Objective(masked_lm, ('bert',), token='[MASK]', by_rows=True),
-    'span_corruption': Objective(span_corruption, ('encdec',), token='<extra_0>'),
-    'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), ('classify', 'tag', 'qa'),
-                            by_rows=True),
-    'text_to_text': Objective(supervised, ('encdec',), ('seq2seq',), by_rows=True),
-    'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',), '[SEP]', True, True),
+    'causal_lm': Objective(causal_lm, ('gpt', 'lstm'), by_rows=False),
+    'masked_lm': Objective(masked_lm, ('bert',)),
+    'span_corruption': Objective(span_corruption, ('encdec',), by_rows=False),
+    'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), ('classify', 'tag', 'qa')),
+    'text_to_text': Objective(supervised, ('encdec',), ('seq2seq',)),
+    'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',)),
 }
-
-def count_examples(data, objective, T):
-    """Examples in an epoch."""
-    return len(data.rows) if data.rows and OBJECTIVES[objective].by_rows else data.windows(T)
 
 def get_batch(data, objective, T, first, n, device='cpu'):
     """The examples first, first + 1, ..., first + n - 1 since the start of training, as a batch."""
     make = OBJECTIVES[objective].example
     examples = [make(data, i, T) for i in range(first, first + n)]
-    batch = sample.collate(examples, data.tokenizer.pad_id)
-    highest = int(batch['ids'].max())
-    if highest >= data.vocab_size:
-        raise ValueError(f"{data.folder} holds the id {highest} in {data.split}, beyond its "
-                         f"vocabulary of {data.vocab_size}: prepare it again")
-    return {key: t.to(device) for key, t in batch.items()}
+    return sample.collate(examples, data.tokenizer.pad_id, device)
 
 # -----------------------------------------------------------------------------
 # Optimizers. Those of torch.optim would do, but making one imports the compiler: two seconds
 
 class Optimizer:
-    """Groups of weights, each group with its own settings, and tensors kept for each weight."""
+    """Weights in groups, each with its own decay; `state` has the tensors kept for each weight."""
 
-    def __init__(self, groups, peak_lr, n_tensors):
-        self.param_groups = [{**group, 'lr': 0.0, 'peak_lr': peak_lr} for group in groups]
-        self.state = {p: [torch.zeros_like(p) for _ in range(n_tensors)]
-                      for group in groups for p in group['params']}
+    def __init__(self, groups, peak_lr):
+        self.param_groups, self.peak_lr = groups, peak_lr
+        self.state = {p: self.new_state(p) for group in groups for p in group['params']}
 
     @torch.no_grad()
-    def step(self):
+    def step(self, rate=1.0):
+        """Move the weights; rate: the learning rate as a share of its peak."""
         for group in self.param_groups:
             weights = [p for p in group['params'] if p.grad is not None]
             if weights:
-                self.update(group, weights, [p.grad for p in weights],
-                            *zip(*(self.state[p] for p in weights)))
+                self.update(self.peak_lr * rate, group['weight_decay'], weights,
+                            [p.grad for p in weights], *zip(*(self.state[p] for p in weights)))
 
     def zero_grad(self):
         for p in self.state:
@@ -352,8 +329,8 @@ class Optimizer:
         return list(self.state.values())
 
     def load_state_dict(self, saved):
-        for (p, tensors), old in zip(self.state.items(), saved, strict=True):
-            tensors[:] = [t.to(p.device) for t in old]
+        for tensors, old in zip(self.state.values(), saved, strict=True):
+            torch._foreach_copy_(tensors, old)
 
 class AdamW(Optimizer):
     """
@@ -364,30 +341,31 @@ class AdamW(Optimizer):
     """
 
     def __init__(self, groups, peak_lr, betas):
-        super().__init__(groups, peak_lr, 2)
-        self.betas = betas
-        for p, tensors in self.state.items():
-            tensors.append(torch.zeros((), device=p.device))               # t, the steps so far
+        super().__init__(groups, peak_lr)
+        self.beta1, self.beta2 = betas
 
-    def update(self, group, weights, gradients, m, v, t):
+    def new_state(self, p):
+        return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]
+
+    def update(self, lr, decay, weights, gradients, m, v, t):
         torch._foreach_add_(t, 1)
-        torch._fused_adamw_(weights, gradients, m, v, [], t, lr=group['lr'], beta1=self.betas[0],
-                            beta2=self.betas[1], weight_decay=group['weight_decay'], eps=1e-8,
-                            amsgrad=False, maximize=False)                 # one pass over memory
+        torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
+                            beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
+                            maximize=False)                                # one pass over memory
 
 def orthogonal(x):
     """
     x (n, rows, columns) -> nearly orthogonal matrices: of U S V^T the U V^T, with singular values
     between 0.7 and 1.2. Five steps of an odd polynomial (Newton-Schulz) bring them there.
     """
-    wide = x.size(1) <= x.size(2)
-    x = x if wide else x.mT
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT                                                    # (n, rows, rows)
         poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, poly, x, beta=3.4445)
-    return x if wide else x.mT
+    return x
 
 class Muon(Optimizer):
     """
@@ -396,23 +374,24 @@ class Muon(Optimizer):
     shape are orthogonalised together, in `dtype`: rough products will do.
     """
 
-    def __init__(self, groups, peak_lr, dtype, momentum=0.95):
+    def __init__(self, groups, peak_lr, dtype):
         by_shape = {}
         for group in groups:
             for p in group['params']:
-                key = p.shape, group['weight_decay']
-                by_shape.setdefault(key, {**group, 'params': []})['params'].append(p)
-        super().__init__(by_shape.values(), peak_lr, 1)
+                by_shape.setdefault(p.shape, {**group, 'params': []})['params'].append(p)
+        super().__init__([*by_shape.values()], peak_lr)
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        self.momentum = momentum
 
-    def update(self, group, weights, gradients, means):
-        torch._foreach_lerp_(means, gradients, 1 - self.momentum)
-        ahead = torch._foreach_lerp(gradients, means, self.momentum)       # Nesterov's momentum
+    def new_state(self, p):
+        return [torch.zeros_like(p)]
+
+    def update(self, lr, decay, weights, gradients, means):
+        torch._foreach_lerp_(means, gradients, 0.05)                       # 0.95 of the old mean
+        ahead = torch._foreach_lerp(gradients, means, 0.95)                # Nesterov's momentum
         steps = orthogonal(torch.stack(ahead).to(self.dtype)).float()      # (n, rows, columns)
-        torch._foreach_mul_(weights, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_mul_(weights, 1 - lr * decay)
         scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))
-        torch._foreach_add_(weights, list(steps), alpha=-group['lr'] * scale)
+        torch._foreach_add_(weights, list(steps), alpha=-lr * scale)
 
 def adamw(groups, s, dtype):
     return [AdamW(groups, s.learning_rate, (s.beta1, s.beta2))]
@@ -444,17 +423,15 @@ class Settings:
     # what to train
     dataset: str = flag('pydoc', 'name of a folder in data/, or a folder of prepare_data.py')
     preset: str = flag('gpt2', 'row of PRESETS in model.py', tuple(PRESETS))
-    init_from: str = flag('scratch', 'scratch | resume (out_dir/ckpt.pt) | auto (resume where '
-                                     'there is one) | a checkpoint, a Hugging Face folder or name')
+    init_from: str = flag('scratch', 'scratch | resume (from out_dir) | auto: resume if possible | '
+                                     'a checkpoint, a Hugging Face folder or name')
     out_dir: str = flag('out', 'folder for ckpt.pt, best.pt, log.csv and config.toml')
     config: str = flag('', 'TOML file of flags; a flag on the command line counts more')
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
     dry_run: bool = flag(False, 'print what the run would cost, and write nothing')
-    objective: str = flag('', 'what is learned [of text, what the preset was made for; of labelled '
-                              'data, its labels]', ('', *OBJECTIVES))
-    best_by: str = flag('', 'score that chooses best.pt [the loss, or the main score of a task]; '
-                            'of text to text', ('', 'loss', 'bleu', 'rouge1', 'rouge2', 'rougeL',
-                                             'exact_match'))
+    objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
+    best_by: str = flag('', 'score that chooses best.pt [that of the task]; of text to text',
+                        ('', 'loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes', low=1)
@@ -477,25 +454,18 @@ class Settings:
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', low=0, below=1)
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
     grad_clip: float = flag(1.0, 'longest gradient, as a norm over all weights; 0: any', low=0)
-    freeze: str = flag('none', 'weights that stay: none | embeddings | trunk | a number: '
-                               'embeddings and so many blocks')
-    adversarial: float = flag(0.0, 'also learn with the embedding moved so far where the loss '
-                                   'grows most; 0: off', low=0)
+    freeze: str = flag('', 'words in names of weights that stay: trunk, or tokens embed blocks.0.')
+    adversarial: float = flag(0.0, 'learn again with the embedding moved so far uphill', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'where to compute', ('auto', 'cpu', 'cuda', 'mps'))
-    dtype: str = flag('auto', 'of products: bfloat16 where the device is good at it; weights are '
-                              'float32', ('auto', 'float32', 'bfloat16', 'float16'))
-    compile: bool = flag(None, 'torch.compile [on a GPU: pre-training on windows of text, where '
-                               'shapes are fixed, for at least 1,000 steps]', kind=bool)
+    dtype: str = flag('auto', 'of products [bfloat16 where it is fast]; weights are float32',
+                      ('auto', 'float32', 'bfloat16', 'float16'))
+    compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]',
+                         kind=bool)
 
     def __post_init__(self):
         check_flags(self)
-        if self.freeze not in ('none', 'embeddings', 'trunk') and not self.freeze.isdecimal():
-            raise ValueError(f"--freeze {self.freeze}: choose none, embeddings, trunk, or a number")
-        if self.adversarial and self.freeze != 'none':
-            raise ValueError(f"--adversarial {self.adversarial} moves the embedding, which "
-                             f"--freeze {self.freeze} keeps: leave one of them out")
 
 # Good values where they differ from the defaults: by what is trained, then by preset ('': any).
 # Large pre-trained models need small steps, few of them, and AdamW: appendix A.3 of BERT's paper.
@@ -523,16 +493,16 @@ RECIPES = {
     'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1)},
     'qa': {'': dict(SMALL, dropout=0.1)},
     'seq2seq': {'': dict(PAIRS, batch_size=64)},
-    'more text': {},
 }
-for preset in ('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'):  # for the weights of others
-    RECIPES['classify'][preset] = RECIPES['qa'][preset] = LARGE
-    RECIPES['tag'][preset] = dict(LARGE, max_iters=600, learning_rate=2e-4)
-    RECIPES['seq2seq'][preset] = dict(LARGE, learning_rate=3e-4)
-    RECIPES['more text'][preset] = dict(LARGE, max_iters=400, batch_size=8, learning_rate=3e-5)
+RECIPES['more text'] = RECIPES['pretrain']
+for kind, changes in {'classify': {}, 'qa': {}, 'tag': dict(max_iters=600, learning_rate=2e-4),
+                      'seq2seq': dict(learning_rate=3e-4),
+                      'more text': dict(max_iters=400, batch_size=8, learning_rate=3e-5)}.items():
+    presets = 'gpt2-124m', 'bert-base', 't5-small', 'llama-7b'             # the weights of others
+    RECIPES[kind] = RECIPES[kind] | dict.fromkeys(presets, LARGE | changes)
 
 # -----------------------------------------------------------------------------
-# Runtime: device, precision, processes, signals
+# Runtime: device, precision, processes
 
 def keep_memory():
     """
@@ -551,36 +521,33 @@ class Runtime:
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
         self.rank = int(os.environ.get('RANK', 0))
         self.is_main = self.rank == 0
-        self.device = torch.device(sample.find_device(s.device))
-        self.type = self.device.type
+        self.device = sample.find_device(s.device)
         if self.world_size > 1:
-            if self.type == 'cuda':
-                self.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group('nccl' if self.type == 'cuda' else 'gloo')
-        self.dtype = getattr(torch, self.best_dtype() if s.dtype == 'auto' else s.dtype)
-        if self.type == 'cpu':
+            if self.device == 'cuda':
+                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # what `cuda` means
+            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo')
+        if self.device == 'cpu':
             keep_memory()
-        if self.type == 'cuda' and s.dtype != 'float32':
+        if self.device == 'cuda' and s.dtype != 'float32':
             torch.set_float32_matmul_precision('high')  # TF32 where autocast leaves float32
-        self.scaler = torch.amp.GradScaler(self.type, enabled=self.dtype == torch.float16)
+        self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
 
     def best_dtype(self):
         """bfloat16 where the hardware multiplies in it; float16 on older GPUs; else float32."""
-        if self.type == 'cuda':
+        if self.device == 'cuda':
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return 'bfloat16' if native else 'float16'
+            return torch.bfloat16 if native else torch.float16
         # With AVX512-BF16 a step takes half of the time of float32 at 4 x 128, a third at 6 x 384.
-        names = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-        native = any(getattr(torch.cpu, name, bool)() for name in names)
-        return 'bfloat16' if native and self.type == 'cpu' else 'float32'
+        native = self.device == 'cpu' and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
 
     def precision(self):
         """Inside, products are computed in self.dtype; the stream, norms and loss in float32."""
-        return torch.autocast(self.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, *values):
-        """Add numbers over all processes."""
+        """Add numbers over all processes; each waits for the others."""
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -596,38 +563,6 @@ class Runtime:
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-class Signals:
-    """The first Ctrl-C, SIGTERM or SIGHUP is noted in `caught`, a second one ends at once."""
-    caught = 0
-
-    def listen(self):
-        for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & set(dir(signal)):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), self.catch)
-
-    def catch(self, number, frame):
-        self.caught = number
-        signal.signal(number, signal.SIG_DFL)
-        progress('')
-        with contextlib.suppress(OSError):
-            print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
-
-def lock(folder):
-    """
-    One run a folder: raise ValueError while another one writes into it. Returns the lock, a file
-    that has to stay open; it is gone with its process, however that ends.
-    """
-    path = Path(folder, '.lock')
-    f = path.open('a')
-    with contextlib.suppress(ImportError):  # Windows
-        import fcntl
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
-                             "another folder, or wait") from None
-    path.write_text(str(os.getpid()))
-    return f
-
 # -----------------------------------------------------------------------------
 # Evaluation
 
@@ -637,16 +572,17 @@ def evaluate(model, data, s, runtime, limit=None):
     instead. limit: of so many examples, evenly spread. Labels are scored on the whole split.
     """
     T, scores = model.config.block_size, {}
-    needed = limit is None or s.best_by not in ('', 'loss')                # to decode takes long
-    if data.task and data.split == 'val' and (needed or data.task != 'seq2seq'):
-        with runtime.precision():  # in each process: they are few, and their scores are no sums
+    decode = limit is None or s.best_by not in ('', 'loss')                # which takes long
+    with runtime.precision():
+        if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
+            # in each process: the rows are few, and scores are no sums
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
         if 'loss' in scores:
             return scores
-    n = count_examples(data, s.objective, T)
-    chosen = np.linspace(0, n - 1, min(n, limit or n)).astype(int)[runtime.rank::runtime.world_size]
-    examples = [OBJECTIVES[s.objective].example(data, i, T) for i in chosen.tolist()]
-    with runtime.precision():
+        n = len(data.rows) or data.windows(T)
+        chosen = np.linspace(0, n - 1, min(n, limit or n)).astype(int)
+        examples = [OBJECTIVES[s.objective].example(data, i, T)
+                    for i in chosen[runtime.rank::runtime.world_size].tolist()]
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
     for kind in ('targets', 'next_targets'):
@@ -676,9 +612,8 @@ def micro_batches(step, s, runtime):
     """
     k, n, world = s.gradient_accumulation_steps, s.batch_size, runtime.world_size
     if k % world and n % world:
-        raise ValueError(f"--gradient_accumulation_steps {k} micro-batches of --batch_size {n} "
-                         f"cannot be shared by {world} processes: make one of the two a multiple "
-                         f"of {world}")
+        raise ValueError(f"--gradient_accumulation_steps {k} and --batch_size {n} cannot be shared "
+                         f"by {world} processes: make one of the two a multiple of {world}")
     if k % world:
         k, n = k * world, n // world
     return [((step * k + i) * n, n) for i in range(runtime.rank, k, world)]
@@ -725,12 +660,10 @@ def fgm_perturbation(model, distance):
     fast gradient method of Miyato et al. 2017, https://arxiv.org/abs/1605.07725.
     """
     weight = getattr(model, 'trunk', model).tokens.weight
-    before = weight.detach().clone()
-    with torch.no_grad():
-        weight += distance * weight.grad / weight.grad.norm().clamp(min=1e-12)
+    before = weight.data.clone()
+    weight.data += distance * weight.grad / weight.grad.norm().clamp(min=1e-12)
     yield
-    with torch.no_grad():
-        weight.copy_(before)
+    weight.data.copy_(before)
 
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
@@ -743,14 +676,11 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     finite = bool(norm.isfinite())
     if not loss.isfinite() or not (finite or runtime.scaler.is_enabled()):
         raise ValueError(
-            f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite. The "
-            f"weights are untouched, and {s.out_dir}/ckpt.pt is good: resume with a lower "
-            "--learning_rate" + (" or --adversarial" if s.adversarial else ''))
+            f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: resume "
+            f"from {s.out_dir}/ckpt.pt with a lower --learning_rate or --adversarial")
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group['lr'] = group['peak_lr'] * learning_rate(step, s) / s.learning_rate
         if finite:
-            runtime.scaler.step(optimizer)
+            runtime.scaler.step(optimizer, learning_rate(step, s) / s.learning_rate)
         optimizer.zero_grad()
     runtime.scaler.update()
 
@@ -761,30 +691,27 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
 class Progress:
     """How far a run has come; saved in its checkpoints."""
     step: int = 0
-    evaluated: int = -1            # step of the last evaluation
-    best: float = -math.inf        # the best score so far (the negative of a loss)
-    best_loss: float = math.inf    # the loss of that evaluation
-    evals_since_best: int = 0
     seconds: float = 0.0
+    best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
+    evals_since_best: int = 0
 
 def tokens_per_step(s, data, config):
     """Tokens of a step; of labelled data, which are of many lengths, the mean."""
-    by_rows = data.rows and OBJECTIVES[s.objective].by_rows
-    mean = data.lengths.mean() if by_rows else config.block_size
+    mean = data.lengths.mean() if data.rows else config.block_size
     return round(s.batch_size * s.gradient_accumulation_steps * mean)
 
 def duration(seconds):
-    return str(datetime.timedelta(seconds=round(seconds)))
+    return datetime.timedelta(seconds=round(seconds))
 
 def plot(log, path):
     """The losses as a picture, where matplotlib is installed."""
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-        rows, axes = np.reshape(log, (-1, 6)), Figure(figsize=(7, 4)).subplots()
+        rows, axes = np.reshape(log, (-1, 6)), Figure().subplots()
         axes.plot(rows[:, 0], rows[:, 1:3], label=['train loss', 'val loss'])
         axes.set(xlabel='step', ylabel='nats per token')
         axes.legend()
-        axes.figure.savefig(path, dpi=120)
+        axes.figure.savefig(path)
 
 class Trainer:
     """
@@ -795,24 +722,32 @@ class Trainer:
     def __init__(self, model, data, val, s, runtime, checkpoint=None):
         self.data, self.val, self.s, self.runtime = data, val, s, runtime
         self.model = self.forward = model.to(runtime.device).train()
-        groups = optimizer_groups(model, s.weight_decay)
-        self.optimizers = OPTIMIZERS[s.optimizer](groups, s, runtime.dtype)
-        self.at, self.log, self.signals = Progress(), [], Signals()
-        self.tokens = tokens_per_step(s, data, model.config)
-        self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
+        self.optimizers = OPTIMIZERS[s.optimizer](optimizer_groups(model, s.weight_decay), s,
+                                                  runtime.dtype)
+        self.at, self.log, self.signal = Progress(), [], 0
         if checkpoint:
             self.at, self.log = Progress(**checkpoint['progress']), checkpoint['log']
             for optimizer, saved in zip(self.optimizers, checkpoint['optimizer'], strict=True):
                 optimizer.load_state_dict(saved)
             runtime.scaler.load_state_dict(checkpoint['scaler'])
+        self.tokens = tokens_per_step(s, data, model.config)
+        self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
+        self.started = time.perf_counter() - self.at.seconds
         long = s.max_iters >= 1000 and not OBJECTIVES[s.objective].by_rows
-        if runtime.type == 'cuda' and long if s.compile is None else s.compile:
+        if runtime.device == 'cuda' and long if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             self.forward = torch.compile(model)
         if runtime.world_size > 1:  # not every objective needs every layer of a trunk
             self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False,
                                                    find_unused_parameters=True)
-        self.started = time.perf_counter() - self.at.seconds
+
+    def catch(self, number, frame):
+        """The first Ctrl-C, SIGTERM or SIGHUP is noted, a second one ends at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        progress('')
+        with contextlib.suppress(OSError):
+            print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
 
     def save(self, name, **extra):
         self.at.seconds, data = time.perf_counter() - self.started, self.data
@@ -825,24 +760,24 @@ class Trainer:
         """Evaluate, write best.pt where it is due, and log.csv; returns why to stop now, or ''."""
         s, at, runtime, reason = self.s, self.at, self.runtime, ''
         some = s.eval_iters * s.batch_size
-        train_loss = evaluate(self.model, self.data, s, runtime, some)['loss']
+        train_loss = float(evaluate(self.model, self.data, s, runtime, some)['loss'])
         scores = evaluate(self.model, self.val, s, runtime, some)
         runtime.print0(f"step {at.step}: train loss {train_loss:.4f}, val "
                        + sample.format_scores(scores))
-        if s.target_loss and scores['loss'] <= s.target_loss:  # an estimate: now of all
+        if s.target_loss and scores['loss'] <= s.target_loss:  # of some examples: now of all
             scores = evaluate(self.model, self.val, s, runtime)
             if scores['loss'] <= s.target_loss:
                 reason = (f"target loss {s.target_loss} reached after {at.seconds:.1f} seconds, at "
                           f"step {at.step}: {sample.format_scores(scores)} over the whole split")
         loss = float(scores['loss'])
         score = -loss if self.best_by == 'loss' else float(scores[self.best_by])
-        at.evaluated, at.evals_since_best = at.step, at.evals_since_best + 1
-        if reason or (score, -loss) > (at.best, -at.best_loss):
-            at.best, at.best_loss, at.evals_since_best = score, loss, 0
+        at.evals_since_best += 1
+        if reason or (score, -loss) > at.best:
+            at.best, at.evals_since_best = (score, -loss), 0
             self.save('best.pt')
-        if s.patience and at.evals_since_best >= s.patience:
+        elif 0 < s.patience <= at.evals_since_best:
             reason = f"stopped at step {at.step}: the last {s.patience} evaluations were no better"
-        self.log.append([at.step, float(train_loss), loss, learning_rate(at.step, s),
+        self.log.append([at.step, train_loss, loss, learning_rate(at.step, s),
                          at.step * self.tokens, at.seconds])
         if runtime.is_main:
             columns = 'step,train_loss,val_loss,lr,tokens,seconds'
@@ -853,13 +788,13 @@ class Trainer:
         return reason
 
     def run(self):
-        """Train up to max_iters, or until a target, the patience or a signal ends it."""
+        """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, seconds = self.s, self.at, self.runtime, '', []
-        self.signals.listen()
+        for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), self.catch)
         while True:
-            due = at.step != at.evaluated and (
-                at.step % s.eval_interval == 0 or at.step == s.max_iters)
-            stopped = runtime.sum(float(self.signals.caught))[0]
+            due = at.step % s.eval_interval == 0 or at.step == s.max_iters
+            stopped = runtime.sum(self.signal)[0]
             if due or stopped:
                 self.save('ckpt.pt', optimizer=[o.state_dict() for o in self.optimizers],
                           scaler=runtime.scaler.state_dict())
@@ -882,16 +817,14 @@ class Trainer:
                     f"{self.tokens / mean:,.0f} tok/s, "
                     f"ETA {duration((s.max_iters - at.step - 1) * mean)}")
             at.step += 1
-        if reason or s.target_loss:
-            runtime.print0(reason or f"target loss {s.target_loss} not reached")
+        if s.target_loss and not reason:
+            reason = f"target loss {s.target_loss} not reached"
+        runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
+                       f"validation {self.best_by} {abs(at.best[0]):.4f}. Ask the model: python "
+                       f"sample.py --out_dir {s.out_dir} --start \"...\"")
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
-        if runtime.world_size > 1:
-            dist.barrier()  # the last checkpoint is written
-        if not self.signals.caught:
-            runtime.print0(f"done: {at.step} steps in {duration(at.seconds)}, best validation "
-                           f"{self.best_by} {abs(at.best):.4f}. Ask the model: python sample.py "
-                           f"--out_dir {s.out_dir} --start \"...\"")
+        return self.signal and 128 + self.signal
 
 # -----------------------------------------------------------------------------
 # What a run costs
@@ -904,28 +837,21 @@ def dry_run(model, s, data, runtime):
     moments; activations by equation 2 of Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198,
     and the logits with their gradients.
     """
-    config, sizes = model.config, Counter()
+    from torch.utils.benchmark import Timer  # slow to import
+    config = model.config
     T, C, L, V = config.block_size, config.n_embd, config.n_layer, config.vocab_size
-    for name, p in model.named_parameters():
-        part = 'blocks' if '.blocks.' in name or 'lstm.' in name else name.split('.')[-2]
-        sizes[part] += p.numel()
-    n, tokens = sizes.total(), tokens_per_step(s, data, config)
-    looked_up = 0 if config.tied else V * C
-    flops = 6 * (n - looked_up) + (0 if config.arch == 'lstm' else 12 * L * C * T)
-    width = 2 if runtime.dtype == torch.float32 else 1                     # times 16 bits
+    sizes = {group['name']: sum(p.numel() for p in group['params'])
+             for group in optimizer_groups(model, s.weight_decay)}         # of what is trained
+    n, tokens = sum(p.numel() for p in model.parameters()), tokens_per_step(s, data, config)
+    flops = 6 * (n - V * C * (not config.tied)) + 12 * L * C * T * (config.arch != 'lstm')
+    width = runtime.dtype.itemsize // 2                                    # times 16 bits
     activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
-    a, b = (torch.randn(shape, dtype=runtime.dtype, device=runtime.device)
-            for shape in ((2048, C), (C, 4 * C)))
-    (a @ b)[0, 0].item()  # the first product prepares
-    started = time.perf_counter()
-    for _ in range(10):
-        product = a @ b
-    product[0, 0].item()  # waits for the device
-    speed = 10 * 2048 * C * 4 * C / (time.perf_counter() - started)        # half of its FLOP/s
-    parts = ', '.join(f'{part} {size:,}' for part, size in sizes.items())
+    x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
+    timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
+    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of its FLOP/s
     total = tokens * s.max_iters
     runtime.print0(
-        f"parameters {n:,}: {parts}\n"
+        f"parameters {n:,}: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}\n"
         f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
         f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (about "
         "20 make the best of compute: Hoffmann et al. 2022)\n"
@@ -944,239 +870,195 @@ def find_dataset(name, runtime):
         if Path(folder, 'meta.json').exists():
             return folder
     if name != 'pydoc':
-        known = name in prepare_data.DATASETS
-        flags = f"--dataset {name}" if known else f"--input FILE --out_dir {folder}"
-        raise ValueError(f"--dataset {name}: there is no data folder {folder}: make it with python "
-                         f"prepare_data.py {flags}")
+        raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
+                         f"prepare_data.py --dataset {name}, or --input FILE --out_dir {folder}")
     if runtime.is_main:
-        runtime.print0("preparing data/pydoc from the documentation of this Python")
-        prepare_data.prepare(prepare_data.Settings(dataset='pydoc'))
-    if runtime.world_size > 1:
-        dist.barrier()
+        prepare_data.prepare(prepare_data.Settings(dataset=name))
+    runtime.sum(0)  # the others wait
     return folder
 
-def find_origin(s, given):
-    """(path of the checkpoint to start from or None, whether its run goes on)."""
-    latest = Path(s.out_dir, 'ckpt.pt')
-    if s.eval_only and 'init_from' not in given:
-        return s.out_dir, False
-    if s.init_from == 'resume' or (s.init_from == 'auto' and latest.exists()):
-        return latest, not s.eval_only
-    return None if s.init_from in ('scratch', 'auto') else s.init_from, False
-
-def only(cls, values):
-    """Those of some values that are fields of a dataclass."""
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+def make(cls, values):
+    """A dataclass of flags, from those values that it has fields for."""
+    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 def new_model(s, values, data):
     """A model with random weights, of the preset and the flags."""
     preset = PRESETS[s.preset]
-    if preset.mlp_dim and 'n_embd' in values:  # as wide, in proportion
-        width = max(1, preset.mlp_dim * values['n_embd'] // preset.n_embd)
-        values = {'mlp_dim': width, **values}
-    config = replace(preset, **{'vocab_size': data.vocab_size, **only(Config, values)})
-    if config.vocab_size < data.vocab_size:
-        raise ValueError(f"--vocab_size {config.vocab_size}: the data has {data.vocab_size} tokens")
-    try:
-        with torch.device('meta' if s.dry_run else 'cpu'):  # meta: shapes without memory
-            return build(config)
-    except (RuntimeError, MemoryError):
-        raise ValueError("a model of these sizes does not fit into memory: lower --n_embd, "
-                         "--vocab_size or --block_size") from None
+    width = preset.mlp_dim * values.get('n_embd', preset.n_embd) // preset.n_embd  # in proportion
+    sizes = {'vocab_size': data.vocab_size, 'mlp_dim': width}
+    with torch.device('meta' if s.dry_run else 'cpu'):  # meta: shapes without memory
+        return build(make(Config, asdict(preset) | sizes | values))
 
-def adapt_model(model, checkpoint, path, data, head, runtime):
-    """
-    The model of a checkpoint for other data: the trunk stays, a vocabulary without special tokens
-    grows, a head for something else is replaced.
-    """
+def adapt_model(model, checkpoint, path, data, runtime):
+    """The trunk stays, a vocabulary without special tokens grows, another head is replaced."""
+    for kind in ('dropped', 'new'):
+        if checkpoint.get(kind):
+            runtime.print0(f"{path}: {kind}: {', '.join(checkpoint[kind])}")
     added = data.vocab_size - model.config.vocab_size
-    if data.rows and added > 0:
+    if checkpoint and data.rows and added > 0:
         runtime.print0(f"{path}: {added} rows added to its vocabulary, for special tokens")
         model = resize(model, path, vocab_size=data.vocab_size)
-    for kind in ('dropped', 'new'):
-        if names := {re.sub('[0-9]+', '*', name) for name in checkpoint.get(kind, [])}:
-            runtime.print0(f"{path}: {kind}: {', '.join(sorted(names))}")
     trunk = getattr(model, 'trunk', model)
-    if not head['task']:
+    if data.task not in sample.DECODERS:
         return trunk
-    if model.config.task == head['task'] and checkpoint.get('labels') == data.labels:
-        return model
-    labels = ', '.join(data.labels[:10]) + ', ...' * (len(data.labels) > 10)
-    runtime.print0(f"{path}: trunk loaded, its tokenizer is that of {data.folder}; new: a head for "
-                   f"{head['task']} with the labels {labels}")
-    return TaskModel(replace(trunk.config, **head), trunk)
+    if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
+        runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
+                       + ', '.join(data.labels[:10]))
+        model = TaskModel(replace(trunk.config, task=data.task, n_labels=len(data.labels)), trunk)
+    return model
 
-def freeze(model, what):
+def freeze(model, words):
     """
-    Keep some weights: `embeddings`; a number, embeddings and so many blocks; `trunk`, all but the
-    head, which makes the head a logistic regression on features.
+    Keep the weights with one of some words in their names. `trunk` is all but the head, which makes
+    the head a logistic regression on features; `tokens embed blocks.0.` the first layers.
     """
-    if what == 'none':
-        return
-    trunk = getattr(model, 'trunk', model)
-    stacks = [module for module in trunk.modules() if isinstance(module, Stack)]
-    depth, n_blocks = int(what) if what.isdecimal() else 0, trunk.config.n_layer if stacks else 0
-    if depth > n_blocks:
-        raise ValueError(f"--freeze {what}: the model has {n_blocks} blocks")
-    parts = [trunk if what == 'trunk' else trunk.tokens]
-    for stack in stacks:
-        parts += [stack.embed, *stack.blocks[:depth]]
-    for part in parts:
-        part.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"--freeze {what}: nothing is left to train, since there is no head")
+    for name, p in model.named_parameters():
+        if any(word in name for word in words.split()):
+            p.requires_grad_(False)
+    if words and len({p.requires_grad for p in model.parameters()}) == 1:
+        raise ValueError(f"--freeze {words}: all of the weights have such names, or none")
 
-def usual_objective(config, task):
-    """The first objective that fits a model and the task of the data ('': text)."""
-    for name, objective in OBJECTIVES.items():
-        if config.arch in objective.archs and task in objective.tasks:
-            return name
-    raise ValueError(f"a {config.arch} cannot learn {task}: choose another --preset, such as "
-                     + ('transformer' if task == 'seq2seq' else 'bert'))
+def find_objective(s, arch, task):
+    """The objective of the flags, else the first that fits the model and the data ('': text)."""
+    fitting = [name for name, objective in OBJECTIVES.items()
+               if arch in objective.archs and task in objective.tasks]
+    if not fitting or s.objective not in ('', *fitting):
+        raise ValueError(f"--objective {s.objective}: a {arch} learns {task or 'text'} by "
+                         f"{' or '.join(fitting) or 'none'}: choose another one, or --preset")
+    return s.objective or fitting[0]
 
-def check(s, config, data, val, checkpoint, path, goes_on):
+# What a run that goes on has to keep: its weights and its examples depend on it.
+FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
+         'objective')
+
+def check(given, s, config, data, val, checkpoint, path, resume):
     """Raise ValueError for what would fail later, before anything is written."""
-    objective, folder, tokenizer, longest = OBJECTIVES[s.objective], data.folder, data.tokenizer, 0
+    folder, longest = data.folder, 0
     for split in (data, val):
-        if data.rows and objective.by_rows:
-            longest = max(longest, split.lengths.max() if objective.joined else split.longest)
-        else:
-            split.windows(config.block_size)  # raises if there are none
+        # raises where there is no window, or no special token that the objective needs
+        OBJECTIVES[s.objective].example(split, 0, config.block_size)
+        if split.rows:
+            longest = max(longest, split.longest if config.arch == 'encdec' else max(split.lengths))
     for holds, message in [
-        (config.arch in objective.archs,
-         f"--objective {s.objective} is for {', '.join(objective.archs)}, not for a {config.arch}"),
-        (data.task in objective.tasks,
-         f"--objective {s.objective} is for {', '.join(objective.tasks)}, and {folder} is not"),
         (s.best_by in ('', 'loss') or data.task == 'seq2seq',
          f"--best_by {s.best_by}: only text to text has that score"),
-        (objective.token in tokenizer.special,
-         f"--objective {s.objective}: the tokenizer of {folder} has no {objective.token}"),
-        (checkpoint.get('tokenizer') in (None, tokenizer.to_dict()),
-         f"{folder} was encoded with another tokenizer than {path} was trained on: prepare it "
-         "again with --tokenizer and the data folder of that training"),
-        (max(*data.is_text.nonzero()[0], tokenizer.end_id) < config.vocab_size,
-         f"{path} knows {config.vocab_size} tokens, and {folder} has others: prepare it with the "
-         "tokenizer of the model"),
-        (not goes_on or s.eval_only or checkpoint.get('data') == data.fingerprint,
-         f"--dataset {s.dataset}: {folder} is not, or no longer, what {path} was trained on: start "
-         f"a new run with --init_from {path}"),
-        (not goes_on or not config.task or checkpoint['labels'] == data.labels,
-         f"{path} was trained for the labels {checkpoint.get('labels', [])[:10]}, and {folder} has "
-         f"{data.labels[:10]}: choose another --dataset"),
+        (not (s.adversarial and s.freeze),
+         f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: leave one out"),
+        (checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
+         f"{folder} was encoded with another tokenizer than {path}: prepare it with that one"),
+        (not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
+         f"{path} has no optimizer, or learned from other data than {folder} has now: start a new "
+         f"run with --init_from {path}"),
+        (not s.eval_only or checkpoint.get('labels', []) == data.labels,
+         f"{folder} has the labels {data.labels[:10]}, {path} {checkpoint.get('labels', [])[:10]}"),
+        ((data.highest if path else data.vocab_size - 1) < config.vocab_size,
+         f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} allows"),
         (longest <= config.block_size,
          f"{folder} has an example of {longest} tokens, more than block_size={config.block_size}: "
-         f"raise --block_size, or prepare the data with --block_size {config.block_size}"),
+         "raise --block_size, or prepare the data with a lower one"),
     ]:
         if not holds:
             raise ValueError(message)
-
-def check_fixed(given, saved, config, path, resume):
-    """Raise ValueError for a flag that contradicts the weights, or the run that goes on."""
-    fixed = asdict(config) | {'preset': saved.get('preset')}
+    old = checkpoint.get('settings', {})
+    fixed = asdict(config) | {'preset': old.get('preset', s.preset)}
     if resume:
-        fixed |= {name: saved[name] for name in ('optimizer', 'freeze', 'batch_size', 'seed',
-                                                 'gradient_accumulation_steps', 'objective')}
+        fixed |= {name: (checkpoint['config'] | old)[name] for name in FIXED}
     for name, value in given.items():
         if value != fixed.get(name, value):
-            raise ValueError(f"--{name} {value}: {path} has {name}={fixed[name]}: leave the "
-                             "flag out")
+            raise ValueError(f"--{name} {value}: {path} has {fixed[name]}: leave the flag out")
 
 def start(given):
     """
-    Flags -> (model, settings, train data, val data, checkpoint or None, runtime). What counts more
-    comes later: defaults, the recipe, the checkpoint, the flags. The checkpoint of a run that goes
-    on brings all of its settings, another one its preset and its data set.
+    Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
+    What counts more comes later: defaults, the recipe, the checkpoint, the flags. A checkpoint
+    brings all of its settings where its run goes on or is scored, else its preset and data set.
     """
-    s, model, checkpoint, values = Settings(**only(Settings, given)), None, {}, given
-    path, resume = find_origin(s, given)
-    goes_on = resume or bool(path and s.eval_only)
+    s, model, checkpoint = make(Settings, given), None, {}
+    path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
+    if s.eval_only and 'init_from' not in given:
+        path = s.out_dir
+    resume = path == 'resume' or (path == 'auto' and latest.exists())
+    path = latest if resume else {'scratch': None, 'auto': None}.get(path, path)
+    is_new = not (path and (resume or s.eval_only))
     if path:
-        free = {'dropout'} if resume else {'dropout', 'block_size'}
-        changes = {name: given[name] for name in free & given.keys()}
-        model, checkpoint, _ = sample.open_model(path, **changes)
-        saved = checkpoint.get('settings', {})
-        if resume and 'optimizer' not in checkpoint:
-            raise ValueError(f"{path} cannot be resumed: start a new run with --init_from {path}")
-        check_fixed(given, saved, model.config, path, resume)
-        if not goes_on:
-            saved = {name: saved[name] for name in saved.keys() & {'preset', 'dataset'}}
-        values = saved | {'out_dir': s.out_dir} | given
-    s = Settings(**only(Settings, values))
+        model, checkpoint, _ = sample.open_model(path)
+    values = {name: value for name, value in checkpoint.get('settings', {}).items()
+              if not is_new or name in ('preset', 'dataset')}
+    values |= {'out_dir': s.out_dir} | given
+    s = make(Settings, values)
     runtime = Runtime(s)
     folder = find_dataset(s.dataset, runtime)
     data, val = (Data(folder, split, s.seed) for split in SPLITS)
     if s.objective and '' in OBJECTIVES[s.objective].tasks:  # labelled data are text, too
         data.task = val.task = ''
         data.labels = val.labels = []
-    if not goes_on:
-        more_text = path and s.preset in RECIPES['more text']
-        kind = data.task or ('more text' if more_text else 'pretrain')
-        values = {**RECIPES[kind].get('', {}), **RECIPES[kind].get(s.preset, {}), **values}
-        s = Settings(**only(Settings, values))
-    head = {'task': '', 'n_labels': 0}
-    if data.task in sample.DECODERS:
-        head = {'task': data.task, 'n_labels': len(data.labels)}
     torch.manual_seed(s.seed)
-    if model is None:
-        model = new_model(s, head | values, data)
-    elif not goes_on:
-        model = adapt_model(model, checkpoint, path, data, head, runtime)
-        if values.get('dropout', model.config.dropout) != model.config.dropout:
-            model = resize(model, path, dropout=values['dropout'])
-    s = replace(s, objective=s.objective or usual_objective(model.config, data.task))
+    if is_new:
+        recipes = RECIPES[data.task or ('more text' if path else 'pretrain')]
+        values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
+        model = adapt_model(model or new_model(s, values, data), checkpoint, path, data, runtime)
+    changes = {name: values[name] for name in ('dropout', 'block_size')
+               if values.get(name) not in (None, getattr(model.config, name))}
+    model = resize(model, path, **changes)
+    objective = find_objective(s, model.config.arch, data.task)
+    s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size
-    check(s, model.config, data, val, checkpoint, path, goes_on)
+    if not OBJECTIVES[objective].by_rows:
+        data.rows = val.rows = []
+    check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
     freeze(model, s.freeze)
     return model, s, data, val, checkpoint if resume else None, runtime
 
-def backup_old_run(folder):
-    """A new run in an old folder gives the old files another name: nothing is overwritten."""
+def claim_folder(s, config, resumed):
+    """
+    One run a folder: raise ValueError while another one writes into it. A new run writes all of its
+    flags to config.toml, and gives the files of an earlier one another name. Returns the lock, a
+    file that has to stay open; it is gone with its process, however that ends.
+    """
+    folder = Path(s.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / '.lock'
+    f = path.open('a')
+    with contextlib.suppress(ImportError):  # Windows
+        import fcntl
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
+                             "another folder, or wait") from None
+    path.write_text(str(os.getpid()))
+    if resumed:
+        return f
     for name in ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml'):
-        old = Path(folder, name)
+        old = folder / name
         if old.exists():
             new = old.replace(old.with_stem(f'{old.stem}.old'))
             print(f"{old} is of an earlier run: moved to {new}", flush=True)
-
-def write_settings(s, config):
-    """out/config.toml: all flags of the run. What weights or data decide is left to them."""
-    sizes = asdict(config)
-    if s.init_from not in ('scratch', 'auto'):
-        sizes = {'block_size': config.block_size, 'dropout': config.dropout}
-    values = asdict(s) | sizes
-    for name in ('config', 'eval_only', 'dry_run', 'task', 'n_labels', 'vocab_size'):
-        values.pop(name, None)
-    text = write_config(values, ['python train.py --config this_file'])
-    write_file(Path(s.out_dir, 'config.toml'), lambda f: f.write(text.encode()))
+    derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))            # from the data
+    text = write_config(asdict(s) | asdict(config) | derived, ['python train.py --config FILE'])
+    write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
+    return f
 
 def train(model, s, data, val, checkpoint, runtime):
     """Train, and say what. Returns the exit status: 0, or 128 + a signal."""
     if runtime.is_main:
-        os.makedirs(s.out_dir, exist_ok=True)
-        runtime.lock = lock(s.out_dir)
-        if checkpoint is None:
-            backup_old_run(s.out_dir)
-            write_settings(s, model.config)
+        _lock = claim_folder(s, model.config, checkpoint)
     n, world = sum(p.numel() for p in model.parameters()), runtime.world_size
     runtime.print0(
         f"{s.preset}: {n:,} parameters, {str(runtime.dtype)[6:]} on {runtime.device}"
-        + f", {world} processes" * (world > 1)
-        + f"; {data.folder}: {data.counts['tokens']:,} tokens, "
-        + f"{len(data.rows):,} examples, " * bool(data.rows)
-        + f"vocabulary of {data.vocab_size:,}"
-        + (f"; resumed at step {checkpoint['progress']['step']}" if checkpoint else ''))
+        f"{f', {world} processes' * (world > 1)}; {data.folder}: {data.counts['tokens']:,} tokens, "
+        f"vocabulary of {data.vocab_size:,}")
     if s.objective == 'masked_lm' and not data.has_pairs:
         runtime.print0(f"{data.folder} has no two documents with sentences that follow each other: "
                        "no next sentence prediction")
-    trainer = Trainer(model, data, val, s, runtime, checkpoint)
-    trainer.run()
-    return trainer.signals.caught and 128 + trainer.signals.caught
+    return Trainer(model, data, val, s, runtime, checkpoint).run()
 
 def main(argv):
     groups = {'training': Settings, "architecture (defaults: the preset's)": Config}
-    model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
     status = 0
     try:
+        model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
         if s.dry_run:
             dry_run(model, s, data, runtime)
         elif s.eval_only:
@@ -1184,9 +1066,11 @@ def main(argv):
             runtime.print0('val ' + sample.format_scores(scores))
         else:
             status = train(model, s, data, val, checkpoint, runtime)
-    except torch.OutOfMemoryError:
-        raise ValueError(f"{runtime.device} has not enough memory: lower --batch_size (and raise "
-                         "--gradient_accumulation_steps) or --block_size") from None
+    except RuntimeError as e:
+        if 'tried to allocate' not in str(e).lower():
+            raise
+        raise ValueError("not enough memory: lower --batch_size, and raise "
+                         "--gradient_accumulation_steps; or lower --block_size") from None
     if runtime.world_size > 1:
         dist.destroy_process_group()
     sys.exit(status)

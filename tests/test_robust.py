@@ -107,7 +107,7 @@ def assert_same_end(a, b):
 @pytest.mark.parametrize('dataset, preset, flags', [
     ('d', 'gpt2', dict(optimizer='muon', gradient_accumulation_steps=2)), ('d', 'lstm', {}),
     ('text', 'bert', dict(optimizer='muon')), ('text', 't5', dict(dtype='bfloat16')),
-    ('d', 'nano', dict(dtype='float16')), ('classify', 'bert', dict(freeze='embeddings')),
+    ('d', 'nano', dict(dtype='float16')), ('classify', 'bert', dict(freeze='tokens embed')),
     ('seq2seq', 'gpt2', dict(batch_size=5)), ('tag', 'llama', dict(adversarial=0.1))])
 def test_a_resumed_run_is_the_unbroken_run(folders, tmp_path, dataset, preset, flags):
     """With dropout, across epochs, whatever is trained (b17); all settings come from ckpt.pt."""
@@ -295,15 +295,16 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
 @pytest.mark.parametrize('flags, named', [
     ('--lerning_rate=1', 'did you mean --learning_rate?'), ('out', 'out belongs to no flag'),
     ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'),
-    ('--vocab_size=10', '--vocab_size 10: the data has'),
+    ('--vocab_size=10', 'more than vocab_size=10'),
     ('--block_size=100000', 'block_size + 1 = 100001'),
     ('--init_from=resume', 'there is no checkpoint out/ckpt.pt'),
     ('--eval_only', 'there is no checkpoint out'),
-    ('--freeze=1 --adversarial=0.1', '--freeze 1'), ('--freeze=trunk', 'nothing is left to train'),
-    ('--freeze=5', '--freeze 5: the model has 4 blocks'),
-    ('--freeze=1 --preset=lstm', 'the model has no blocks'),
-    ('--objective=masked_lm', '--objective masked_lm is for bert, not for a gpt'),
-    ('--objective=supervised', '--objective supervised is for'),
+    ('--freeze=embed --adversarial=0.1', '--freeze embed'),
+    ('--freeze=trunk', '--freeze trunk'),
+    ('--freeze=blocks.9.', '--freeze blocks.9.: '),
+    ('--freeze=weight --no-bias', '--freeze weight: '),
+    ('--objective=masked_lm', '--objective masked_lm: a gpt learns text by causal_lm'),
+    ('--objective=supervised', '--objective supervised: a gpt learns text by causal_lm'),
     ('--best_by=bleu', '--best_by bleu'), ('--config=bad.toml', '--config bad.toml'),
     ('--config=unknown.toml', 'did you mean --batch_size?'), ('--out_dir=bad.toml', 'bad.toml'),
     ('--dataset=pytopics', 'prepare_data.py --dataset pytopics')])
@@ -314,7 +315,7 @@ def test_a_bad_command_line_is_one_line_that_names_what_is_wrong(
     (tmp_path / 'unknown.toml').write_text('batchsize = 3\n')
     words = flags.split()
     line = refusal(words if 'dataset' in flags else [*words, f'--dataset={d}'])
-    assert named.replace('no blocks', '0 blocks') in line or named in line, line
+    assert named in line, line
 
 @pytest.fixture(scope='module')
 def trained(folders, tmp_path_factory):
@@ -330,7 +331,7 @@ def test_a_flag_that_contradicts_a_checkpoint_is_refused(trained, tmp_path, refu
     shutil.copytree(trained / 'd', tmp_path / 'out')
     words = ['--n_layer=3', '--norm=rmsnorm', '--preset=bert', '--vocab_size=9', '--block_size=64']
     if resumed:
-        words += ['--block_size=4', '--freeze=embeddings', '--objective=masked_lm', '--seed=1',
+        words += ['--block_size=4', '--freeze=embed', '--objective=masked_lm', '--seed=1',
                   '--optimizer=muon', '--batch_size=8', '--gradient_accumulation_steps=2']
     for word in words:
         line = refusal([f'--init_from={"resume" if resumed else "out"}', '--max_iters=9', word])
@@ -428,7 +429,7 @@ def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refus
     text = Path(f"{folders / 'd'}.train.txt").read_text(encoding='utf-8')
     other = prepared(tmp_path / 'other', text[::-1], text[:400], tokenizer=str(folders / 'd'))
     line = refusal(['--init_from=resume', f'--dataset={other}', '--max_iters=9'])
-    assert 'no longer, what' in line
+    assert 'learned from other data' in line
     shutil.copytree(trained / 'classify', tmp_path / 'c/out')
     rows = prepared(tmp_path / 'rows', 'x\t1\ny\t2\n' * 9, task='classify', block_size=40,
                     tokenizer=str(folders / 'classify'))
