@@ -117,11 +117,13 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     progress('')
     return results, totals
 
+NOT_FINITE = ("the model's logits are not finite: its weights are damaged, or too large for "
+              "--dtype")
+
 def check_finite(logits):
     """Raise ValueError where logits are NaN or infinite: argmax would answer 0 all the same."""
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
-                         "for --dtype")
+        raise ValueError(NOT_FINITE)
 
 # -----------------------------------------------------------------------------
 # Choosing tokens
@@ -144,7 +146,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, V = logits.double(), logits.size(-1)
+    logits, V = logits.double() if logits.is_cpu else logits.float(), logits.size(-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature    # cannot overflow
     order = None
     if top_k or top_p < 1:
@@ -170,30 +172,75 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     full, its newer half is read again from position 0 and the older half is forgotten. cache: that
     of an encoded source; prompt and new tokens must then fit into block_size.
     """
-    block_size = model.config.block_size
-    draws = [np.random.default_rng((seed, row)) for row in rows or range(len(ids))]
-    active, tokens = list(range(len(ids))), ids[:, -1]             # active rows have not ended
-    window = new = ids[:, -block_size:]
+    block_size, device = model.config.block_size, ids.device
+    draws = [np.random.default_rng((seed, row)).random(max_new_tokens)
+             for row in rows or range(len(ids))]
+    uniforms = torch.tensor(np.stack(draws, axis=1))                       # (max_new_tokens, B)
+    if device.type != 'mps':  # it has no float64: there tokens are chosen on the CPU
+        uniforms = uniforms.to(device)
+
+    def step(new, uniform):
+        logits = model.decode(new, cache)                                  # (B, V)
+        finite = logits.isfinite().all(dim=-1)
+        if suppressed is not None:
+            logits = logits.masked_fill(suppressed, -math.inf)
+        chosen = sample_token(logits.to(uniform.device), uniform, temperature, top_k, top_p)
+        return chosen.where(finite.to(chosen.device), -1)
+
+    new = window = ids[:, -block_size:]
     cache = cache or KVCache(min(block_size, window.size(1) + max_new_tokens))
-    for _ in range(max_new_tokens):
+    as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
+    if as_graph:
+        cache.length = torch.zeros((), dtype=torch.long, device=device)
+    tokens, ended, computed = ids[:, -1].tolist(), set(), [*range(len(ids))]
+    for i in range(max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2):]
-            cache = KVCache(block_size)
-        logits = next_logits(model, new, cache, suppressed)                # (B, V)
-        logits = logits.cpu() if logits.device.type == 'mps' else logits   # it has no float64
-        uniform = torch.tensor([draws[i].random() for i in active], device=logits.device,
-                               dtype=torch.float64)
-        tokens = tokens.clone()
-        tokens[active] = sample_token(logits, uniform, temperature, top_k, top_p).to(ids.device)
-        yield tokens
-        new = tokens[active, None]                                         # (B, 1)
-        window = torch.cat([window, new], dim=1)
-        rest = [i for i, token in enumerate(new[:, 0].tolist()) if token not in end_ids]
-        if not rest:
+            cache.clear()
+        if as_graph and new.size(1) == 1:
+            step_one = step_one or capture(step, cache, new, uniforms[i])
+            chosen = step_one(new, uniforms[i]).tolist()
+        else:
+            chosen = step(new, uniforms[i, computed]).tolist()
+        if min(chosen) < 0:
+            raise ValueError(NOT_FINITE)
+        for row, token in zip(computed, chosen):
+            tokens[row] = tokens[row] if row in ended else token
+            if token in end_ids:
+                ended.add(row)
+        yield torch.tensor(tokens)
+        if len(ended) == len(tokens):
             return
-        if len(rest) < len(active):
-            active, new, window = [active[i] for i in rest], new[rest], window[rest]
+        rest = [k for k, row in enumerate(computed) if row not in ended]
+        if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
+            computed, window = [computed[k] for k in rest], window[rest]
             cache.reorder(rest)
+        new = torch.tensor([tokens[row] for row in computed], device=device)[:, None]
+        window = torch.cat([window, new], dim=1)
+
+def capture(step, cache, *inputs):
+    """
+    step(*inputs) as a CUDA graph: returns a function that runs it with other inputs. Launching the
+    hundreds of small kernels of a step from Python takes longer than running them.
+    """
+    inputs, length = [t.clone() for t in inputs], cache.length.clone()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries set themselves up in the first calls
+            step(*inputs)
+            cache.length.copy_(length)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        chosen = step(*inputs)
+
+    def replay(*values):
+        for old, new in zip(inputs, values):
+            old.copy_(new)
+        graph.replay()
+        return chosen
+
+    return replay
 
 @torch.inference_mode()
 def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppressed=None, end_ids=(),

@@ -1,0 +1,191 @@
+"""
+What a GPU gives. Three tables, each a command; they need tests/requirements.txt.
+
+    python tests/bench/gpu.py [--nanogpt FOLDER]     training and writing with GPT-2 124M
+    python tests/bench/gpu.py --ladder               from float32 and eager to all of it, one thing at a time
+    python tests/bench/gpu.py --shakespeare FILE     whole command to nanoGPT's loss of 1.4697, by characters
+
+MFU (model FLOPs utilisation) is what the formula of `train.flops_per_token` asks for, over what a large bfloat16 product reaches
+on this card. Training runs train.py's own steps on the text of the quick start, with GPT-2's number of tokens; writing draws
+from random weights. --nanogpt takes a checkout of github.com/karpathy/nanoGPT and runs its bench.py with the same shape.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import transformers
+from common import command, table
+
+import model
+import prepare_data
+import sample
+import train
+
+BASE = '--dataset data --preset gpt2-124m --vocab_size 50257 --batch_size 32 --gradient_accumulation_steps 1 --device auto'
+TINY = ' --n_layer 1 --n_embd 32 --n_head 4 --block_size 64 --batch_size 2 --vocab_size 5000'
+
+
+def by_formula(q, k, v, drop, mask=None, causal=False, scale=None):
+    """Attention without a fused kernel."""
+    groups = q.size(1) // k.size(1)
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return model.attention_weights(q, k, mask, causal, scale) @ v
+
+
+def adamw_by_formula(self, group, weights, gradients, m, v, t):
+    """AdamW, one weight and one operation after the other."""
+    for p, g, first, second, steps in zip(weights, gradients, m, v, t):
+        steps += 1
+        first.lerp_(g, 1 - self.betas[0])
+        second.lerp_(g * g, 1 - self.betas[1])
+        scaled = first / (1 - self.betas[0] ** steps) / ((second / (1 - self.betas[1] ** steps)).sqrt() + 1e-8)
+        p -= group['lr'] * (scaled + group['weight_decay'] * p)
+
+
+LADDER = [  # (what comes on top, flags, the precision of float32 products, functions that are not fused)
+    ('float32, eager', '--batch_size 8 --dtype float32 --no-compile', 'highest', 'attention adamw'),
+    ('TF32', '', 'high', 'attention adamw'),
+    ('bfloat16', '--dtype bfloat16', 'high', 'attention adamw'),
+    ('fused AdamW', '', 'high', 'attention'),
+    ('fused attention', '', 'high', ''),
+    ('compile', '--compile', 'high', ''),
+    ('vocabulary of a multiple of 64', '--vocab_size 50304', 'high', ''),
+    ('batch of 32', '--batch_size 32', 'high', ''),
+]
+
+
+def train_speed(flags, steps, precision='high', by_hand=''):
+    """Tokens a second of training, and GB of the device at most."""
+    kernels = model.attention, train.AdamW.update
+    model.attention = by_formula if 'attention' in by_hand else model.attention
+    train.AdamW.update = adamw_by_formula if 'adamw' in by_hand else train.AdamW.update
+    groups = {'training': train.Settings, 'model': model.Config}
+    net, s, data, val, _, runtime = train.start(train.read_flags(shlex.split(flags), '', groups))
+    torch.set_float32_matmul_precision(precision)
+    trainer = train.Trainer(net, data, val, s, runtime)
+    for step in range(3 + steps):
+        if step == 3:  # the first ones compile and prepare
+            wait()
+            began = time.perf_counter()
+        loss = train.backward(step, net, trainer.forward, data, s, runtime)
+        train.optimizer_step(step, loss, net, trainer.optimizers, s, runtime)
+    wait()
+    rate = steps * trainer.tokens / (time.perf_counter() - began)
+    model.attention, train.AdamW.update = kernels
+    return rate, rate * train.flops_per_token(net), memory()
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory():
+    """GB at most since the last call."""
+    if not torch.cuda.is_available():
+        return 0.0
+    most = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
+def product_speed(n):
+    """FLOP/s of a large bfloat16 product."""
+    a = torch.randn(n, n, device=sample.find_device('auto'), dtype=torch.bfloat16)
+    for i in range(13):
+        if i == 3:
+            wait()
+            began = time.perf_counter()
+        b = a @ a
+    wait()
+    return 10 * 2 * len(b) ** 3 / (time.perf_counter() - began)
+
+
+def write_speed(run, tokens):
+    """Tokens a second of run() at its second call, and the seconds to its first token."""
+    for _ in range(2):
+        wait()
+        began, first = time.perf_counter(), None
+        for _ in run():
+            first = first or time.perf_counter() - began
+    return tokens / (time.perf_counter() - began), first
+
+
+def writing(config, batches, n):
+    """Rows of the table of writing: this project, and transformers with a growing and with a static cache."""
+    device = sample.find_device('auto')
+    net, rows = model.build(config).to(device, torch.bfloat16).eval(), []
+    with tempfile.TemporaryDirectory() as folder:
+        model.export_huggingface(net, f'{folder}/hf')
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/hf', dtype=torch.bfloat16).to(device)
+    for batch in batches:
+        ids = torch.randint(config.vocab_size, (batch, 16), device=device)
+
+        def generate(ids=ids, **how):
+            with torch.inference_mode():
+                yield theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=True, pad_token_id=0, **how)
+
+        rate, first = write_speed(lambda ids=ids: sample.generate(net, ids, n), batch * n)
+        others = [write_speed(lambda how=how: generate(**how), batch * n)[0]
+                  for how in ({}, {'cache_implementation': 'static'})]
+        rows.append([str(batch), rate, first, *others, rate / max(others)])
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--nanogpt', help="a folder with nanoGPT's code")
+    parser.add_argument('--ladder', action='store_true')
+    parser.add_argument('--shakespeare', help='the text')
+    parser.add_argument('--steps', type=int, default=30)
+    parser.add_argument('--quick', action='store_true', help='a tiny model, to see that all of it works, on a CPU, too')
+    args = parser.parse_args()
+    tiny, steps = (TINY, 2) if args.quick else ('', args.steps)
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        prepare_data.prepare(prepare_data.Settings(dataset='pydoc', out_dir='data'))
+        speed = product_speed(256 if args.quick else 8192)
+        print(f'a large product: {speed / 1e12:,.1f} TFLOP/s')
+        if args.shakespeare:
+            command('prepare_data.py', '--input', os.path.join(here, args.shakespeare), '--tokenizer', 'char', '--out_dir',
+                    'data/text', cwd=folder)
+            flags = ('--dataset text --preset nano --n_layer 6 --n_embd 256 --block_size 256 --window "2 4 8 16 32 0" '
+                     '--dropout 0.2 --weight_decay 0.1 --max_iters 1200 --eval_interval 200 --target_loss 1.4697')
+            seconds, said = command('train.py', *shlex.split(flags + (tiny and tiny + ' --max_iters 3')), cwd=folder)
+            print(f'{seconds:.1f} s', re.findall('target loss.*', said))
+        elif args.ladder:
+            flags, rows = BASE, []
+            for name, more, precision, by_hand in LADDER:
+                flags += ' ' + more
+                rate, used, gigabytes = train_speed(flags + tiny, steps, precision, by_hand)
+                rows.append([name, rate, 100 * used / speed, gigabytes])
+            table(['one thing more', 'tokens/s', 'MFU, %', 'GB'], rows)
+        else:
+            rate, used, gigabytes = train_speed(BASE + ' --compile' * (not args.quick) + tiny, steps)
+            rows = [['this project', rate, 100 * used / speed, gigabytes]]
+            if args.nanogpt:
+                copy = shutil.copytree(os.path.join(here, args.nanogpt), 'nanogpt')
+                flags = ['--batch_size=32', '--real_data=False', '--bias=True']
+                done = subprocess.run([sys.executable, 'bench.py', *flags], cwd=copy, text=True, capture_output=True, check=True)
+                ms = float(re.search(r'time per iteration: ([\d.]+)ms', done.stdout)[1])
+                rows.append(["nanoGPT's bench.py", 32 * 1024 / ms * 1000, '', ''])
+            table(['training, 124M', 'tokens/s', 'MFU, %', 'GB'], rows)
+            config = model.PRESETS['gpt2-124m']
+            if args.quick:
+                config = model.Config(vocab_size=500, n_layer=1, block_size=64)
+            rows = writing(config, [1, 2] if args.quick else [1, 16, 128], 8 if args.quick else 240)
+            table(['writing, batch', 'tokens/s', 'first after s', 'transformers', 'static cache', 'times the best'], rows)
+        os.chdir(here)
+
+
+if __name__ == '__main__':
+    main()
