@@ -97,7 +97,6 @@ class Config:
     scale_embedding: bool = flag(False, 'multiply token embeddings by sqrt(C)')
     scale_output: bool = flag(False, 'multiply the input of the output layer by 1/sqrt(C)')
     tied: bool = flag(True, 'the output layer is the embedding matrix')
-    logit_cap: float = flag(0.0, 'squash logits smoothly into (-cap, cap); 0: off')
     # training
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
@@ -159,8 +158,8 @@ PRESETS = {
                    scale_output=True, init='fan_in'),
     'llama': Config(norm='rmsnorm', norm_eps=1e-6, positions='rotary', activation='swiglu',
                     mlp_dim=344, n_kv_head=2, bias=False, tied=False, init='normal'),
-    'nano': Config(norm='rmsnorm', norm_eps=1e-6, norm_weight=False, qk_norm=True, bias=False,
-                   positions='rotary', activation='relu2', tied=False, logit_cap=15.0, init='zero'),
+    'nano': Config(norm_weight=False, qk_norm=True, bias=False, positions='rotary',
+                   window='2 4 8 0', activation='swiglu', mlp_dim=256, tied=False, init='zero'),
     'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='fan_in'),
 }
 PRESETS |= {  # the published sizes, on top of their row
@@ -665,13 +664,9 @@ class Output(nn.Module):
         self.weight = W if config.tied else nn.Parameter(torch.empty_like(W))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if bias else None
         self.scale = config.n_embd ** -0.5 if config.scale_output else 1.0
-        self.cap = config.logit_cap
 
     def forward(self, x):
-        logits = F.linear(x * self.scale, self.weight, self.bias)          # (..., C) -> (..., V)
-        if self.cap:  # Gemma Team 2024, https://arxiv.org/abs/2408.00118
-            logits = self.cap * torch.tanh(logits.float() / self.cap)
-        return logits
+        return F.linear(x * self.scale, self.weight, self.bias)            # (..., C) -> (..., V)
 
 class LanguageModel(nn.Module):
     """What models that write share: `hidden` reads the tokens, `output` predicts the next ones."""

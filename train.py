@@ -422,7 +422,7 @@ class Settings:
     """The flags of training."""
     # what to train
     dataset: str = flag('pydoc', 'name of a folder in data/, or a folder of prepare_data.py')
-    preset: str = flag('gpt2', 'row of PRESETS in model.py', tuple(PRESETS))
+    preset: str = flag('nano', 'row of PRESETS in model.py', tuple(PRESETS))
     init_from: str = flag('scratch', 'scratch | resume (from out_dir) | auto: resume if possible | '
                                      'a checkpoint, a Hugging Face folder or name')
     out_dir: str = flag('out', 'folder for ckpt.pt, best.pt, log.csv and config.toml')
@@ -482,9 +482,10 @@ RECIPES = {
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95,
                           batch_size=12, gradient_accumulation_steps=40, eval_interval=2000,
                           eval_iters=200),
-        'nano': dict(max_iters=200, batch_size=24, optimizer='muon', learning_rate=1.5e-2,
-                     muon_learning_rate=0.03, min_lr=0.0, warmup_iters=0, lr_schedule='linear',
-                     weight_decay=0.0, beta1=0.8, beta2=0.95, grad_clip=0.0),
+        'nano': dict(max_iters=160, batch_size=24, eval_interval=40, eval_iters=10,
+                     optimizer='muon', learning_rate=3e-2, muon_learning_rate=0.05, min_lr=0.0,
+                     warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
+                     grad_clip=0.0),
         # one token in seven has a target, so many steps; and a learning rate post-norm survives
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),
