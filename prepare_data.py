@@ -970,7 +970,7 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
     for name, text in example['meta'].items():
         ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
         if len(ids) > block_size:
-            raise ValueError(f"the {name} {text[:40]!r} has more tokens than "
+            raise ValueError(f"the {name} {text[:40]!r} has {len(ids)} tokens, more than "
                              f"block_size={block_size}: prepare (and train) with a larger one")
         if name == 'source':
             example['ids'] = ids
