@@ -2,9 +2,10 @@
 Tokens per second in writing, beside transformers' `generate` with the same weights: GPT-2's 124 M, drawn at random.
 
     python tests/bench/generate.py
+    python tests/bench/generate.py --shapes 1x16 16x16 128x16     a GPU, where there is one
 
 `limit` is what memory allows: all weights are read once for every token. For a batch of 1 it is the machine's reading speed
-(measured here) over the bytes of the weights.
+(measured here) over the bytes of the weights. On a GPU transformers is asked with a static cache, too, which it compiles.
 """
 
 import argparse
@@ -22,13 +23,13 @@ import sample
 NEW = 128
 
 
-def bandwidth():
+def bandwidth(device):
     """Bytes a second that this machine reads."""
-    x = torch.ones(2 ** 28, dtype=torch.uint8).view(torch.int64)
-    x.sum()
+    x = torch.ones(2 ** 28, dtype=torch.uint8, device=device).view(torch.int64)
+    x.sum().item()
     began = time.perf_counter()
     for _ in range(5):
-        x.sum()
+        x.sum().item()
     return 5 * 2 ** 28 / (time.perf_counter() - began)
 
 
@@ -42,12 +43,12 @@ def ours(net, ids):
     return run
 
 
-def theirs(net, ids):
+def theirs(net, ids, **how):
     def run():
         began = time.perf_counter()
         with torch.inference_mode():
             net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                         pad_token_id=0)
+                         pad_token_id=0, **how).tolist()
         return NEW * len(ids) / (time.perf_counter() - began)
 
     run()
@@ -61,24 +62,25 @@ def main():
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows, speed = [], bandwidth()
+    device, rows = sample.find_device('auto'), []
+    speed = bandwidth(device)
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.join(folder, 'gpt2')
         torch.manual_seed(0)
         model.export_huggingface(model.build(model.PRESETS['gpt2-124m']), folder)
         for batch, length in (map(int, shape.split('x')) for shape in args.shapes):
-            ids = torch.randint(50257, (batch, length))
-            for dtype in ('float32', 'bfloat16'):
-                net = model.load(folder)[0].to(getattr(torch, dtype)).eval()
-                there = transformers.GPT2LMHeadModel.from_pretrained(
-                    folder, dtype=getattr(torch, dtype)).eval()
-                found = alternate({'ours': ours(net, ids), 'transformers': theirs(there, ids)},
-                                  args.rounds)
-                size, other = 124e6 * (4 if dtype == 'float32' else 2), found['transformers']
-                share = f"{found['ours'] * size / speed:.0%}" if batch == 1 else '-'
-                rows.append([f'{batch} x {length}', dtype, found['ours'], other,
-                             found['ours'] / other, share])
-    table(['batch x prompt', 'dtype', 'tokens/s', 'transformers', 'times as fast', 'share of limit'], rows)
+            ids = torch.randint(50257, (batch, length), device=device)
+            for dtype in (torch.float32, torch.bfloat16):
+                net = model.load(folder)[0].to(device, dtype).eval()
+                there = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+                runs = {'ours': ours(net, ids), 'transformers': theirs(there, ids)}
+                if device == 'cuda':
+                    runs['static'] = theirs(there, ids, cache_implementation='static')
+                found = alternate(runs, args.rounds)
+                share = f"{found['ours'] * 124e6 * dtype.itemsize / speed:.0%}" if batch == 1 else '-'
+                rows.append([f'{batch} x {length}', str(dtype)[6:], *found.values(), found['ours'] / found['transformers'],
+                             share])
+    table(['batch x prompt', 'dtype', 'tokens/s', *[*runs][1:], 'times as fast', 'share of limit'], rows)
 
 
 if __name__ == '__main__':

@@ -1,13 +1,13 @@
 """
-What a GPU gives. Three tables, each a command; they need tests/requirements.txt.
+What a GPU gives in training; writing is tests/bench/generate.py. Three tables, each a command:
 
-    python tests/bench/gpu.py [--nanogpt FOLDER]     training and writing with GPT-2 124M
+    python tests/bench/gpu.py [--nanogpt FOLDER]     training GPT-2 124M
     python tests/bench/gpu.py --ladder               from float32 and eager to all of it, one thing at a time
     python tests/bench/gpu.py --shakespeare FILE     whole command to nanoGPT's loss of 1.4697, by characters
 
 MFU (model FLOPs utilisation) is what the formula of `train.flops_per_token` asks for, over what a large bfloat16 product reaches
-on this card. Training runs train.py's own steps on the text of the quick start, with GPT-2's number of tokens; writing draws
-from random weights. --nanogpt takes a checkout of github.com/karpathy/nanoGPT and runs its bench.py with the same shape.
+on this card. These are train.py's own steps on the text of the quick start, with GPT-2's number of tokens. --nanogpt takes a
+checkout of github.com/karpathy/nanoGPT and runs its bench.py with the same shape.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import tempfile
 import time
 
 import torch
-import transformers
 from common import command, table
 
 import model
@@ -109,37 +108,6 @@ def product_speed(n):
     return 10 * 2 * len(b) ** 3 / (time.perf_counter() - began)
 
 
-def write_speed(run, tokens):
-    """Tokens a second of run() at its second call, and the seconds to its first token."""
-    for _ in range(2):
-        wait()
-        began, first = time.perf_counter(), None
-        for _ in run():
-            first = first or time.perf_counter() - began
-    return tokens / (time.perf_counter() - began), first
-
-
-def writing(config, batches, n):
-    """Rows of the table of writing: this project, and transformers with a growing and with a static cache."""
-    device = sample.find_device('auto')
-    net, rows = model.build(config).to(device, torch.bfloat16).eval(), []
-    with tempfile.TemporaryDirectory() as folder:
-        model.export_huggingface(net, f'{folder}/hf')
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/hf', dtype=torch.bfloat16).to(device)
-    for batch in batches:
-        ids = torch.randint(config.vocab_size, (batch, 16), device=device)
-
-        def generate(ids=ids, **how):
-            with torch.inference_mode():
-                yield theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=True, pad_token_id=0, **how)
-
-        rate, first = write_speed(lambda ids=ids: sample.generate(net, ids, n), batch * n)
-        others = [write_speed(lambda how=how: generate(**how), batch * n)[0]
-                  for how in ({}, {'cache_implementation': 'static'})]
-        rows.append([str(batch), rate, first, *others, rate / max(others)])
-    return rows
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--nanogpt', help="a folder with nanoGPT's code")
@@ -179,11 +147,6 @@ def main():
                 ms = float(re.search(r'time per iteration: ([\d.]+)ms', done.stdout)[1])
                 rows.append(["nanoGPT's bench.py", 32 * 1024 / ms * 1000, '', ''])
             table(['training, 124M', 'tokens/s', 'MFU, %', 'GB'], rows)
-            config = model.PRESETS['gpt2-124m']
-            if args.quick:
-                config = model.Config(vocab_size=500, n_layer=1, block_size=64)
-            rows = writing(config, [1, 2] if args.quick else [1, 16, 128], 8 if args.quick else 240)
-            table(['writing, batch', 'tokens/s', 'first after s', 'transformers', 'static cache', 'times the best'], rows)
         os.chdir(here)
 
 
