@@ -841,7 +841,8 @@ def open_model(path, device='cpu', **changes):
 
 def export(model, tokenizer, labels, folder):
     """Write model and tokenizer as a Hugging Face folder, without rows that were added to GPT-2."""
-    config, size, ends = model.config, model.config.vocab_size, tokenizer.end_ids
+    config, ends = model.config, tokenizer.end_ids
+    size = min(config.vocab_size, tokenizer.n_vocab)
     if tokenizer.name == 'gpt2' and config.arch == 'gpt':
         size = min(size, tokenizer.pad_id)  # the first token that was added
     files = tokenizer.export_files(size)
@@ -887,6 +888,8 @@ def print_texts(model, tokenizer, prompt, settings):
     ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
     live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
     show = lambda text: live and print(text, end='', flush=True)
+    if n * sum(p.numel() for p in model.parameters()) < 20e6:
+        torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
     for rows in [[row] for row in range(n)] if live else [range(n)]:
         show('\n---\n' * bool(texts) + prompt)
         written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)

@@ -296,14 +296,16 @@ OBJECTIVES = {
     'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',)),
 }
 
-def get_batch(data, objective, T, first, n, device='cpu'):
+def get_batch(data, objective, T, first, n):
     """The examples first, first + 1, ..., first + n - 1 since the start of training, as a batch."""
     make = OBJECTIVES[objective].example
     examples = [make(data, i, T) for i in range(first, first + n)]
-    return sample.collate(examples, data.tokenizer.pad_id, device)
+    return sample.collate(examples, data.tokenizer.pad_id)
 
 # -----------------------------------------------------------------------------
 # Optimizers. Those of torch.optim would do, but making one imports the compiler: two seconds
+
+ONE = torch.tensor(1.0)
 
 class Optimizer:
     """Weights in groups, each with its own decay; `state` has the tensors kept for each weight."""
@@ -313,12 +315,15 @@ class Optimizer:
         self.state = {p: self.new_state(p) for group in groups for p in group['params']}
 
     @torch.no_grad()
-    def step(self, rate=1.0):
-        """Move the weights; rate: the learning rate as a share of its peak."""
+    def step(self, rate=1.0, good=ONE):
+        """
+        Move the weights. rate: the learning rate as a share of its peak. good: 1, or 0 for a step
+        that moves nothing; a tensor on the device, so that nobody waits for it.
+        """
         for group in self.param_groups:
             weights = [p for p in group['params'] if p.grad is not None]
             if weights:
-                self.update(self.peak_lr * rate, group['weight_decay'], weights,
+                self.update(self.peak_lr * rate, group['weight_decay'], good, weights,
                             [p.grad for p in weights], *zip(*(self.state[p] for p in weights)))
 
     def zero_grad(self):
@@ -347,11 +352,11 @@ class AdamW(Optimizer):
     def new_state(self, p):
         return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]
 
-    def update(self, lr, decay, weights, gradients, m, v, t):
-        torch._foreach_add_(t, 1)
+    def update(self, lr, decay, good, weights, gradients, m, v, t):
+        torch._foreach_add_(t, good)
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
-                            maximize=False)                                # one pass over memory
+                            maximize=False, found_inf=1 - good)            # one pass over memory
 
 def orthogonal(x):
     """
@@ -385,13 +390,14 @@ class Muon(Optimizer):
     def new_state(self, p):
         return [torch.zeros_like(p)]
 
-    def update(self, lr, decay, weights, gradients, means):
-        torch._foreach_lerp_(means, gradients, 0.05)                       # 0.95 of the old mean
-        ahead = torch._foreach_lerp(gradients, means, 0.95)                # Nesterov's momentum
-        steps = orthogonal(torch.stack(ahead).to(self.dtype)).float()      # (n, rows, columns)
-        torch._foreach_mul_(weights, 1 - lr * decay)
+    def update(self, lr, decay, good, weights, gradients, means):
+        gradients = torch.stack(gradients).where(good > 0, 0.0)            # (n, rows, columns)
+        torch._foreach_lerp_(means, list(gradients), 0.05)                 # 0.95 of the old mean
+        ahead = gradients.lerp(torch.stack(means), 0.95)                   # Nesterov's momentum
+        steps = orthogonal(ahead.to(self.dtype)).float()
         scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))
-        torch._foreach_add_(weights, list(steps), alpha=-lr * scale)
+        torch._foreach_mul_(weights, 1 - lr * decay * good)
+        torch._foreach_add_(weights, list(steps * (-lr * scale * good)))
 
 def adamw(groups, s, dtype):
     return [AdamW(groups, s.learning_rate, (s.beta1, s.beta2))]
@@ -547,6 +553,12 @@ class Runtime:
         """Inside, products are computed in self.dtype; the stream, norms and loss in float32."""
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
+    def move(self, t):
+        """A tensor of the CPU on the device; a GPU copies it while it works on something else."""
+        if self.device == 'cuda':
+            t = t.pin_memory()
+        return t.to(self.device, non_blocking=True)
+
     def sum(self, *values):
         """Add numbers over all processes; each waits for the others."""
         if self.world_size == 1:
@@ -625,7 +637,7 @@ def backward(step, model, forward, data, s, runtime):
     batches are made first, since each loss is divided by the number of targets in all of them.
     """
     parts, T = micro_batches(step, s, runtime), model.config.block_size
-    batches = [get_batch(data, s.objective, T, *part, runtime.device) for part in parts]
+    batches = [get_batch(data, s.objective, T, *part) for part in parts]
     numbers = {}
     for kind in batches[0]:
         if kind.endswith('targets'):
@@ -635,11 +647,12 @@ def backward(step, model, forward, data, s, runtime):
     def add_gradients():
         total = 0.0
         for (first, _), batch in zip(parts, batches):
+            batch = {key: runtime.move(t) for key, t in batch.items()}
             seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of dropout
             # DDP adds the gradients of all processes in the last backward pass. It decides that in
             # the forward pass. It takes the mean; we want the sum.
-            forward.require_backward_grad_sync = batch is batches[-1]
+            forward.require_backward_grad_sync = first == parts[-1][0]
             with runtime.precision():
                 _, loss = forward(**batch, **numbers)
             runtime.scaler.scale(loss * runtime.world_size).backward()
@@ -668,20 +681,21 @@ def fgm_perturbation(model, distance):
 
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
-    Clip the gradient and move the weights. Raises ValueError before that where the loss or the
-    gradient is not finite; float16 overflows now and then, which halves its scale and skips a step.
+    Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
+    then raise ValueError. float16 overflows now and then, which only halves its scale. On a GPU
+    nothing here waits for the device, so it is seen when the log is written.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    finite = bool(norm.isfinite())
-    if not loss.isfinite() or not (finite or runtime.scaler.is_enabled()):
-        raise ValueError(
-            f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: resume "
-            f"from {s.out_dir}/ckpt.pt with a lower --learning_rate or --adversarial")
+    good = (loss + norm).isfinite().float()
+    if runtime.device != 'cuda' or step % s.log_interval == 0:  # else reading them would wait
+        if not loss.isfinite() or not (norm.isfinite() or runtime.scaler.is_enabled()):
+            raise ValueError(
+                f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: "
+                f"resume from {s.out_dir}/ckpt.pt with a lower --learning_rate or --adversarial")
     for optimizer in optimizers:
-        if finite:
-            runtime.scaler.step(optimizer, learning_rate(step, s) / s.learning_rate)
+        optimizer.step(learning_rate(step, s) / s.learning_rate, good)
         optimizer.zero_grad()
     runtime.scaler.update()
 
@@ -695,6 +709,15 @@ class Progress:
     seconds: float = 0.0
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
     evals_since_best: int = 0
+
+# FLOP/s that makers promise of dense bfloat16 products, to tell what share of it a run uses (MFU)
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+
+def used_share(model, tokens_per_second):
+    """', MFU 41 %' on cards that are known, else ''."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
+    peak = next((peak for card, peak in PEAKS.items() if card in name), 0)
+    return f', MFU {flops_per_token(model) * tokens_per_second / peak:.1%}' if peak else ''
 
 def tokens_per_step(s, data, config):
     """Tokens of a step; of labelled data, which are of many lengths, the mean."""
@@ -790,7 +813,7 @@ class Trainer:
 
     def run(self):
         """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
-        s, at, runtime, reason, seconds = self.s, self.at, self.runtime, '', []
+        s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
         for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:  # Windows has no SIGHUP
             signal.signal(getattr(signal, name), self.catch)
         while True:
@@ -807,15 +830,17 @@ class Trainer:
                 break
 
             progress(f"step {at.step} of {s.max_iters}" if runtime.is_main else '')
-            began = time.perf_counter()
+            if due or not n:
+                began, n = time.perf_counter(), 0
             loss = backward(at.step, self.model, self.forward, self.data, s, runtime)
             optimizer_step(at.step, loss, self.model, self.optimizers, s, runtime)
-            seconds.append(time.perf_counter() - began)
+            n += 1
             if at.step % s.log_interval == 0:
-                mean, seconds = np.mean(seconds), []
+                value = loss.item()                                        # waits for the device
+                mean, n = (time.perf_counter() - began) / n, 0
                 runtime.print0(
-                    f"iter {at.step}: loss {loss.item():.4f}, lr {learning_rate(at.step, s):.2e}, "
-                    f"{self.tokens / mean:,.0f} tok/s, "
+                    f"iter {at.step}: loss {value:.4f}, lr {learning_rate(at.step, s):.2e}, "
+                    f"{self.tokens / mean:,.0f} tok/s{used_share(self.model, self.tokens / mean)}, "
                     f"ETA {duration((s.max_iters - at.step - 1) * mean)}")
             at.step += 1
         if s.target_loss and not reason:
@@ -830,13 +855,21 @@ class Trainer:
 # -----------------------------------------------------------------------------
 # What a run costs
 
+def flops_per_token(model):
+    """
+    Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
+    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B).
+    """
+    c, n = model.config, sum(p.numel() for p in model.parameters())
+    looked_up = 0 if c.tied else c.vocab_size * c.n_embd
+    attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * (n - looked_up) + attention
+
 def dry_run(model, s, data, runtime):
     """
-    Print about what a run needs before it is spent. FLOPs of a token: 6 a parameter (2 forward, 4
-    backward), and 12 L C T for attention (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361;
-    Chowdhery et al. 2022, appendix B). Memory: 16 bytes a parameter for weights, gradients and two
-    moments; activations by equation 2 of Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198,
-    and the logits with their gradients.
+    Print about what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
+    gradients and two moments; activations by equation 2 of Korthikanti et al. 2022,
+    https://arxiv.org/abs/2205.05198, and the logits with their gradients.
     """
     from torch.utils.benchmark import Timer  # slow to import
     config = model.config
@@ -844,7 +877,7 @@ def dry_run(model, s, data, runtime):
     sizes = {group['name']: sum(p.numel() for p in group['params'])
              for group in optimizer_groups(model, s.weight_decay)}         # of what is trained
     n, tokens = sum(p.numel() for p in model.parameters()), tokens_per_step(s, data, config)
-    flops = 6 * (n - V * C * (not config.tied)) + 12 * L * C * T * (config.arch != 'lstm')
+    flops = flops_per_token(model)
     width = runtime.dtype.itemsize // 2                                    # times 16 bits
     activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
     x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
@@ -882,11 +915,14 @@ def make(cls, values):
     """A dataclass of flags, from those values that it has fields for."""
     return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
-def new_model(s, values, data):
+def new_model(s, values, data, runtime):
     """A model with random weights, of the preset and the flags."""
     preset = PRESETS[s.preset]
     width = preset.mlp_dim * values.get('n_embd', preset.n_embd) // preset.n_embd  # in proportion
-    sizes = {'vocab_size': data.vocab_size, 'mlp_dim': width}
+    vocab_size = data.vocab_size
+    if runtime.device == 'cuda':  # a multiple of 64 makes its products faster
+        vocab_size += -vocab_size % 64
+    sizes = {'vocab_size': vocab_size, 'mlp_dim': width}
     with torch.device('meta' if s.dry_run else 'cpu'):  # meta: shapes without memory
         return build(make(Config, asdict(preset) | sizes | values))
 
@@ -997,7 +1033,8 @@ def start(given):
     if is_new:
         recipes = RECIPES[data.task or ('more text' if path else 'pretrain')]
         values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
-        model = adapt_model(model or new_model(s, values, data), checkpoint, path, data, runtime)
+        model = model or new_model(s, values, data, runtime)
+        model = adapt_model(model, checkpoint, path, data, runtime)
     changes = {name: values[name] for name in ('dropout', 'block_size')
                if values.get(name) not in (None, getattr(model.config, name))}
     model = resize(model, path, **changes)

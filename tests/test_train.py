@@ -668,6 +668,16 @@ def test_a_compiled_model_has_the_same_loss_and_gradient(d):
     torch.testing.assert_close(loss, expected[0])
     torch.testing.assert_close(gradients(model), expected[1])
 
+@pytest.mark.parametrize('preset, dataset', [('gpt2', 'd'), ('nano', 'd'), ('t5', 'text')])
+def test_what_is_compiled_by_itself_is_compiled_once(folders, preset, dataset):
+    """Batches of text have one shape; a number that changes would compile everything again."""
+    model, data, s, runtime = parts_of(folders / dataset, preset=preset, dropout=0.1)
+    graphs, compiled = [], torch.compile(model, backend='eager')
+    for step in range(5):
+        train.backward(step, model, compiled, data, s, runtime)
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert 0 < graphs[1] == graphs[4]
+
 # -----------------------------------------------------------------------------
 # Evaluation
 

@@ -39,14 +39,14 @@ def by_formula(q, k, v, drop, mask=None, causal=False, scale=None):
     return model.attention_weights(q, k, mask, causal, scale) @ v
 
 
-def adamw_by_formula(self, group, weights, gradients, m, v, t):
+def adamw_by_formula(self, lr, decay, good, weights, gradients, m, v, t):
     """AdamW, one weight and one operation after the other."""
     for p, g, first, second, steps in zip(weights, gradients, m, v, t):
         steps += 1
-        first.lerp_(g, 1 - self.betas[0])
-        second.lerp_(g * g, 1 - self.betas[1])
-        scaled = first / (1 - self.betas[0] ** steps) / ((second / (1 - self.betas[1] ** steps)).sqrt() + 1e-8)
-        p -= group['lr'] * (scaled + group['weight_decay'] * p)
+        first.lerp_(g, 1 - self.beta1)
+        second.lerp_(g * g, 1 - self.beta2)
+        scaled = first / (1 - self.beta1 ** steps) / ((second / (1 - self.beta2 ** steps)).sqrt() + 1e-8)
+        p -= lr * (scaled + decay * p)
 
 
 LADDER = [  # (what comes on top, flags, the precision of float32 products, functions that are not fused)
