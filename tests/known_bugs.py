@@ -42,7 +42,7 @@ BUGS = [
      'scale = scale or q.size(-1) ** -0.5', 'scale = scale or q.size(1) ** -0.5', 'test_model.py'),
     # positions and caches
     ('positions begin anew behind the cache', 'transformers#18104', MODEL,
-     'positions = key_positions[past:] ', 'positions = key_positions[:end - past] ',
+     'positions = past + key_positions[:ids.size(1)]', 'positions = key_positions[:ids.size(1)]',
      'test_model.py'),
     ('the bound looks at the new tokens alone', 'nanochat#520', MODEL,
      'if end > self.config.block_size:', 'if ids.size(1) > self.config.block_size:',
@@ -138,7 +138,7 @@ BUGS = [
     ('clipped before unscaling', 'lightning#9599', TRAIN,
      'runtime.scaler.unscale_(optimizer)', 'pass', 'test_train.py'),
     ('a step that is not finite moves the weights', 'many', TRAIN,
-     'if not loss.isfinite() or not (finite or runtime.scaler.is_enabled()):', 'if False:',
+     'good = (loss + norm).isfinite().float()', 'good = torch.ones_like(loss)',
      'test_train.py'),
     ('evaluation without eval()', 'BERT-pytorch', SAMPLE,
      '    model.eval()\n    try:', '    try:', 'test_sample.py test_train.py'),

@@ -377,14 +377,14 @@ def test_qk_norm_bounds_the_scores(cross):
 def test_norms_are_the_formulas_of_the_papers(size, eps, bias):
     """LayerNorm has the biased variance and eps inside the root (b5); RMSNorm subtracts no mean."""
     layer, rms, bare = (awake(make_norm(tiny(preset, norm_eps=eps, bias=bias), 6)).double()
-                        for preset in ('gpt2', 'llama', 'nano'))
+                        for preset in ('gpt2', 'llama', 'nano'))           # bare: without weights
     x = (torch.randn(3, 6, dtype=torch.float64) + 0.5) * size
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
     root = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    y = (x - mean) / (variance + eps).sqrt() * layer.weight
-    close(layer(x), y + layer.bias if bias else y, 1e-9)
+    y = (x - mean) / (variance + eps).sqrt()
+    close(layer(x), y * layer.weight + (layer.bias if bias else 0), 1e-9)
     close(rms(x), x / root * rms.weight, 1e-9)
-    close(bare(x), x / root, 1e-9)
+    close(bare(x), y, 1e-9)
     assert (layer.bias is not None) == bias and not list(bare.parameters())
 
 

@@ -29,7 +29,7 @@ COMMAND = re.compile(r'(?:\$ )?((?:python|torchrun|pip|unzip|printf) .*)')
 SHORTER = {  # flags behind those of the README: the last one counts
     'tests/bench/train_speed.py': '--rounds 1 --steps 1',
     'tests/bench/generate.py': '--rounds 1 --shapes 1x16',
-    'tests/bench/prepare.py': '--sizes 2 3', 'tests/bench/': '--quick',
+    'tests/bench/': '--quick',
     'tests/known_bugs.py': '-k tied',
     'train.py': '--max_iters 4 --eval_interval 4 --eval_iters 1 --log_interval 4 '
                 '--sample_tokens 5 --warmup_iters 1',
