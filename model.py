@@ -88,7 +88,8 @@ class Config:
         'learned', 'how order is told', ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
     rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', low=1)
     rope_scaling: str = flag('', 'rotary, for longer texts: llama3 FACTOR LOW HIGH LENGTH')
-    window: str = flag('0', 'newest tokens a token sees, with itself; 0: all; in turn: "4 4 4 0"')
+    window: str = flag('0', 'how many tokens back a token sees, with itself; 0: all; "4 4 4 0": '
+                            'block by block')
     buckets: int = flag(32, 'relative: number of learned distances', low=4)
     max_distance: int = flag(128, 'relative: from here on, all distances are one', low=1)
     # input and output
@@ -255,8 +256,8 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
         mask = mask & (distance.abs() < window)
     if real is not None:
         mask = mask & real[:, None, :]                                     # (B, T, S)
-    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Such
-    # queries are padding and their output is never used, so let them see everything.
+    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Only
+    # padding can, where its whole window is padding; its output is not used, so it may see all.
     mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
 
@@ -539,7 +540,8 @@ class Embedding(nn.Module):
 class Stack(nn.Module):
     """
     An embedding and n_layer blocks: a decoder (causal=True), where a token sees itself and the
-    past, or an encoder, where it sees all others. cross=True adds cross-attention to an encoder.
+    past, or an encoder, where it sees all others. cross=True: each block also attends to `memory`,
+    the output of an encoder.
     """
 
     def __init__(self, config, tokens, causal, cross=False):
@@ -871,7 +873,7 @@ def write_file(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # a RuntimeError is how torch reports a full disk
-        reason = str(e.__context__ or e).splitlines()[0]
+        reason = ' '.join(str(e.__context__ or e).split())[:200]
         raise OSError(f"{path} cannot be written ({reason}): make room or change the folder") from e
     finally:
         temporary.unlink(missing_ok=True)

@@ -147,7 +147,8 @@ def read_flags(argv, description, groups):
         return given
     try:
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8'))
-        return parse([f'--{name}={value}' for name, value in values.items()]) | given
+        return parse([f'--{name}={value}' for name, found in values.items()
+                      for value in (found if isinstance(found, list) else [found])]) | given
     except ValueError as e:
         raise ValueError(f"--config {given['config']}: {e}") from None
 
@@ -195,8 +196,8 @@ CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each cha
 FORMAT = 'plainformer tokenizer 2'
 
 # Where a long text may be cut, so that no token would cross the cut: before a line that begins with
-# something solid, or before a space (not in a line that begins with <|endoftext|>, or it would
-# look like a marker). (?r) searches from the end.
+# something solid, or before a space (but not behind > : a piece that ends in <|endoftext|> would
+# look as if a document ended there). (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
@@ -276,7 +277,8 @@ class Tokenizer:
         pieces = regex.split(f'({CJK.pattern})', text)
         ids = np.concatenate([self.encode(piece) for piece in pieces])
         ends = np.cumsum([0, *(len(self.token_bytes(i)) for i in ids.tolist())])
-        is_first = np.frombuffer(text.encode(), np.uint8) & 0xC0 != 0x80  # others are 10xxxxxx
+        # The bytes of a character behind its first one are 10xxxxxx.
+        is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
         character = np.cumsum(is_first) - 1  # of each byte
         return ids, np.stack([character[ends[:-1]], character[ends[1:] - 1] + 1], axis=1)
 
@@ -437,11 +439,13 @@ def explain(tokenizer, text):
     """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
     ids = tokenizer.encode(text).tolist()
     for piece in regex.findall(WORDS, text) if tokenizer.name in ('bpe', 'gpt2') else []:
-        parts, rank, why = [bytes([b]) for b in piece.encode()], 0, 'bytes'
+        parts, why = [bytes([b]) for b in piece.encode()], 'bytes'
         yield render_bytes(piece.encode())
-        while rank < math.inf:
+        while True:
             yield f"    {' '.join(map(render_bytes, parts)):<40} {why}"
             rank, i = next_merge(tokenizer.ranks, parts)
+            if rank == math.inf:
+                break
             why = f"{' + '.join(map(render_bytes, parts[i:i + 2]))} = token {rank}"
             parts[i:i + 2] = [b''.join(parts[i:i + 2])]
     yield f"{len(ids):,} tokens: " + ', '.join(f'{render_token(tokenizer, i)} {i}' for i in ids)
@@ -592,7 +596,8 @@ def load_tokenizer(folder):
         raise
     except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
         why = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f"{folder}: fetch or make its tokenizer.json again: {why}") from None
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({why}): fetch it again, or "
+                         "prepare the data again") from None
 
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
@@ -721,7 +726,7 @@ def sha256_of(paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, 'rb') as f:
-            hashlib.file_digest(f, lambda: digest)
+            hashlib.file_digest(f, lambda: digest)  # adds to one digest over all files
     return digest.hexdigest()
 
 def batches(pieces):
@@ -1014,8 +1019,8 @@ def split_rows(rows, val_fraction):
         groups[row.get('context', i)].append(row)
     groups = [*groups.values()]
     for i in np.random.default_rng(0).permutation(len(groups)):
-        fits = len(train) + len(groups[i]) <= len(rows) * (1 - val_fraction)
-        split = train if fits and not val else val
+        fits = len(train) + len(groups[i]) <= round(len(rows) * (1 - val_fraction))
+        split = train if (fits or not train) and not val else val
         split += groups[i]
     return train, val
 
@@ -1277,7 +1282,8 @@ def choose_tokenizer(settings, characters, texts):
         return gpt2_tokenizer()
     folder = name if os.path.isdir(name) else os.path.join('data', name)
     if not os.path.isdir(folder):
-        raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder")
+        raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder, "
+                         "such as that of python prepare_data.py --dataset pydoc")
     return load_tokenizer(folder)
 
 def prepare_text(settings, task, folder, files, val_files):
@@ -1317,7 +1323,7 @@ def prepare_task(settings, task, folder, files, val_files):
     labels = spec.label_names({label for row in rows for label in spec.labels_of(row)})
     if len(labels) > max(100, len(rows) // 2) or (len(labels) == 1 and task != 'qa'):
         raise ValueError(f"{files[0]}: {len(labels)} labels in {len(rows)} rows: there must be "
-                         f"two or more, in the first column, not {some_of(labels)}")
+                         f"two or more (of a text, in the first column), not {some_of(labels)}")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
@@ -1353,7 +1359,8 @@ def prepare(settings):
             for path, text in zip(paths, texts):
                 path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
-        files, val_files = find_files(files), find_files(val_files)
+        val_files = find_files(val_files)
+        files = [path for path in find_files(files) if path not in val_files]
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

@@ -99,10 +99,10 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
         chosen = order[start:start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
         kinds = [key for key in batch if key.endswith('targets')]
-        for kind in kinds or ['targets']:
+        for kind in kinds or ['targets']:  # once where there are none, for the logits
             inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
-                logits, loss = model(**inputs, **{f'num_{kind}': 1})
+                logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
             check_finite(logits)
             if kinds:
                 targets = batch[kind]
@@ -185,7 +185,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         if suppressed is not None:
             logits = logits.masked_fill(suppressed, -math.inf)
         chosen = sample_token(logits.to(uniform.device), uniform, temperature, top_k, top_p)
-        return chosen.where(finite.to(chosen.device), -1)
+        return chosen.where(finite.to(chosen.device), -1)             # -1: NaN or infinity
 
     new = window = ids[:, -block_size:]
     cache = cache or KVCache(min(block_size, window.size(1) + max_new_tokens))
@@ -262,7 +262,8 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         V, norm = logits.size(-1), length ** length_penalty
         p = logits.float().log_softmax(dim=-1)                             # (B beams, V)
         total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, beams V)
-        best, places = total.topk(min(1 + len(end_ids), V) * beams)        # so many may end
+        # Each beam may end with any of end_ids: so many leave enough that go on.
+        best, places = total.topk(min(1 + len(end_ids), V) * beams)
         longer, rest = [], []
         for i, row in enumerate(rows):
             unfinished = []                                                # (log P, beam, tokens)
@@ -301,6 +302,7 @@ class TextStream:
         self.ids, self.text, self.done = [], '', False
         self.begin = len(tokenizer.decode(self.prompt))                    # of the new text
         # A stop that has another one inside is never the first to be whole.
+        stops = [stop for stop in stops if stop]
         first = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         self.stop = regex.compile('|'.join(map(regex.escape, first)) or '(?!)')
         if tokens:
@@ -345,11 +347,12 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
     if sources:
         prompts = [()] * len(prompts)  # a target is a text of its own
     elif beams > 1:
-        ids = ids[:, min(length, block_size // 2) - block_size:]
+        room = block_size - min(length, block_size // 2)
+        ids = ids[:, -room:]
     if sources or beams > 1:
         length = max(1, min(length, block_size - ids.size(1)))
     if model.config.arch == 'encdec':
-        batch = collate([{'ids': ids} for ids in sources], tokenizer.pad_id, ids.device)
+        batch = collate([{'ids': source} for source in sources], tokenizer.pad_id, ids.device)
         cache = model.encode(**batch, size=length + 1)
     how = {'cache': cache, 'end_ids': tokenizer.end_ids,
            'suppressed': suppressed_tokens(model, tokenizer)}
@@ -443,15 +446,15 @@ def decode_span(examples, logits, labels):
         first, last = p[:, meta['first']:][:, :len(offsets)]
         both = (first[:, None] * last).triu().tril(29)                     # (begin, end)
         solid = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
-        until = solid.cumsum(0)                                # an answer is not only white space
-        both = both * (until > (until - solid)[:, None])
+        until = solid.cumsum(0)
+        both = both * (until > (until - solid)[:, None])       # an answer is not only white space
         begin, end = divmod(int(both.argmax()), len(offsets))
         probability = float(both[begin, end])
         if probability > best['probability']:
             low, high = offsets[begin][0], offsets[end][1]
             text = meta['context'][low:high]
             best = {'answer': text.strip(), 'probability': probability,
-                    'start': meta['start'] + high - len(text.lstrip())}
+                    'start': meta['start'] + low + len(text) - len(text.lstrip())}
     if labels and no_answer > best['probability']:
         return {'answer': '', 'probability': no_answer}
     return best
@@ -807,22 +810,25 @@ def check_use(given, settings, kind, arch):
     """What is wanted of a model for `kind`. Raises ValueError for a flag that would be ignored."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
-    writing = 'max_new_tokens stop num_beams temperature top_k top_p seed'
+    writing = 'max_new_tokens stop num_beams temperature'
     if beams > 1:
         writing = 'max_new_tokens stop num_beams length_penalty'
+    elif settings.temperature > 0:
+        writing += ' top_k top_p seed'
+    several = 'num_samples' if beams > 1 or settings.temperature > 0 else ''
     live = '' if beams > 1 or settings.json else 'stream'
     read = {  # the flags of each use, beside those of the model
         'export': 'export', 'score': 'score json', 'start': 'start json',
         'attention': 'attention start', 'attention encdec': 'attention start max_new_tokens',
-        'start text': f'start json num_samples {writing} {live}',
-        'start seq2seq': f'start json num_samples {writing}',
+        'start text': f'start json {several} {writing} {live}',
+        'start seq2seq': f'start json {several} {writing}',
         'score seq2seq': f'score json {writing}', 'start masks': 'start json top_k',
     }
     read = read.get(f'{use} {kind}') or read.get(f'{use} {arch}') or read[use]
     unread = given.keys() - {*read.split(), 'out_dir', 'init_from', 'device', 'dtype'}
     if unread:
         raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
-                         f"--num_beams {beams}): leave it out")
+                         f"--num_beams {beams} --temperature {settings.temperature}): leave it out")
     if 1 < beams < n:
         raise ValueError(f"--num_samples {n}: a search with --num_beams {beams} finds no more "
                          "texts than beams: raise it")
@@ -989,14 +995,16 @@ def main(argv):
     settings = Settings(**given)
     check_flags(settings)
     device, path = find_device(settings.device), settings.init_from or settings.out_dir
+    if not settings.init_from and not os.path.exists(path):  # do not seek it on the hub
+        raise FileNotFoundError(f"there is no folder {path}: train a model first (python train.py)")
     model, checkpoint, tokenizer = open_model(path, device)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: it cannot read or write text")
     labels, arch = checkpoint.get('labels', []), model.config.arch
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
-    use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
+    use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))
     if dtype == 'auto':

@@ -54,12 +54,15 @@ def epoch_order(n, *seed):
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
-    """Rows of labelled data in batches of about one length (n,); of any, where epochs meet."""
+    """
+    The order of the rows of labelled data in an epoch (n,): each batch holds rows of about one
+    length, but for a batch that begins in one epoch and ends in the next.
+    """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order, begin = rng.permutation(n), min(n, -epoch * n % size)
     middle = order[begin:begin + (n - begin) // size * size]               # the whole batches
-    blurred = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))      # others in each epoch
-    middle[:] = rng.permutation(middle[blurred.argsort()].reshape(-1, size)).flatten()
+    noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
+    middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
     return order
 
 class Data:
@@ -99,12 +102,14 @@ class Data:
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
-        """How many windows of T tokens, and one more as the last target, an epoch has."""
+        """Windows in an epoch: of T tokens, and the one after them as the last target."""
         last = len(self.tokens) - 1
         if last < T:
             raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
                              f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
-        return -(-last // T) if self.split == 'val' else max(1, last // T - 1)
+        if self.split == 'val':
+            return -(-last // T)                                           # the last may be shorter
+        return max(1, last // T - 1)                                       # room for an offset
 
     def window(self, index, T):
         """
@@ -247,7 +252,7 @@ def span_corruption(data, index, T):
     """
     tokens, rng, tokenizer = data.window(index, T)[:-1].tolist(), data.rng(1, index), data.tokenizer
     n = len(tokens)
-    hidden = max(1 + (n > 2), round(0.15 * n))
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # a sentinel for one token would save no room
     spans = max(1, min(100, round(hidden / 3), n - hidden))
 
     def cut(total):
@@ -585,10 +590,10 @@ def evaluate(model, data, s, runtime, limit=None):
     instead. limit: of so many examples, evenly spread. Labels are scored on the whole split.
     """
     T, scores = model.config.block_size, {}
-    decode = limit is None or s.best_by not in ('', 'loss')                # which takes long
+    decode = limit is None or s.best_by not in ('', 'loss')                # to write takes long
     with runtime.precision():
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
-            # in each process: the rows are few, and scores are no sums
+            # in each process: the rows are few, and F1 or BLEU cannot be added up
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
         if 'loss' in scores:
             return scores
@@ -600,7 +605,7 @@ def evaluate(model, data, s, runtime, limit=None):
     scores['loss'] = 0.0
     for kind in ('targets', 'next_targets'):
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
-        if count == len(data.tokens) - 1:  # every token was predicted
+        if not data.rows and count == len(data.tokens) - 1:  # every token was predicted
             return sample.text_scores(nats, count, data.counts['bytes'])
         if count:
             scores['loss'] += nats / count
@@ -710,15 +715,6 @@ class Progress:
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
     evals_since_best: int = 0
 
-# FLOP/s that makers promise of dense bfloat16 products, to tell what share of it a run uses (MFU)
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
-
-def used_share(model, tokens_per_second):
-    """', MFU 41 %' on cards that are known, else ''."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
-    peak = next((peak for card, peak in PEAKS.items() if card in name), 0)
-    return f', MFU {flops_per_token(model) * tokens_per_second / peak:.1%}' if peak else ''
-
 def tokens_per_step(s, data, config):
     """Tokens of a step; of labelled data, which are of many lengths, the mean."""
     mean = data.lengths.mean() if data.rows else config.block_size
@@ -811,6 +807,13 @@ class Trainer:
                 print_sample(self.model, self.data.tokenizer, s, runtime)
         return reason
 
+    def mfu(self, seconds):
+        """', MFU 41 %' of a step in so many seconds, on cards that are known."""
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
+        peak = self.runtime.world_size * sum(PEAKS[card] for card in PEAKS if card in name)
+        flops = flops_per_token(self.model) * self.tokens / seconds
+        return f', MFU {flops / peak:.0%}' if peak else ''
+
     def run(self):
         """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
@@ -840,7 +843,7 @@ class Trainer:
                 mean, n = (time.perf_counter() - began) / n, 0
                 runtime.print0(
                     f"iter {at.step}: loss {value:.4f}, lr {learning_rate(at.step, s):.2e}, "
-                    f"{self.tokens / mean:,.0f} tok/s{used_share(self.model, self.tokens / mean)}, "
+                    f"{self.tokens / mean:,.0f} tok/s{self.mfu(mean)}, "
                     f"ETA {duration((s.max_iters - at.step - 1) * mean)}")
             at.step += 1
         if s.target_loss and not reason:
@@ -854,6 +857,9 @@ class Trainer:
 
 # -----------------------------------------------------------------------------
 # What a run costs
+
+# FLOP/s that the makers of cards promise for dense bfloat16 products
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 
 def flops_per_token(model):
     """
@@ -946,8 +952,8 @@ def adapt_model(model, checkpoint, path, data, runtime):
 
 def freeze(model, words):
     """
-    Keep the weights with one of some words in their names. `trunk` is all but the head, which makes
-    the head a logistic regression on features; `tokens embed blocks.0.` the first layers.
+    Keep the weights with one of some words in their names: `trunk` is all but the head, which makes
+    the head a logistic regression on features; `tokens embed blocks.0.` are the first layers.
     """
     for name, p in model.named_parameters():
         if any(word in name for word in words.split()):
@@ -974,8 +980,11 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
         OBJECTIVES[s.objective].example(split, 0, config.block_size)
-        if split.rows:
-            longest = max(longest, split.longest if config.arch == 'encdec' else max(split.lengths))
+        if not split.rows:
+            split.windows(config.block_size)
+        else:
+            joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP], not two ends
+            longest = max(longest, split.longest if config.arch == 'encdec' else joined)
     for holds, message in [
         (s.best_by in ('', 'loss') or data.task == 'seq2seq',
          f"--best_by {s.best_by}: only text to text has that score"),
@@ -1012,7 +1021,7 @@ def start(given):
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
-    if s.eval_only and 'init_from' not in given:
+    if s.eval_only and path in ('scratch', 'auto'):
         path = s.out_dir
     resume = path == 'resume' or (path == 'auto' and latest.exists())
     path = latest if resume else {'scratch': None, 'auto': None}.get(path, path)
