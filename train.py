@@ -913,6 +913,7 @@ def find_dataset(name, runtime):
         raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
                          f"prepare_data.py --dataset {name}, or --input FILE --out_dir {folder}")
     if runtime.is_main:
+        runtime.print0("preparing data/pydoc, the documentation of this Python")
         prepare_data.prepare(prepare_data.Settings(dataset=name))
     runtime.sum(0)  # the others wait
     return folder

@@ -60,8 +60,6 @@ def ours(shape, dtype):
     ids = torch.randint(V, (batch, length + 1))
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     optimizer, = train.adamw(model.optimizer_groups(net, s.weight_decay), s, runtime.dtype)
-    for group in optimizer.param_groups:
-        group['lr'] = s.learning_rate
     return net, optimizer, lambda: net(x, targets=y)[1], runtime.dtype, x.numel()
 
 
