@@ -493,7 +493,7 @@ RECIPES = {
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95,
                           batch_size=12, gradient_accumulation_steps=40, eval_interval=2000,
                           eval_iters=200),
-        'nano': dict(max_iters=160, batch_size=24, eval_interval=40, eval_iters=10,
+        'nano': dict(max_iters=160, batch_size=24, eval_interval=40, eval_iters=5,
                      optimizer='muon', learning_rate=3e-2, muon_learning_rate=0.05, min_lr=0.0,
                      warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
                      grad_clip=0.0),
