@@ -27,7 +27,6 @@ SCRIPTS = ('model', 'train', 'sample', 'prepare_data')
 NOT_RUN = re.compile('<!-- not run here: (.*?) -->')
 COMMAND = re.compile(r'(?:\$ )?((?:python|torchrun|pip|unzip|printf) .*)')
 SHORTER = {  # flags behind those of the README: the last one counts
-    'tests/bench/train_speed.py': '--rounds 1 --steps 1',
     'tests/bench/generate.py': '--rounds 1 --shapes 1x16',
     'tests/bench/': '--quick',
     'tests/known_bugs.py': '-k tied',

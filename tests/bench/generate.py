@@ -4,8 +4,7 @@ Tokens per second in writing, beside transformers' `generate` with the same weig
     python tests/bench/generate.py
     python tests/bench/generate.py --shapes 1x16 16x16 128x16     a GPU, where there is one
 
-`limit` is what memory allows: all weights are read once for every token. For a batch of 1 it is the machine's reading speed
-(measured here) over the bytes of the weights. On a GPU transformers is asked with a static cache, too, which it compiles.
+On a GPU transformers is asked with a static cache, too, which it compiles.
 """
 
 import argparse
@@ -21,16 +20,6 @@ import model
 import sample
 
 NEW = 128
-
-
-def bandwidth(device):
-    """Bytes a second that this machine reads."""
-    x = torch.ones(2 ** 28, dtype=torch.uint8, device=device).view(torch.int64)
-    x.sum().item()
-    began = time.perf_counter()
-    for _ in range(5):
-        x.sum().item()
-    return 5 * 2 ** 28 / (time.perf_counter() - began)
 
 
 def ours(net, ids):
@@ -63,7 +52,6 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device, rows = sample.find_device('auto'), []
-    speed = bandwidth(device)
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.join(folder, 'gpt2')
         torch.manual_seed(0)
@@ -77,10 +65,8 @@ def main():
                 if device == 'cuda':
                     runs['static'] = theirs(there, ids, cache_implementation='static')
                 found = alternate(runs, args.rounds)
-                share = f"{found['ours'] * 124e6 * dtype.itemsize / speed:.0%}" if batch == 1 else '-'
-                rows.append([f'{batch} x {length}', str(dtype)[6:], *found.values(), found['ours'] / found['transformers'],
-                             share])
-    table(['batch x prompt', 'dtype', 'tokens/s', *[*runs][1:], 'times as fast', 'share of limit'], rows)
+                rows.append([f'{batch} x {length}', str(dtype)[6:], *found.values(), found['ours'] / found['transformers']])
+    table(['batch x prompt', 'dtype', 'tokens/s', *[*runs][1:], 'times as fast'], rows)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,8 @@
 """
-What a GPU gives in training; writing is tests/bench/generate.py. Three tables, each a command:
+What a GPU gives in training; writing is tests/bench/generate.py. Two tables, each a command:
 
     python tests/bench/gpu.py [--nanogpt FOLDER]     training GPT-2 124M
     python tests/bench/gpu.py --ladder               from float32 and eager to all of it, one thing at a time
-    python tests/bench/gpu.py --shakespeare FILE     whole command to nanoGPT's loss of 1.4697, by characters
 
 MFU (model FLOPs utilisation) is what the formula of `train.flops_per_token` asks for, over what a large bfloat16 product reaches
 on this card. These are train.py's own steps on the text of the quick start, with GPT-2's number of tokens. --nanogpt takes a
@@ -22,7 +21,7 @@ import time
 
 import torch
 from torch.utils.benchmark import Timer
-from common import command, table
+from common import table
 
 import model
 import prepare_data
@@ -31,13 +30,6 @@ import train
 
 BASE = '--dataset data --preset gpt2-124m --vocab_size 50257 --batch_size 32 --gradient_accumulation_steps 1 --device auto'
 TINY = ' --n_layer 1 --n_embd 32 --n_head 4 --block_size 64 --batch_size 2 --vocab_size 5000'
-
-
-def by_formula(q, k, v, drop, mask=None, causal=False, scale=None):
-    """Attention without a fused kernel."""
-    groups = q.size(1) // k.size(1)
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return model.attention_weights(q, k, mask, causal, scale) @ v
 
 
 def adamw_by_formula(self, lr, decay, good, weights, gradients, m, v, t):
@@ -65,7 +57,8 @@ LADDER = [  # (what comes on top, flags, the precision of float32 products, func
 def train_speed(flags, steps, precision='high', by_hand=''):
     """Tokens a second of training, and GB of the device at most."""
     kernels = model.attention, train.AdamW.update
-    model.attention = by_formula if 'attention' in by_hand else model.attention
+    if 'attention' in by_hand:
+        model.attention = lambda q, k, v, drop, *how: model.attention_weights(q, k, *how) @ v
     train.AdamW.update = adamw_by_formula if 'adamw' in by_hand else train.AdamW.update
     groups = {'training': train.Settings, 'model': model.Config}
     net, s, data, val, _, runtime = train.start(train.read_flags(shlex.split(flags), '', groups))
@@ -107,7 +100,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--nanogpt', help="a folder with nanoGPT's code")
     parser.add_argument('--ladder', action='store_true')
-    parser.add_argument('--shakespeare', help='the text')
     parser.add_argument('--quick', action='store_true', help='a tiny model, to see that all of it works, on a CPU, too')
     args = parser.parse_args()
     tiny, steps = (TINY, 2) if args.quick else ('', 30)
@@ -117,14 +109,7 @@ def main():
         prepare_data.prepare(prepare_data.Settings(dataset='pydoc', out_dir='data'))
         speed = product_speed(256 if args.quick else 8192)
         print(f'a large product: {speed / 1e12:,.1f} TFLOP/s')
-        if args.shakespeare:
-            command('prepare_data.py', '--input', os.path.join(here, args.shakespeare), '--tokenizer', 'char', '--out_dir',
-                    'data/text', cwd=folder)
-            flags = ('--dataset text --preset nano --n_layer 6 --n_embd 256 --block_size 256 --window "2 4 8 16 32 0" '
-                     '--dropout 0.2 --weight_decay 0.1 --max_iters 1200 --eval_interval 200 --target_loss 1.4697')
-            seconds, said = command('train.py', *shlex.split(flags + (tiny and tiny + ' --max_iters 3')), cwd=folder)
-            print(f'{seconds:.1f} s', re.findall('target loss.*', said))
-        elif args.ladder:
+        if args.ladder:
             flags, rows = BASE, []
             for name, more, precision, by_hand in LADDER:
                 flags += ' ' + more

@@ -1,0 +1,159 @@
+"""
+One solution for each exercise of the README: what changes where. Each is put into a copy, which
+then trains a small model; its loss must fall.
+
+    python tests/exercises.py               all of them
+    python tests/exercises.py -k Lion       those whose name has this word
+
+A row: the flags to train with, and (file, old text, new text), where the old text occurs once.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = '''train.py --dataset text --n_layer 2 --n_head 2 --n_embd 32 --mlp_dim 64 --block_size 32
+    --batch_size 8 --max_iters 40 --eval_interval 40 --eval_iters 2 --sample_tokens 0'''.split()
+
+SOLUTIONS = {
+    'ALiBi': ('--preset gpt2 --positions alibi', [
+        ('model.py', "'rotary', 'relative', 'none'", "'rotary', 'relative', 'alibi', 'none'"),
+        ('model.py', "self.config.positions == 'relative'\n        # Without",
+         "self.config.positions in ('relative', 'alibi')\n        # Without"),
+        ('model.py', '            bias = self.relative_bias(buckets).permute(2, 0, 1)', '''
+            if self.config.positions == 'alibi':
+                H = self.config.n_head
+                slopes = 2 ** (-8 * torch.arange(1, H + 1, device=distance.device) / H)
+                bias = -slopes[:, None, None] * distance.abs()
+            else:
+                bias = self.relative_bias(buckets).permute(2, 0, 1)'''),
+    ]),
+    'an attention sink': ('--preset gpt2', [
+        ('model.py', 'def attention_weights(q, k, mask=None, causal=False, scale=None):',
+         'def attention_weights(q, k, mask=None, causal=False, scale=None, sink=None):'),
+        ('model.py', '    return scores.softmax(dim=-1)\n', '''
+    if sink is not None:  # (H,): the score of a key without a value
+        column = sink[:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+    return scores.softmax(dim=-1)
+'''),
+        ('model.py', '        self.drop, self.layer = Dropout(config.dropout), layer\n', '''
+        self.drop, self.layer = Dropout(config.dropout), layer
+        self.sink = nn.Parameter(torch.zeros(H))
+'''),
+        ('model.py', '        y = attention(q, k, v, self.drop, mask, causal, self.scale)', '''
+        weights = attention_weights(q, k, mask, causal, self.scale, self.sink)
+        y = weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)'''),
+    ]),
+    'a prefix LM': ('--preset gpt2 --objective prefix_lm', [
+        ('train.py', "def masked_lm(", '''def prefix_lm(data, index, T):
+    """The first tokens of a window see each other; what follows them is predicted."""
+    window, prefix = data.window(index, T), T // 4
+    targets = window[1:].copy()
+    targets[:prefix - 1] = IGNORE_INDEX
+    return {'ids': window[:-1], 'targets': targets, 'prefix': prefix}
+
+def masked_lm('''),
+        ('train.py', "    'masked_lm': Objective(",
+         "    'prefix_lm': Objective(prefix_lm, ('gpt',), by_rows=False),\n"
+         "    'masked_lm': Objective("),
+        ('model.py', 'memory_mask=None,\n                cache=None):',
+         'memory_mask=None,\n                cache=None, prefix=None):'),
+        ('model.py', '            inputs[window] = mask | shared\n', '''
+            if prefix is not None:
+                past = key_positions <= positions[:, None]
+                mask = {'mask': past | (key_positions < prefix[:, None, None, None])}
+            inputs[window] = mask | shared
+'''),
+    ]),
+    'backwards': ('--preset nano --objective backwards', [
+        ('train.py', "def masked_lm(", '''def backwards(data, index, T):
+    """At every position: which token came before?"""
+    window = data.window(index, T)[::-1].copy()
+    return {'ids': window[:-1], 'targets': window[1:]}
+
+def masked_lm('''),
+        ('train.py', "    'masked_lm': Objective(",
+         "    'backwards': Objective(backwards, ('gpt',), by_rows=False),\n"
+         "    'masked_lm': Objective("),
+    ]),
+    'another reading': ('--dataset rows --preset gpt2', [
+        ('model.py',
+         '            x = x[torch.arange(len(x), device=x.device), real.sum(dim=1) - 1]', '''
+            real = real[..., None]
+            x = (x * real).sum(dim=1) / real.sum(dim=1)'''),
+    ]),
+    'Lion': ('--preset gpt2 --optimizer lion --learning_rate 3e-4', [
+        ('train.py', 'def orthogonal(x):', '''class Lion(Optimizer):
+    """Every weight moves by the sign of a mean of gradients."""
+
+    def new_state(self, p):
+        return [torch.zeros_like(p)]
+
+    def update(self, lr, decay, good, weights, gradients, means):
+        for p, g, mean in zip(weights, gradients, means):
+            p -= good * lr * (mean.lerp(g, 0.1).sign() + decay * p)
+            mean.lerp_(g, 0.01)
+
+def orthogonal(x):'''),
+        ('train.py', "OPTIMIZERS = {'adamw': adamw,",
+         "OPTIMIZERS = {'lion': lambda groups, s, dtype: [Lion(groups, s.learning_rate)],\n"
+         "              'adamw': adamw,"),
+    ]),
+    'z-loss': ('--preset gpt2', [
+        ('model.py', '    if num_targets is None:\n', '''
+    log_z = logits.flatten(0, -2).float().logsumexp(dim=-1)
+    loss = loss + 1e-4 * log_z[targets.flatten() != IGNORE_INDEX].square().sum()
+    if num_targets is None:
+'''),
+    ]),
+}
+
+
+def command(folder, *words):
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f'{" ".join(words)}: {done.stderr[-300:]}')
+    return done.stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('-k', default='', help='only exercises whose name has this word')
+    word = parser.parse_args().k
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for path in ROOT.glob('*.py'):
+            shutil.copy(path, folder)
+        (folder / 'text.txt').write_text('the cat sat on the mat. it purred.\n' * 200)
+        (folder / 'rows.tsv').write_text('yes\tgood film\nno\tbad film\n' * 50)
+        command(folder, 'prepare_data.py', '--input', 'text.txt', '--tokenizer', 'char')
+        command(folder, 'prepare_data.py', '--input', 'rows.tsv', '--task', 'classify',
+                '--tokenizer', 'byte')
+        for name, (flags, changes) in SOLUTIONS.items():
+            if word not in name:
+                continue
+            for file, old, new in changes:
+                text = (folder / file).read_text(encoding='utf-8')
+                if text.count(old) != 1:
+                    sys.exit(f'{name}: the old text occurs {text.count(old)} times: {old}')
+                (folder / file).write_text(text.replace(old, new), encoding='utf-8')
+            said = command(folder, *FLAGS, *flags.split())
+            first, *_, last = map(float, re.findall(r'val .*?loss ([\d.]+)', said))
+            print(f'{name}: {len(changes)} places, loss {first:.2f} -> {last:.2f}', flush=True)
+            if not last < first:
+                sys.exit(f'{name} learns nothing')
+            for file, _, _ in changes:
+                shutil.copy(ROOT / file, folder)
+
+
+if __name__ == '__main__':
+    main()
