@@ -596,8 +596,8 @@ def load_tokenizer(folder):
         raise
     except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
         why = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({why}): fetch it again, or "
-                         "prepare the data again") from None
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({why}): fetch its "
+                         "tokenizer.json, or prepare the data, again") from None
 
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
