@@ -1359,8 +1359,9 @@ def prepare(settings):
             for path, text in zip(paths, texts):
                 path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
-        val_files = find_files(val_files)
-        files = [path for path in find_files(files) if path not in val_files]
+        files, val_files = find_files(files), find_files(val_files)
+        held_out = {*map(os.path.realpath, val_files)}  # unless nothing else is given
+        files = [path for path in files if os.path.realpath(path) not in held_out] or files
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

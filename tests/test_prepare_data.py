@@ -277,16 +277,20 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
     write(tmp_path / 'in/a.txt', f'one\n{marker}{marker}two\r\n\r\nstill two{marker}')
     write(tmp_path / 'in/b/rows.jsonl', '{"text": "three\\n<|endoftext|>\\n"}\n\n{"text": ""}\n')
     write(tmp_path / 'in/.hidden', 'no')
-    write(tmp_path / 'val.txt', 'v v')
+    write(tmp_path / 'in/val.txt', 'v v')  # held out, whatever it is called
     _, meta = prepare(
         Settings(
             input=[str(tmp_path / 'in')],
-            val=[str(tmp_path / 'val.txt')],
+            val=[str(tmp_path / 'in/b/../val.txt')],
             tokenizer='byte',
             out_dir=str(tmp_path / 'out'),
         )
     )
     assert meta['counts']['train']['documents'] == 3 and meta['counts']['val']['documents'] == 1
+    both = [str(tmp_path / 'val' / 'all.txt')]  # one file for both splits is taken as it is given
+    write(tmp_path / 'val/all.txt', 'v v')
+    _, meta = prepare(Settings(input=both, val=both, tokenizer='byte', out_dir=str(tmp_path / 'n')))
+    assert meta['counts']['train'] == meta['counts']['val']
     texts, end = [[]], BYTE.end_id
     for i in ids_of(tmp_path / 'out', 'train'):
         texts += [[]] if i == end else []
