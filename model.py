@@ -947,8 +947,8 @@ def resize(model, path, **changes):
 
 def optimizer_groups(model, weight_decay):
     """
-    The trainable weights in three groups: `matrices` (inside the blocks), `embeddings` (tables,
-    output layers and heads: one row per token or label), `vectors` (biases and norms; no decay).
+    The trainable weights in three groups: `embeddings` (tables, output layers and heads: one row
+    per token or label), `matrices` (all others), `vectors` (biases and norms; no decay).
     """
     tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}

@@ -103,7 +103,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
             inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
-            check_finite(logits)
+            check_finite(logits.isfinite())
             if kinds:
                 targets = batch[kind]
                 if logits.shape[:-1] != targets.shape:  # BERT: the tokens with a target only
@@ -117,22 +117,25 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     progress('')
     return results, totals
 
-NOT_FINITE = ("the model's logits are not finite: its weights are damaged, or too large for "
-              "--dtype")
-
-def check_finite(logits):
-    """Raise ValueError where logits are NaN or infinite: argmax would answer 0 all the same."""
-    if not logits.isfinite().all():
-        raise ValueError(NOT_FINITE)
+def check_finite(finite):
+    """Raise ValueError unless all logits are finite: argmax of NaN would answer all the same."""
+    if not finite.all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
+                         "for --dtype")
 
 # -----------------------------------------------------------------------------
 # Choosing tokens
 
 def next_logits(model, ids, cache, suppressed):
-    """The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf."""
+    """
+    The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf; and
+    whether the model's logits of a row are finite (B,).
+    """
     logits = model.decode(ids, cache)
-    check_finite(logits)
-    return logits if suppressed is None else logits.masked_fill(suppressed, -math.inf)
+    finite = logits.isfinite().all(dim=-1)
+    if suppressed is not None:
+        logits = logits.masked_fill(suppressed, -math.inf)
+    return logits, finite
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
@@ -180,10 +183,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         uniforms = uniforms.to(device)
 
     def step(new, uniform):
-        logits = model.decode(new, cache)                                  # (B, V)
-        finite = logits.isfinite().all(dim=-1)
-        if suppressed is not None:
-            logits = logits.masked_fill(suppressed, -math.inf)
+        logits, finite = next_logits(model, new, cache, suppressed)        # (B, V), (B,)
         chosen = sample_token(logits.to(uniform.device), uniform, temperature, top_k, top_p)
         return chosen.where(finite.to(chosen.device), -1)             # -1: NaN or infinity
 
@@ -199,12 +199,11 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             cache.clear()
         if as_graph and new.size(1) == 1:
             step_one = step_one or capture(step, cache, new, uniforms[i])
-            chosen = step_one(new, uniforms[i]).tolist()
+            chosen = step_one(new, uniforms[i]).cpu()
         else:
-            chosen = step(new, uniforms[i, computed]).tolist()
-        if min(chosen) < 0:
-            raise ValueError(NOT_FINITE)
-        for row, token in zip(computed, chosen):
+            chosen = step(new, uniforms[i, computed]).cpu()
+        check_finite(chosen >= 0)
+        for row, token in zip(computed, chosen.tolist()):
             tokens[row] = tokens[row] if row in ended else token
             if token in end_ids:
                 ended.add(row)
@@ -254,11 +253,13 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     finished ones by ending now; after max_new_tokens a text counts as it is.
     """
     cache, rows = cache or KVCache(ids.size(1) + max_new_tokens), list(range(len(ids)))
-    logits = next_logits(model, ids, cache, suppressed).repeat_interleave(beams, dim=0)
+    logits, finite = next_logits(model, ids, cache, suppressed)
+    logits = logits.repeat_interleave(beams, dim=0)
     cache.reorder([row for row in rows for _ in range(beams)])
     log_p = [0.0, *[-math.inf] * (beams - 1)] * len(ids)  # a row's beams are equal: one counts
     texts, finished = [[] for _ in log_p], [[(-math.inf, [])] * beams for _ in rows]
     for length in range(1, max_new_tokens + 1):
+        check_finite(finite)
         V, norm = logits.size(-1), length ** length_penalty
         p = logits.float().log_softmax(dim=-1)                             # (B beams, V)
         total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, beams V)
@@ -284,7 +285,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         # The beams of a source only change places among themselves, unless a row is done.
         cache.reorder(ids.new_tensor(parents), source=rest != rows)
         rows, newest = rest, ids.new_tensor([text[-1:] for text in texts])
-        logits = next_logits(model, newest, cache, suppressed)
+        logits, finite = next_logits(model, newest, cache, suppressed)
     return [[text for text in row if text[0] > -math.inf] for row in finished]
 
 # -----------------------------------------------------------------------------

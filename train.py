@@ -1025,7 +1025,10 @@ def start(given):
     if s.eval_only and path in ('scratch', 'auto'):
         path = s.out_dir
     resume = path == 'resume' or (path == 'auto' and latest.exists())
-    path = latest if resume else {'scratch': None, 'auto': None}.get(path, path)
+    if resume:
+        path = latest
+    elif path in ('scratch', 'auto'):
+        path = None
     is_new = not (path and (resume or s.eval_only))
     if path:
         model, checkpoint, _ = sample.open_model(path)

@@ -171,20 +171,25 @@ BUGS = [
 ]
 
 
+def put_in(folder, file, old, new):
+    """Change a file of a copy. Raises ValueError unless the old text occurs exactly once."""
+    text = (folder / file).read_text(encoding='utf-8')
+    if text.count(old) != 1:
+        raise ValueError(f'this text occurs {text.count(old)} times in {file}: {old}')
+    (folder / file).write_text(text.replace(old, new), encoding='utf-8')
+
+
 def run(bug, folder):
     """The seconds that the tests took to turn red; None where they did not."""
     _, _, file, old, new, tests = bug
-    text = (ROOT / file).read_text(encoding='utf-8')
-    if text.count(old) != 1:
-        raise ValueError(f'{bug[0]}: the old text occurs {text.count(old)} times in {file}')
-    (folder / file).write_text(text.replace(old, new), encoding='utf-8')
+    put_in(folder, file, old, new)
     started = time.perf_counter()
     paths = [str(folder / 'tests' / name) for name in tests.split()]
     command = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *paths]
     shared = os.environ.get('PLAINFORMER_SHARED', str(ROOT.parent / 'shared'))
     done = subprocess.run(command, cwd=folder, capture_output=True,
                           env={**os.environ, 'PLAINFORMER_SHARED': shared})
-    (folder / file).write_text(text, encoding='utf-8')
+    shutil.copy(ROOT / file, folder)
     return time.perf_counter() - started if done.returncode == 1 else None
 
 

@@ -70,24 +70,17 @@ def train_speed(flags, steps, precision='high', by_hand=''):
             began = time.perf_counter()
         loss = train.backward(step, net, trainer.forward, data, s, runtime)
         train.optimizer_step(step, loss, net, trainer.optimizers, s, runtime)
+    gigabytes = torch.cuda.max_memory_allocated() / 1e9
     wait()
     rate = steps * trainer.tokens / (time.perf_counter() - began)
     model.attention, train.AdamW.update = kernels
-    return rate, rate * train.flops_per_token(net), memory()
+    return rate, rate * train.flops_per_token(net), gigabytes
 
 
 def wait():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def memory():
-    """GB at most since the last call."""
-    if not torch.cuda.is_available():
-        return 0.0
-    most = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    return most
+        torch.cuda.reset_peak_memory_stats()
 
 
 def product_speed(n):
