@@ -860,6 +860,9 @@ def build(config):
     """A new model with random weights."""
     return TaskModel(config) if config.task else MODELS[config.arch](config)
 
+def num_parameters(model):
+    return sum(p.numel() for p in model.parameters())  # a tied one comes once
+
 def write_file(path, write):
     """
     Write a file whole or not at all: write(f) fills a temporary file in the same folder, which then
@@ -891,6 +894,9 @@ def reading(path, remedy):
     except FileNotFoundError:
         raise
     except Exception as e:
+        with contextlib.suppress(OSError), open(path, 'rb') as f:
+            require(f.read(19) != b'version https://git', f"{path} is a git-LFS pointer: fetch the "
+                    "file itself")
         reason = ' '.join(str(e).split()).split('. ')[0][:120]
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
 
@@ -924,6 +930,8 @@ def load(path, device='cpu', **changes):
             checkpoint = torch.load(path, map_location=device, weights_only=True)  # runs no code
             model = build(Config(**checkpoint['config']))
             model.load_state_dict(checkpoint['model'])
+    for name, p in model.named_parameters():
+        require(p.isfinite().all(), f"{path}: the weight {name} holds NaN or infinity")
     return resize(model, path, **changes).to(device), checkpoint
 
 def resize(model, path, **changes):
@@ -1083,8 +1091,8 @@ FAMILIAR = re.compile(
 def config_from(theirs):
     """
     What a config.json means: (Config, labels, fields that were not read). Raises ValueError naming
-    the first field whose effect is not computed here. An activation, an architecture or a scaling
-    of rotary positions that is unknown is left as it is, for Config to refuse.
+    the first field whose effect is not computed here. An activation or a scaling of rotary
+    positions that is unknown is left as it is, for Config to refuse.
     """
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
@@ -1110,8 +1118,9 @@ def config_from(theirs):
     rope.setdefault('rope_type', rope.get('type', 'default'))
     if rope['rope_type'] != 'default':
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
-    architecture, = theirs.get('architectures') or [*family.classes][:1]
-    task, labels = family.classes.get(architecture, architecture), []
+    architecture = (theirs.get('architectures') or [*family.classes])[0]
+    require(architecture in family.classes, f"architectures={architecture} is not supported here")
+    task, labels = family.classes[architecture], []
     if task in ('classify', 'tag'):
         named = theirs.get('id2label') or {0: 'LABEL_0', 1: 'LABEL_1'}
         labels = [named[i] for i in sorted(named, key=int)]
@@ -1161,10 +1170,9 @@ def read_tensors(folder, family):
     require(paths, f"there is no {folder}/model.safetensors: fetch it; pytorch_model.bin is not "
                    "read here, so save its weights as safetensors")
     for path in paths:
-        with reading(path, "fetch the file itself, no git-LFS pointer; pip install safetensors"):
+        with reading(path, "fetch it again; it needs pip install safetensors"):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():
-                require(t.isfinite().all(), f"{name} holds NaN or infinity")
                 name = name.removeprefix(family.prefix).replace('.gamma', '.weight')
                 name = name.replace('.beta', '.bias')  # as BERT's files had it in 2018
                 tensors[name] = hf_layout(name, t)

@@ -33,7 +33,6 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import glob
 import gzip
 import hashlib
 import heapq
@@ -162,27 +161,29 @@ def write_config(values, notes=()):
 
 def run(main):
     """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, end
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
+        print(end='', flush=True)
     except BrokenPipeError:  # as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError) as e:
         progress('')
         message = ' '.join(str(e).split()) or "not enough memory"
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {message}\n")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 def progress(text):
     """The live line of long work, on a terminal only. An empty text clears it."""
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
-        print('\r' + text[:width] + '\x1b[K', end='', file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if sys.stderr and sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print('\r' + text[:width] + '\x1b[K', end='', file=sys.stderr, flush=True)
 
 # -----------------------------------------------------------------------------
 # Tokenizers: how text becomes ids and back
@@ -466,7 +467,7 @@ def render_token(tokenizer, i):
     return render_bytes(tokenizer.token_bytes(i))
 
 # -----------------------------------------------------------------------------
-# The tokenizers of other models, through the package `tokenizers`
+# The tokenizers of other models, as the package `transformers` reads them
 
 # GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
 others = itertools.count(256)
@@ -526,14 +527,11 @@ class HFTokenizer(Tokenizer):
     def hf_engine(self, special):
         return self.engine
 
-# Our special tokens, and what theirs may be: a key of tokenizer_config.json, or a text.
+# Our special tokens, and what they are called there
 ROLES = {
-    '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
-    '[PAD]': ('pad_token', '[PAD]', '<pad>'),
-    '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>', '<|begin_of_text|>'),
-    '[SEP]': ('sep_token', '[SEP]', '</s>'),
-    '[MASK]': ('mask_token', '[MASK]'),
-    '<|start|>': ('bos_token', '<s>'),
+    '<|endoftext|>': ('eos_token', 'sep_token'), '[PAD]': ('pad_token',),
+    '[CLS]': ('cls_token', 'bos_token'), '[SEP]': ('sep_token',), '[MASK]': ('mask_token',),
+    '<|start|>': ('bos_token',),
 }
 
 def open_huggingface(folder):
@@ -542,31 +540,27 @@ def open_huggingface(folder):
         path = os.path.join(folder, name)
         return read_json(path) if os.path.exists(path) else {}
 
-    config = read('special_tokens_map.json') | read('tokenizer_config.json')
-    path = os.path.join(folder, 'tokenizer.json')
-    if os.path.exists(path):
-        engine = optional('tokenizers').Tokenizer.from_file(path)
-    else:  # older files, which transformers can read
-        if not config:
-            print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
-                  "transformers", file=sys.stderr)
-        theirs = optional('transformers').AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False)
-        engine, config = theirs.backend_tokenizer, theirs.special_tokens_map
-
-    vocab, special = engine.get_vocab(), {}
-    sentinels = {f'<extra_{i}>': [f'<extra_id_{i}>'] for i in range(100)}
-    for name, candidates in (ROLES | sentinels).items():
-        for candidate in candidates:
-            text = config.get(candidate, candidate)
-            text = text['content'] if isinstance(text, dict) else text
-            if text in vocab:
-                special.setdefault(name, vocab[text])
+    if {*os.listdir(folder)}.isdisjoint({'tokenizer.json', 'tokenizer_config.json'}):
+        print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
+              "transformers", file=sys.stderr)
+    kind = read('tokenizer_config.json').get('tokenizer_class') or ''
+    if 'Japanese' in kind:  # words are found by a program, not by a table
+        raise ValueError(f"tokenizer_class={kind} is not supported here")
+    theirs = optional('transformers').AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False)
+    engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
+    vocab = engine.get_vocab()
+    special = {f'<extra_{i}>': vocab[f'<extra_id_{i}>'] for i in range(100)
+               if f'<extra_id_{i}>' in vocab}
+    for name, keys in ROLES.items():
+        for key in keys:
+            if key in named:
+                special.setdefault(name, vocab[named[key]])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     for name in ('generation_config.json', 'config.json'):
         found = read(name).get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
-    ends = [i for i in dict.fromkeys(ends) if i in vocab.values()]
+    ends = [i for i in dict.fromkeys(ends) if i is not None]
     if not ends:
         raise ValueError("no token ends a text: it needs a tokenizer_config.json with eos_token")
     for name in SPECIALS[:4]:  # all but [MASK]
@@ -583,9 +577,13 @@ def open_huggingface(folder):
 
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
-    files = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model'} & {*os.listdir(folder)}
+    known = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model', 'spiece.model'}
+    files = known & {*os.listdir(folder)}
     if not files:
         raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
+    for path in Path(folder).glob('*.[jt]*'):  # .json and .txt
+        if path.read_bytes().startswith(b'version https://git-lfs'):
+            raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself")
     try:
         if 'tokenizer.json' in files:
             saved = read_json(os.path.join(folder, 'tokenizer.json'))
@@ -608,11 +606,16 @@ def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out."""
     found = []
     for path in paths:
-        names = [path, *glob.glob(f'{glob.escape(path)}/**', recursive=True)]
+        names, seen = [path], set()
+        for folder, folders, inside in os.walk(path, followlinks=True):
+            seen.add(os.path.realpath(folder))                             # links lead in circles
+            folders[:] = [name for name in folders if name[0] != '.'
+                          and os.path.realpath(os.path.join(folder, name)) not in seen]
+            names += [os.path.join(folder, name) for name in inside if name[0] != '.']
         files = {os.path.realpath(name): str(name) for name in names if os.path.isfile(name)}
         if not files:
             raise ValueError(f"{path} is no file (save a pipe as one), nor a folder of files")
-        found += sorted(files.values(), key=Path)  # once each, though links lead in circles
+        found += sorted(files.values(), key=Path)
     return found
 
 @contextlib.contextmanager
@@ -633,10 +636,15 @@ def read_lines(path):
             yield n, line.removesuffix('\n')
 
 def is_json_lines(path):
-    """Whether a file has a JSON object a line: its name tells, or the first line of a .json."""
-    if not path.endswith('.json'):
-        return path.endswith(('.jsonl', '.ndjson', '.jsonlines'))
-    first = next((line.strip() for _, line in read_lines(path)), '')
+    """
+    Whether a file has a JSON object a line: its name tells, or the first line of a .json. Raises
+    ValueError at a list of objects: taken as text, its keys and quotes would be learned, too.
+    """
+    if not path.lower().endswith('.json'):
+        return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines'))
+    first = next(filter(None, (line.strip() for _, line in read_lines(path))), '')
+    if first.startswith('['):
+        raise ValueError(f"{path} holds a list: write it as JSON lines, an object a line")
     return first.startswith('{') and first.endswith('}')
 
 def read_rows(path, names, optional=()):
@@ -653,9 +661,9 @@ def read_rows(path, names, optional=()):
                 texts = [row[name] for name in names]
                 texts += [row[name] for name in optional if name in row]
                 ''.join(texts).encode()  # each a text, and no half of a surrogate pair
-            except Exception as e:
+            except Exception:
                 raise ValueError(f"{path}, line {n}: a row must be JSON with a text for each of "
-                                 f"{', '.join(names)} ({e!r})") from None
+                                 f"{', '.join(names)}") from None
             yield n, texts
 
 def read_pieces(path):
@@ -698,8 +706,6 @@ def read_json(path):
     try:
         return json.loads(data)
     except Exception as e:
-        if data.startswith(b'version https://git-lfs'):
-            raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself") from None
         raise ValueError(f"{path} is damaged ({e}): make or fetch it again") from None
 
 @contextlib.contextmanager
@@ -765,7 +771,9 @@ def write_ids(path, dtype, tokenizer, pieces):
 # arguments of model.forward(), and with `meta`, which holds what only scoring needs.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
-HEADERS = 'label text text_b sentence sentence1 sentence2 source target'.split()
+HEADERS = '''answer answers category class content description en de gold_label input label labels
+    output premise hypothesis question review sentence sentence1 sentence2 sentiment source src
+    summary target text text_b texts tgt title'''.split()  # names of columns, not rows
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""
@@ -777,7 +785,7 @@ def read_columns(path, names, optional=()):
             continue
         if blank and not optional:
             raise ValueError(f"{path}, line {blank} is empty, and must be {columns}")
-        if n == 1 and all(text.lower() in HEADERS for text in texts):
+        if n == 1 and all(text.strip().lower() in HEADERS for text in texts):
             raise ValueError(f"{where} looks like a header: leave it out")
         if filled != texts or not len(names) <= len(texts) <= len(names) + len(optional):
             raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
@@ -830,9 +838,9 @@ def read_questions(path):
                         is_there = start >= 0 and context.startswith(answer, start)
                         if not is_there or not answer.strip():
                             wrong.append(f"{answer[:40]!r} of {where}")
-    except Exception as e:
-        raise ValueError(f"{where}: not as in SQuAD's JSON, where each question has answers, or "
-                         f"[] ({e!r})") from None
+    except Exception:
+        raise ValueError(f"{where}: not as in SQuAD's JSON, where each question has a list of "
+                         "answers, empty where the context has none") from None
     if wrong:
         raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}")
     return rows
@@ -934,6 +942,9 @@ def qa_examples(tokenizer, row, labels, block_size):
             ids, offsets = encode_parts(tokenizer, context, cuts)
             first = int(np.searchsorted(offsets[:, 1], start, side='right'))
             last = int(np.searchsorted(offsets[:, 0], stop)) - 1
+            if last < first:
+                raise ValueError(f"the tokenizer has no token for the answer {text[:40]!r}: leave "
+                                 "it out, or choose another tokenizer")
             if context[offsets[first, 0]:offsets[last, 1]].strip() == text.strip():
                 break
         if last - first >= size:
@@ -1051,7 +1062,8 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
     return examples
 
 # -----------------------------------------------------------------------------
-# Built-in data sets: functions that return a text, or two: one to train, one to validate
+# Built-in data sets: functions of the downloaded files, if any, that return a text, or two: one to
+# train, one to validate
 
 UPSTREAM = 'https://raw.githubusercontent.com/'
 M30K = 'multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw/'
@@ -1077,8 +1089,8 @@ DOWNLOADS = {  # {address below UPSTREAM: sha256}
 }
 
 def download(name, mirror):
-    """Yield the files of DOWNLOADS[name]. mirror: a URL or a folder in the place of UPSTREAM."""
-    for path, sha256 in DOWNLOADS[name].items():
+    """Yield the files of a data set. mirror: a URL or a folder in the place of UPSTREAM."""
+    for path, sha256 in DOWNLOADS.get(name, {}).items():
         address = (mirror or UPSTREAM).rstrip('/') + '/' + path
         progress(f"downloading {address}")
         try:
@@ -1092,30 +1104,27 @@ def download(name, mirror):
             raise ValueError(f"{address}: its sha256 is not {sha256}: give another --mirror")
         yield data
 
-def shakespeare(mirror):
-    """1.1 MB of plays, in English."""
-    return [data.decode() for data in download('shakespeare', mirror)]
+def as_they_are(*files):
+    """
+    shakespeare: 1.1 MB of plays, in English. wnut17: names in tweets (Derczynski et al. 2017),
+    CoNLL; those of val do not occur in train.
+    """
+    return [data.decode() for data in files]
 
-def wnut17(mirror):
-    """Names in tweets (Derczynski et al. 2017), CoNLL. Those of val do not occur in train."""
-    return [data.decode() for data in download('wnut17', mirror)]
-
-def rotten_tomatoes(mirror):
+def rotten_tomatoes(positive, negative):
     """10,662 sentences of film reviews (Pang and Lee 2005), 80 % to train, 10 % to validate."""
-    rows = []
-    for label, data in zip(('positive', 'negative'), download('rotten_tomatoes', mirror)):
-        for line in data.decode('cp1252').strip().split('\n'):
-            rows.append(f'{label}\t{line.strip()}\n')
+    rows = [f'{label}\t{line.strip()}\n'
+            for label, data in (('positive', positive), ('negative', negative))
+            for line in data.decode('cp1252').strip().split('\n')]
     random.Random(0).shuffle(rows)
     train, val = int(0.8 * len(rows)), int(0.9 * len(rows))  # the rest is for tests
     return [''.join(rows[:train]), ''.join(rows[train:val])]
 
-def multi30k(mirror):
+def multi30k(*files):
     """29,000 captions of pictures, English to German (Elliott et al. 2016), and 1,014 for val."""
-    sides = []
-    for data in download('multi30k', mirror):
-        lines = gzip.decompress(data).decode().strip('\n').split('\n')
-        sides.append([' '.join(line.split()) for line in lines])
+    sides = [[' '.join(line.split())
+              for line in gzip.decompress(data).decode().strip('\n').split('\n')]
+             for data in files]
     return [''.join(f'{source}\t{target}\n' for source, target in zip(*pair, strict=True))
             for pair in (sides[:2], sides[2:])]
 
@@ -1150,7 +1159,7 @@ def documented_library():
             first, *others = docstrings(ast.parse(source), module)
             yield module, [first, *((title, text) for title, text in others if text)]
 
-def pydoc(mirror=None):
+def pydoc():
     """
     Python's documentation: the topics of its manual, and the docstrings of its library. A topic or
     a module is a document.
@@ -1163,7 +1172,7 @@ def pydoc(mirror=None):
             documents.append('\n'.join(parts))
     return ['<|endoftext|>\n'.join(shuffled(documents))]
 
-def pytopics(mirror=None):
+def pytopics():
     """Which package of Python's library is a docstring from? The twelve with the most of them."""
     texts = collections.defaultdict(set)
     for module, found in documented_library():
@@ -1175,7 +1184,7 @@ def pytopics(mirror=None):
     rows = shuffled(f'{package}\t{text}' for package in most for text in texts[package])
     return ['\n'.join(rows)]
 
-def pytokens(mirror=None):
+def pytokens():
     """
     The kinds of the words of Python source, CoNLL: keyword, name, number, string, comment, and O
     for an operator. A logical line is a text; strings and comments may have several words.
@@ -1216,14 +1225,14 @@ def in_words(n):
         if n >= size:
             return f'{in_words(n // size)} {name} {in_words(n % size)}'.rstrip()
 
-def numbers(mirror=None):
+def numbers():
     """Number words to digits: all below 1,000, and about as many of 4, 5 and 6 digits."""
     rng, chosen = random.Random(0), set(range(1, 1000))
     while len(chosen) < 20_000:
         chosen.add(rng.randrange(1, 10 ** rng.randint(4, 6)))
     return ['\n'.join(shuffled(f'{in_words(n)}\t{n}' for n in chosen))]
 
-def recall(mirror=None):
+def recall():
     """
     Learning in context: in every document 8 letters stand for a digit each, anew every time, and 30
     of those pairs follow each other, as in k7a2k7x0a2... Only the text shows the digit of a letter.
@@ -1238,9 +1247,9 @@ def recall(mirror=None):
     return texts
 
 DATASETS = {  # the task, and the function
-    'pydoc': ('lm', pydoc), 'recall': ('lm', recall), 'shakespeare': ('lm', shakespeare),
+    'pydoc': ('lm', pydoc), 'recall': ('lm', recall), 'shakespeare': ('lm', as_they_are),
     'pytopics': ('classify', pytopics), 'rotten_tomatoes': ('classify', rotten_tomatoes),
-    'pytokens': ('tag', pytokens), 'wnut17': ('tag', wnut17),
+    'pytokens': ('tag', pytokens), 'wnut17': ('tag', as_they_are),
     'numbers': ('seq2seq', numbers), 'multi30k': ('seq2seq', multi30k),
 }
 
@@ -1320,8 +1329,9 @@ def prepare_task(settings, task, folder, files, val_files):
     if not all(splits):
         raise ValueError(f"{files[0]}: {len(rows)} rows are too few for two splits: add rows, "
                          "change --val_fraction, or give --val FILE")
-    labels = spec.label_names({label for row in rows for label in spec.labels_of(row)})
-    if len(labels) > max(100, len(rows) // 2) or (len(labels) == 1 and task != 'qa'):
+    found = [label for row in rows for label in spec.labels_of(row)]
+    labels = spec.label_names({*found})
+    if len(labels) > max(10, len(found) // 2) or (len(labels) == 1 and task != 'qa'):
         raise ValueError(f"{files[0]}: {len(labels)} labels in {len(rows)} rows: there must be "
                          f"two or more (of a text, in the first column), not {some_of(labels)}")
     check_labels(task, val_rows, labels)
@@ -1355,7 +1365,7 @@ def prepare(settings):
     with new_folder(out_dir) as folder:
         if make:
             paths = [folder / 'source.txt', folder / 'source.val.txt']
-            texts = make(settings.mirror)
+            texts = make(*download(name, settings.mirror))
             for path, text in zip(paths, texts):
                 path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]

@@ -41,7 +41,8 @@ import regex
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import IGNORE_INDEX, Attention, KVCache, export_huggingface, load, write_file
+from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
+                   write_file)
 from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, check_labels,
                           encode_rows, find_files, flag, load_tokenizer, progress, read_flags,
                           read_pieces, render_token, run, write_ids, write_json)
@@ -331,8 +332,9 @@ class TextStream:
 
 def suppressed_tokens(model, tokenizer):
     """(V,) bool: special tokens, which are never text, and rows that no token has; but no ends."""
-    hidden = {*tokenizer.special.values()} - {*tokenizer.end_ids}
-    suppressed = [i >= tokenizer.n_vocab or i in hidden for i in range(model.config.vocab_size)]
+    hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids
+    suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
+                  for i in range(model.config.vocab_size)]
     return torch.tensor(suppressed, device=device_of(model))
 
 @torch.inference_mode()
@@ -406,18 +408,20 @@ def decode_label(examples, logits, labels):
 def entities(tags):
     """
     Tags -> [(kind, first, behind the last)]. As in CoNLL's script (Tjong Kim Sang and De Meulder
-    2003) and seqeval, an I-kind that does not continue an entity of its kind begins one.
+    2003) and seqeval, an I-kind that does not continue an entity of its kind begins one. Tags of
+    other people's models may be kinds alone.
 
-    >>> entities(['B-person', 'I-person', 'O', 'I-place', 'B-place'])
-    [('person', 0, 2), ('place', 3, 4), ('place', 4, 5)]
+    >>> entities(['B-person', 'I-person', 'O', 'I-place', 'B-place', 'noun'])
+    [('person', 0, 2), ('place', 3, 4), ('place', 4, 5), ('noun', 5, 6)]
     """
-    found, before, begin = [], 'O', 0
+    found, before, begin = [], '', 0
     for i, tag in enumerate([*tags, 'O']):
-        if tag[0] != 'I' or before[2:] != tag[2:]:
-            if before != 'O':
-                found.append((before[2:], begin, i))
+        kind = '' if tag == 'O' else re.sub('^[BI]-', '', tag)
+        if tag.startswith('B-') or kind != before:
+            if before:
+                found.append((before, begin, i))
             begin = i
-        before = tag
+        before = kind
     return found
 
 def decode_tags(examples, logits, labels):
@@ -826,7 +830,8 @@ def check_use(given, settings, kind, arch):
         'score seq2seq': f'score json {writing}', 'start masks': 'start json top_k',
     }
     read = read.get(f'{use} {kind}') or read.get(f'{use} {arch}') or read[use]
-    unread = given.keys() - {*read.split(), 'out_dir', 'init_from', 'device', 'dtype'}
+    unread = given.keys() - {*read.split(), 'init_from' if settings.init_from else 'out_dir',
+                             'device', 'dtype'}
     if unread:
         raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
                          f"--num_beams {beams} --temperature {settings.temperature}): leave it out")
@@ -895,7 +900,7 @@ def print_texts(model, tokenizer, prompt, settings):
     ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
     live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
     show = lambda text: live and print(text, end='', flush=True)
-    if n * sum(p.numel() for p in model.parameters()) < 20e6:
+    if n * num_parameters(model) < 20e6:
         torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
     for rows in [[row] for row in range(n)] if live else [range(n)]:
         show('\n---\n' * bool(texts) + prompt)

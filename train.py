@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, optimizer_groups,
-                   reading, resize, save, write_file)
+from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
+                   optimizer_groups, reading, resize, save, write_file)
 from prepare_data import (add_special_tokens, check_flags, flag, load_tokenizer, progress,
                           read_flags, read_json, run, write_config)
 
@@ -573,12 +573,12 @@ class Runtime:
         return total.tolist()
 
     def print0(self, text):
-        """Print in the main process. The work goes on where nobody reads the output any more."""
+        """Print in the main process. The work goes on where nobody can read it any more."""
         if self.is_main:
             progress('')
             try:
                 print(text, flush=True)
-            except BrokenPipeError:
+            except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # -----------------------------------------------------------------------------
@@ -818,7 +818,9 @@ class Trainer:
         """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
         for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), self.catch)
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:                 # nohup has said so
+                signal.signal(number, self.catch)
         while True:
             due = at.step % s.eval_interval == 0 or at.step == s.max_iters
             stopped = runtime.sum(self.signal)[0]
@@ -866,7 +868,7 @@ def flops_per_token(model):
     Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
     2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B).
     """
-    c, n = model.config, sum(p.numel() for p in model.parameters())
+    c, n = model.config, num_parameters(model)
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
     attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
     return 6 * (n - looked_up) + attention
@@ -882,7 +884,7 @@ def dry_run(model, s, data, runtime):
     T, C, L, V = config.block_size, config.n_embd, config.n_layer, config.vocab_size
     sizes = {group['name']: sum(p.numel() for p in group['params'])
              for group in optimizer_groups(model, s.weight_decay)}         # of what is trained
-    n, tokens = sum(p.numel() for p in model.parameters()), tokens_per_step(s, data, config)
+    n, tokens = num_parameters(model), tokens_per_step(s, data, config)
     flops = flops_per_token(model)
     width = runtime.dtype.itemsize // 2                                    # times 16 bits
     activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
@@ -1061,7 +1063,7 @@ def start(given):
     freeze(model, s.freeze)
     return model, s, data, val, checkpoint if resume else None, runtime
 
-def claim_folder(s, config, resumed):
+def claim_folder(s, config, resumed, runtime):
     """
     One run a folder: raise ValueError while another one writes into it. A new run writes all of its
     flags to config.toml, and gives the files of an earlier one another name. Returns the lock, a
@@ -1085,7 +1087,7 @@ def claim_folder(s, config, resumed):
         old = folder / name
         if old.exists():
             new = old.replace(old.with_stem(f'{old.stem}.old'))
-            print(f"{old} is of an earlier run: moved to {new}", flush=True)
+            runtime.print0(f"{old} is of an earlier run: moved to {new}")
     derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))            # from the data
     text = write_config(asdict(s) | asdict(config) | derived, ['python train.py --config FILE'])
     write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
@@ -1094,8 +1096,8 @@ def claim_folder(s, config, resumed):
 def train(model, s, data, val, checkpoint, runtime):
     """Train, and say what. Returns the exit status: 0, or 128 + a signal."""
     if runtime.is_main:
-        _lock = claim_folder(s, model.config, checkpoint)
-    n, world = sum(p.numel() for p in model.parameters()), runtime.world_size
+        _lock = claim_folder(s, model.config, checkpoint, runtime)
+    n, world = num_parameters(model), runtime.world_size
     runtime.print0(
         f"{s.preset}: {n:,} parameters, {str(runtime.dtype)[6:]} on {runtime.device}"
         f"{f', {world} processes' * (world > 1)}; {data.folder}: {data.counts['tokens']:,} tokens, "

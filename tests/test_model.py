@@ -819,11 +819,16 @@ def test_dropout_acts_in_training_only(name):
     ('gpt2', 5, 7), ('bert', 5, 7), ('lstm', 1, 2), ('bert tag', 6, 8), ('transformer', 12, 18)])
 def test_dropout_is_where_the_papers_have_it(name, layers, calls):
     """What enters the first block, attention weights, what sublayers add, what a head reads."""
-    model, zeros = awake(build(replace(MODELS[name], dropout=0.5))).train(), []
+    model, zeros, made = awake(build(replace(MODELS[name], dropout=0.5))).train(), [], []
+    for m in model.modules():  # what is dropped is what a layer gave, not yet a sum or a norm of it
+        m.register_forward_hook(lambda m, args, y: made.extend(y if type(y) is tuple else [y]))
     drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
     for m in drops:
         m.register_forward_hook(lambda m, args, y: zeros.append(
             (y[args[0] != 0] == 0).float().mean().item()))
+        m.register_forward_pre_hook(lambda m, args: zeros.append(0.0) if args[0].dim() == 3 and not
+                                    any(args[0] is y for y in made) else None)
+    assert name != 'lstm' or model.lstm.dropout == 0.5  # between its layers
     model(**inputs(make_batch(model.config, 16, 9)))
     assert (len(drops), len(zeros)) == (layers, calls) and all(0.4 < z < 0.6 for z in zeros), zeros
 

@@ -10,6 +10,7 @@ import hashlib
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,14 +24,7 @@ from hypothesis import strategies as st
 
 import prepare_data
 from prepare_data import (
-    IGNORE_INDEX,
-    TASKS,
-    Settings,
-    Tokenizer,
-    check_flags,
-    flag,
-    prepare,
-    read_flags,
+    IGNORE_INDEX, TASKS, Settings, Tokenizer, check_flags, flag, prepare, read_flags,
 )
 
 SAMPLE = (
@@ -47,11 +41,9 @@ WORD = st.text(
 CHAR = prepare_data.char_tokenizer
 BYTE = prepare_data.byte_tokenizer()
 
-
 @pytest.fixture(scope='module')
 def bpe():
     return prepare_data.bpe_tokenizer([SAMPLE], 500)
-
 
 @pytest.fixture(scope='module')
 def gpt2(shared):
@@ -59,28 +51,22 @@ def gpt2(shared):
         patch.setenv('TIKTOKEN_CACHE_DIR', str(shared / 'tiktoken_cache'))
         return prepare_data.gpt2_tokenizer()
 
-
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return str(path)
 
-
 def contents(folder):
     """Every file below a folder with its bytes."""
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()
-    }
-
+    return {str(p.relative_to(folder)): p.read_bytes()
+            for p in sorted(folder.rglob('*')) if p.is_file()}
 
 def ids_of(folder, split):
     meta = json.loads((folder / 'meta.json').read_bytes())
     return np.fromfile(folder / f'{split}.bin', meta['dtype']).tolist()
 
-
 # -----------------------------------------------------------------------------
 # Tokenizers
-
 
 @given(st.text())
 @example('Hello, 世界! 😀 cafe\u0301\r\n\t\x00 <|endoftext|>[PAD]')
@@ -94,7 +80,6 @@ def test_any_text_comes_back(bpe, gpt2, text):
         assert b''.join(map(tokenizer.token_bytes, ids.tolist())).decode() == text
         assert not {*ids.tolist()} & {*tokenizer.special.values()}, tokenizer.name
         assert [i.tolist() for i in tokenizer.encode_batch([text, 'x'])][0] == ids.tolist()
-
 
 def test_ids_are_the_obvious_ones(bpe, gpt2):
     """char: rank in the sorted alphabet; byte: the byte; gpt2: OpenAI's; special ids behind."""
@@ -110,14 +95,12 @@ def test_ids_are_the_obvious_ones(bpe, gpt2):
         with pytest.raises(ValueError, match='no token <no>'):
             tokenizer.id('<no>')
 
-
 @pytest.mark.parametrize('vocab_size', [361, 362, 400])
 def test_a_bpe_vocabulary_counts_everything(vocab_size):
     """vocab_size includes bytes and special tokens; below the least it is refused."""
     assert prepare_data.bpe_tokenizer([SAMPLE], vocab_size).n_vocab == vocab_size
     with pytest.raises(ValueError, match=r'--vocab_size 360.*at least 361'):
         prepare_data.bpe_tokenizer([SAMPLE], 360)
-
 
 def joined(tokens, pair):
     """[a, b, c, a, b], (a, b) -> [ab, c, ab]"""
@@ -127,7 +110,6 @@ def joined(tokens, pair):
         out.append(b''.join(tokens[at : at + size]))
         at += size
     return out
-
 
 def slow_bpe(counts, n_tokens):
     """The merges of train_bpe, all pairs counted from scratch each time."""
@@ -144,12 +126,10 @@ def slow_bpe(counts, n_tokens):
         pieces = {piece: joined(tokens, best) for piece, tokens in pieces.items()}
     return merges
 
-
 @settings(max_examples=80)
 @given(
     st.sampled_from(['a', 'ab', 'abc ', 'é。a ']).flatmap(lambda few: st.text(few, max_size=120)),
-    st.integers(256, 300),
-    st.text('ab c', max_size=40),
+    st.integers(256, 300), st.text('ab c', max_size=40),
 )
 @example('aaaa aaaa aaa', 300, 'aaaaaaa')  # neighbours overlap
 @example('ab ba ab ba', 300, 'abba')  # equals: the smaller bytes first
@@ -167,16 +147,13 @@ def test_train_bpe_is_the_slow_one_and_its_merges_are_applied_in_order(text, n_t
             tokens = joined(tokens, pair)
         assert [tokenizer.token_bytes(i) for i in tokenizer.encode(piece).tolist()] == tokens, piece
 
-
 def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
     """to_dict, JSON, from_dict is the identity; damage is a ValueError."""
     for tokenizer in (CHAR('ab世'), BYTE, bpe):
         saved = tokenizer.to_dict()
         again = Tokenizer.from_dict(json.loads(json.dumps(saved)))
-        assert (
-            again.to_dict() == saved
-            and again.encode('ab').tolist() == tokenizer.encode('ab').tolist()
-        )
+        assert again.to_dict() == saved
+        assert again.encode('ab').tolist() == tokenizer.encode('ab').tolist()
         (tmp_path / 'tokenizer.json').write_text(json.dumps(saved), encoding='utf-8')
         assert prepare_data.load_tokenizer(tmp_path).to_dict() == saved
         for key in set(saved) - {'format'}:
@@ -191,7 +168,6 @@ def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
     with pytest.raises(FileNotFoundError, match=r'no tokenizer\.json'):
         prepare_data.load_tokenizer(tmp_path)
 
-
 @given(
     st.text('ab', max_size=9), st.characters(codec='utf-8', exclude_characters='ab'), st.text('ab')
 )
@@ -201,13 +177,11 @@ def test_an_unknown_character_is_named_with_its_place(before, unknown, after):
         CHAR('ab').encode(before + unknown + after)
     assert repr(unknown) in str(error.value) and f'character {len(before) + 1} ' in str(error.value)
 
-
 def test_half_of_a_surrogate_pair_is_not_text(bpe):
     """JSON can hold it; no tokenizer takes it."""
     for tokenizer in (CHAR('ab'), BYTE, bpe):
         with pytest.raises(ValueError):
             tokenizer.encode('a\ud83d')
-
 
 @settings(max_examples=40)
 @given(MIXED)
@@ -222,12 +196,9 @@ def test_offsets_slice_the_original_text(bpe, gpt2, text):
         for i, (start, end) in zip(ids.tolist(), offsets.tolist()):
             part = tokenizer.token_bytes(i)
             assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), (
-                tokenizer.name,
-                text,
-            )
+                tokenizer.name, text)
             at += len(part)
         assert at == len(owner), tokenizer.name
-
 
 @given(MIXED)
 def test_the_merges_that_are_shown_end_in_the_tokens_of_the_text(bpe, text):
@@ -236,28 +207,22 @@ def test_the_merges_that_are_shown_end_in_the_tokens_of_the_text(bpe, text):
     ids = bpe.encode(text).tolist()
     shown = [prepare_data.render_token(bpe, i) for i in ids]
     assert last == f'{len(ids):,} tokens: ' + ', '.join(f'{a} {i}' for a, i in zip(shown, ids))
-    final = [
-        line
-        for line, after in zip(steps, [*steps[1:], 'end'])
-        if line.startswith('    ') and not after.startswith('    ')
-    ]
+    final = [line for line, after in zip(steps, [*steps[1:], 'end'])
+             if line.startswith('    ') and not after.startswith('    ')]
     assert [part for line in final for part in line[4:44].split() if part in shown] or not ids
     assert all(token.isprintable() for token in shown)
-
 
 def test_the_examples_in_docstrings_hold():
     result = doctest.testmod(prepare_data)
     assert result.attempted >= 3 and not result.failed
 
-
 # -----------------------------------------------------------------------------
 # Text to a folder
-
 
 @settings(max_examples=40)
 @given(
     st.lists(
-        st.sampled_from(['a b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60
+        st.sampled_from(['a> b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60
     ),
     st.integers(1, 20),
 )
@@ -268,8 +233,8 @@ def test_pieces_are_cut_where_no_token_crosses(bpe, parts, size):
     assert ''.join(pieces) == text
     whole = bpe.encode(text).tolist()
     if all(len(piece) < 2 * size for piece in pieces):  # else it had to be cut anywhere
+        assert not any(piece.endswith('>') for piece in pieces[:-1]), 'it would end a document'
         assert [i for piece in pieces for i in bpe.encode(piece).tolist()] == whole
-
 
 def test_files_folders_rows_and_markers_begin_documents(tmp_path):
     """Each document ends in one <|endoftext|>; hidden files and empty documents are left out."""
@@ -277,20 +242,20 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
     write(tmp_path / 'in/a.txt', f'one\n{marker}{marker}two\r\n\r\nstill two{marker}')
     write(tmp_path / 'in/b/rows.jsonl', '{"text": "three\\n<|endoftext|>\\n"}\n\n{"text": ""}\n')
     write(tmp_path / 'in/.hidden', 'no')
+    many = [write(tmp_path / f'many/{i}.txt', 'x') for i in range(10, 30)]
+    for name in 'xy':  # links in a circle, 2 ** 40 ways long
+        os.symlink('.', tmp_path / f'many/{name}', target_is_directory=True)
+    assert prepare_data.find_files([str(tmp_path / 'many')]) == many
     write(tmp_path / 'in/val.txt', 'v v')  # held out, whatever it is called
-    _, meta = prepare(
-        Settings(
-            input=[str(tmp_path / 'in')],
-            val=[str(tmp_path / 'in/b/../val.txt')],
-            tokenizer='byte',
-            out_dir=str(tmp_path / 'out'),
-        )
-    )
+    _, meta = prepare(Settings(
+        input=[str(tmp_path / 'in')], val=[str(tmp_path / 'in/b/../val.txt')], tokenizer='byte',
+        out_dir=str(tmp_path / 'out')))
     assert meta['counts']['train']['documents'] == 3 and meta['counts']['val']['documents'] == 1
     both = [str(tmp_path / 'val' / 'all.txt')]  # one file for both splits is taken as it is given
     write(tmp_path / 'val/all.txt', 'v v')
     _, meta = prepare(Settings(input=both, val=both, tokenizer='byte', out_dir=str(tmp_path / 'n')))
     assert meta['counts']['train'] == meta['counts']['val']
+    assert meta['sha256'] == hashlib.sha256(b'v v' * 2).hexdigest()  # of both splits
     texts, end = [[]], BYTE.end_id
     for i in ids_of(tmp_path / 'out', 'train'):
         texts += [[]] if i == end else []
@@ -298,12 +263,8 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
             texts[-1].append(i)
     texts = [BYTE.decode(t) for t in texts]
     assert texts == [
-        'one\n',
-        'two\n\nstill two<|endoftext|>\n',
-        'three\n<|endoftext|>\n',
-        '',
+        'one\n', 'two\n\nstill two<|endoftext|>\n', 'three\n<|endoftext|>\n', '',
     ] or texts == ['one\n', 'two\n\nstill two<|endoftext|>', 'three\n<|endoftext|>\n', '']
-
 
 @settings(max_examples=20)
 @given(st.text('ab c\n', min_size=20, max_size=200), st.floats(0.05, 0.95))
@@ -313,17 +274,13 @@ def test_the_split_is_one_cut(tmp_path_factory, text, fraction):
     path = write(folder / 'a.txt', text)
     cut = int(len(text) * (1 - fraction))
     try:
-        prepare(
-            Settings(
-                input=[path], tokenizer='byte', val_fraction=fraction, out_dir=str(folder / 'out')
-            )
-        )
+        prepare(Settings(
+            input=[path], tokenizer='byte', val_fraction=fraction, out_dir=str(folder / 'out')))
     except ValueError as e:
         assert 'too short' in str(e) and min(cut, len(text) - cut) < 3
         return
     assert ids_of(folder / 'out', 'train') == BYTE.encode(text[:cut]).tolist()
     assert ids_of(folder / 'out', 'val') == [*BYTE.encode(text[cut:]).tolist(), BYTE.end_id]
-
 
 def test_reading_in_pieces_changes_nothing(tmp_path, bpe):
     """A file of more than a piece, and a million blanks, give the ids of the text itself."""
@@ -332,18 +289,12 @@ def test_reading_in_pieces_changes_nothing(tmp_path, bpe):
     assert len(text) > prepare_data.PIECE
     write(tmp_path / 'a.txt', text)
     write(tmp_path / 'tok/tokenizer.json', json.dumps(bpe.to_dict()))
-    _, meta = prepare(
-        Settings(
-            input=[str(tmp_path / 'a.txt')],
-            tokenizer=str(tmp_path / 'tok'),
-            val_fraction=0.001,
-            out_dir=str(tmp_path / 'out'),
-        )
-    )
+    _, meta = prepare(Settings(
+        input=[str(tmp_path / 'a.txt')], tokenizer=str(tmp_path / 'tok'), val_fraction=0.001,
+        out_dir=str(tmp_path / 'out')))
     ids = ids_of(tmp_path / 'out', 'train') + ids_of(tmp_path / 'out', 'val')
     assert bpe.decode(ids[:-1]) == text and ids[-1] == bpe.end_id
     assert sum(c['characters'] for c in meta['counts'].values()) == len(text)
-
 
 def test_bpe_learns_from_the_training_part_alone(tmp_path):
     """Pairs that only validation has must not become tokens."""
@@ -351,7 +302,11 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path):
     prepare(Settings(input=[path], vocab_size=380, out_dir=str(tmp_path / 'out')))
     tokenizer = prepare_data.load_tokenizer(tmp_path / 'out')
     assert len(tokenizer.encode(' ab')) == 1 and len(tokenizer.encode(' zq')) == 3
-
+    path, val = (write(tmp_path / f'{x}.tsv', f'{x} {x} {x}\t{x}\n' * 9)
+                 for x in ('ab', 'zq'))
+    prepare(Settings(input=[path], val=[val], task='seq2seq', vocab_size=380, out_dir=f'{path}.d'))
+    tokenizer = prepare_data.load_tokenizer(f'{path}.d')
+    assert len(tokenizer.encode(' ab')) == 1 and len(tokenizer.encode(' zq')) == 3
 
 def test_ids_fit_their_file(tmp_path):
     """uint16 up to 65,536 tokens, uint32 beyond: no id wraps around."""
@@ -364,7 +319,6 @@ def test_ids_fit_their_file(tmp_path):
         ids = ids_of(tmp_path / dtype, 'train') + ids_of(tmp_path / dtype, 'val')
         assert ids == [*range(n), n]
 
-
 def test_meta_tells_the_truth(tmp_path):
     """Counts, source and sha256 are those of the files beside it."""
     path = write(tmp_path / 'a.txt', '床前明月光\n' * 20)
@@ -376,13 +330,11 @@ def test_meta_tells_the_truth(tmp_path):
         assert c['bytes'] == c['characters'] * 3 - 2 * round(c['characters'] / 6)
     assert (meta['task'], meta['labels'], meta['source']) == ('lm', [], [path])
 
-
 def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
     """A slip in --out_dir must not cost a thesis; an error leaves the old folder."""
     path, out = write(tmp_path / 'a.txt', 'some words ' * 30), tmp_path / 'out'
-    make = lambda **flags: prepare(
-        Settings(input=[path], tokenizer='byte', out_dir=str(out), **flags)
-    )
+    make = lambda **flags: prepare(Settings(
+        input=[path], tokenizer='byte', out_dir=str(out), **flags))
     make()
     before = contents(out)
     write(out / 'left.bin', 'over')
@@ -400,28 +352,19 @@ def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
         prepare(Settings(input=[path], out_dir=str(tmp_path / 'thesis')))
     assert contents(tmp_path / 'thesis') == {'chapter.tex': b'years'}
 
-
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Eight times the text, about the same peak of the whole process."""
     code = (
         "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[-1]);"
         "sys.argv.pop(); runpy.run_path(sys.argv[0], run_name='__main__');"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     peaks = []
     for n in (100_000, 800_000):
         write(tmp_path / f'{n}.txt', 'Some words of a line, and more of them.\n' * n)
         done = subprocess.run(
             [
-                sys.executable,
-                '-c',
-                code,
-                str(ROOT / 'prepare_data.py'),
-                '--input',
-                f'{n}.txt',
-                '--tokenizer',
-                'byte',
-                str(ROOT),
+                sys.executable, '-c', code, str(ROOT / 'prepare_data.py'), '--input', f'{n}.txt',
+                '--tokenizer', 'byte', str(ROOT),
             ],
             cwd=tmp_path,
             capture_output=True,
@@ -431,10 +374,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.4 * peaks[0], peaks
 
-
 # -----------------------------------------------------------------------------
 # Examples of the tasks
-
 
 def test_texts_are_framed_as_bert_reads_them():
     """[CLS] a [SEP] b [SEP]; each [SEP] belongs to the text before it."""
@@ -443,7 +384,6 @@ def test_texts_are_framed_as_bert_reads_them():
     assert add(BYTE, [1, 2]) == ([cls, 1, 2, sep], [0, 0, 0, 0])
     assert add(BYTE, [1, 2], [3]) == ([cls, 1, 2, sep, 3, sep], [0, 0, 0, 0, 1, 1])
     assert add(BYTE, []) == ([cls, sep], [0, 0])
-
 
 @settings(max_examples=50)
 @given(st.lists(MIXED, min_size=1, max_size=2), st.integers(8, 60))
@@ -467,7 +407,6 @@ def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
         assert made['segments'] == [0] * (seps[0] + 1) + [1] * (len(ids) - seps[0] - 1)
         assert made['targets'] == 1 and made['meta'].items() >= row.items()
 
-
 @settings(max_examples=40)
 @given(
     st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12),
@@ -490,7 +429,6 @@ def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_si
             assert has == dict(zip(part['meta']['first'], map(labels.index, part['meta']['tags'])))
             assert len(set(part['meta']['first'])) == len(part['meta']['tokens']), 'a shared place'
 
-
 def test_a_tagged_text_is_cut_between_tokens_where_it_no_longer_fits():
     """A worked example: `Jo` and `世` fill the first part, `ab` makes the second."""
     cls, sep, dot = BYTE.id('[CLS]'), BYTE.id('[SEP]'), IGNORE_INDEX
@@ -498,11 +436,9 @@ def test_a_tagged_text_is_cut_between_tokens_where_it_no_longer_fits():
     one, two = TASKS['tag'].examples(BYTE, row, ['O', 'B-人', 'I-人'], 9)
     assert one['ids'] == [cls, *'Jo 世 '.encode(), sep]
     assert one['targets'] == [dot, 1, dot, dot, 0, dot, dot, dot, dot] and one['meta']['first'] == [
-        1,
-        4,
+        1, 4,
     ]
     assert two['ids'] == [cls, *b'ab', sep] and two['targets'] == [dot, 2, dot, dot]
-
 
 def pointed_at(made):
     """The place in the whole context that the targets of a qa example mean; None for [CLS]."""
@@ -512,13 +448,9 @@ def pointed_at(made):
     begin, end = meta['offsets'][low - meta['first']][0], meta['offsets'][high - meta['first']][1]
     return meta['start'] + begin, meta['start'] + end
 
-
 @settings(max_examples=80)
 @given(
-    st.integers(0, 2),
-    MIXED.filter(str.strip),
-    st.integers(0, 59),
-    st.integers(1, 12),
+    st.integers(0, 2), MIXED.filter(str.strip), st.integers(0, 59), st.integers(1, 12),
     st.integers(8, 40),
 )
 @example(2, '床前明月光，疑是地上霜。' * 9, 2, 2, 24)  # inside of a token
@@ -550,19 +482,13 @@ def test_windows_cover_every_answer_and_every_character(
             assert context[slice(*place)].strip() == answer.strip()
     assert found and covered == {*range(len(context))}
 
-
 def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_path, shared):
     """1,190 questions, each answered in at least one window; no context is in both splits."""
     path = shared / 'data/xquad.en.json'
-    prepare(
-        Settings(
-            input=[str(path)],
-            task='qa',
-            vocab_size=1000,
-            block_size=128,
-            out_dir=str(tmp_path / 'out'),
-        )
-    )
+    prepare(Settings(
+        input=[str(path)], task='qa', vocab_size=1000, block_size=128,
+        out_dir=str(tmp_path / 'out'),
+    ))
     gold = {
         q['id']: (p['context'], q['answers'][0]['text'])
         for article in json.loads(path.read_bytes())['data']
@@ -578,7 +504,6 @@ def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_pat
                 found.add(made['meta']['id'])
                 assert context[slice(*place)].strip() == answer.strip()
     assert len(found) == len(gold) == 1190 and not contexts['train'] & contexts['val']
-
 
 @settings(max_examples=40)
 @given(MIXED, MIXED, st.integers(8, 60))
@@ -596,6 +521,10 @@ def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size)
     assert made['targets'] == [*target.encode(), BYTE.end_id]
     assert made['decoder_ids'] == [BYTE.start_id, *target.encode()]
 
+def test_windows_overlap_by_half():
+    """What crosses the end of a window stands whole in the next one."""
+    made = TASKS['qa'].examples(BYTE, {'question': '?', 'context': 'x' * 95}, [], 24)
+    assert [e['meta']['start'] for e in made] == [*range(0, 75, 10), 75]
 
 def test_rows_to_be_answered_have_no_targets():
     """What a user writes has no label, tags or answers: the same examples, no targets."""
@@ -615,27 +544,21 @@ def test_rows_to_be_answered_have_no_targets():
         )
         assert [made['ids'] for made in plain] == [made['ids'] for made in right], task
 
-
 # -----------------------------------------------------------------------------
 # Rows as people have them
 
-
 def rows_of(task, path):
     return [{k: v for k, v in row.items() if k != 'where'} for row in TASKS[task].read(str(path))]
-
 
 FIELD = st.text(
     st.characters(codec='utf-8', exclude_characters='\t\n\r'), min_size=1, max_size=20
 ).filter(str.strip)
 
-
 @settings(max_examples=40)
 @given(
     st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6),
-    st.sampled_from(['\n', '\r\n', '\r']),
-    st.sampled_from(['', '\ufeff']),
-    st.sampled_from(['', 'end', 'two']),
-    st.booleans(),
+    st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(['', '\ufeff']),
+    st.sampled_from(['', 'end', 'two']), st.booleans(),
 )
 def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark, last, as_json):
     """TSV with any line ends, a byte order mark, an empty last line; or JSON lines."""
@@ -656,23 +579,23 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
     write(folder / name, mark + end.join(lines) + end * ['', 'end', 'two'].index(last))
     assert [(row['source'], row['target']) for row in rows_of('seq2seq', folder / name)] == pairs
 
-
-def test_labels_may_have_a_second_text_and_be_numbers(tmp_path):
+def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""
     write(tmp_path / 'a.tsv', 'good\tA text\n\nbad\ta\tb\n')
     assert rows_of('classify', tmp_path / 'a.tsv') == [
-        {'label': 'good', 'text': 'A text'},
-        {'label': 'bad', 'text': 'a', 'text_b': 'b'},
+        {'label': 'good', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'},
     ]
+    same = dict(input=[str(tmp_path / 'a.tsv')], val=[str(tmp_path / 'a.tsv')], tokenizer='byte')
+    prepare(Settings(**same, task='classify', block_size=8, out_dir=str(tmp_path / 'out')))
+    assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
+    assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(
         tmp_path / 'a.jsonl',
-        '{"label": 1, "text": "x"}\n{"label": "b", "text": "y", "text_b": "z"}',
+        '{"label": 1, "text": "x"}\n{"label": " b\\n c", "text": "y", "text_b": "z"}',
     )
     assert rows_of('classify', tmp_path / 'a.jsonl') == [
-        {'label': '1', 'text': 'x'},
-        {'label': 'b', 'text': 'y', 'text_b': 'z'},
+        {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'},
     ]
-
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
@@ -685,50 +608,33 @@ def test_tagged_files_of_all_kinds_are_read(tmp_path):
         {'tokens': ['Bonn'], 'tags': ['B-LOC']},
     ]
 
-
 ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
-QUESTION = (
-    '{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{'
-    + ANSWER
-    + '}]},\n{"context": "x", '
-    '"qas": [{"id": "q2", "question": "x?", "answers": []}]}]}]}'
-)
+QUESTION = ('{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{' + ANSWER + '}]},\n'
+            '{"context": "x", "qas": [{"id": "q2", "question": "x?", "answers": []}]}]}]}')
 LABELS = '好\t一\n坏\t二\n'
 MALFORMED = {  # name: (task, {file: text}, further flags, what the line must say)
     'a missing tab': ('classify', {'a.tsv': '好\t一\n\n没有\n'}, [], 'a.tsv, line 3'),
     'four columns': ('classify', {'a.tsv': '好\t一\r\n好\t一\t二\t三\r\n'}, [], 'a.tsv, line 2'),
     'an empty text': ('classify', {'a.tsv': '好\t一\n好\t\u3000\n'}, [], 'a.tsv, line 2'),
+    'a list': ('classify', {'a.json': '[{"label": "1", "text": "x"}]'}, [], 'as JSON lines'),
+    'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
     'a header': (
-        'classify',
-        {'a.tsv': 'label\ttext\n' + LABELS * 9},
-        [],
-        'line 1 looks like a header',
+        'classify', {'a.tsv': 'label \tTitle\n' + LABELS * 9}, [], 'line 1 looks like a header',
     ),
     'columns swapped': (
-        'classify',
-        {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(200))},
-        [],
+        'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
         'first column',
     ),
     'an unknown label': (
-        'classify',
-        {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'},
-        ['--val', 'v.tsv'],
-        "'妙' is unknown",
+        'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown",
     ),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
     'not JSON': (
-        'classify',
-        {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'},
-        [],
-        'a.jsonl, line 2',
+        'classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'a.jsonl, line 2',
     ),
     'half a character': (
-        'classify',
-        {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'},
-        [],
-        'line 1',
+        'classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1',
     ),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
@@ -736,27 +642,18 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
     'an answer that stands elsewhere': (
-        'qa',
-        {'a.json': QUESTION.replace(': 1,', ': 0,')},
-        [],
-        'line 3',
+        'qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3',
     ),
     'a question without answers': (
-        'qa',
-        {'a.json': QUESTION.replace(', "answers": []', '')},
-        [],
-        'q2',
+        'qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2',
     ),
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
     'a target too long': (
-        'seq2seq',
-        {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9},
-        ['--tokenizer', 'byte'],
+        'seq2seq', {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9}, ['--tokenizer', 'byte'],
         'a.tsv, line ',
     ),
 }
-
 
 @pytest.mark.parametrize('name', MALFORMED)
 def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, capsys, name):
@@ -769,15 +666,8 @@ def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, 
         sys,
         'argv',
         [
-            'prepare_data.py',
-            '--input',
-            next(iter(files)),
-            '--task',
-            task,
-            '--vocab_size=370',
-            '--out_dir',
-            'out',
-            *flags,
+            'prepare_data.py', '--input', next(iter(files)), '--task', task, '--vocab_size=370',
+            '--out_dir', 'out', *flags,
         ],
     )
     with pytest.raises(SystemExit) as end:
@@ -785,7 +675,6 @@ def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, 
     out, err = capsys.readouterr()
     assert (end.value.code, out) == (2, '') and err.count('\n') == 1, err
     assert says in err and sorted(os.listdir()) == sorted(files), err
-
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 5), min_size=4, max_size=40), st.floats(0.1, 0.9))
@@ -796,11 +685,12 @@ def test_rows_are_shuffled_and_contexts_stay_together(contexts, fraction):
     assert sorted(row['n'] for row in train + val) == list(range(len(rows)))
     assert not {row['context'] for row in train} & {row['context'] for row in val}
     assert (train, val) == tuple(prepare_data.split_rows(rows, fraction))
-
+    train, val = prepare_data.split_rows([{'n': i} for i in range(100)], fraction)
+    assert len(val) == 100 - round(100 * (1 - fraction))
+    assert [*train, *val] != sorted([*train, *val], key=lambda row: row['n'])
 
 # -----------------------------------------------------------------------------
 # Data sets
-
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
@@ -814,7 +704,6 @@ def served(tmp_path, monkeypatch):
     yield f'http://127.0.0.1:{server.server_port}', folder
     server.shutdown()
 
-
 def test_downloads_are_checked_and_explained(tmp_path, shared, served):
     """A mirror is a folder or a server; other bytes are refused by their sha256."""
     address, folder = served
@@ -824,14 +713,9 @@ def test_downloads_are_checked_and_explained(tmp_path, shared, served):
     data = (shared / 'data/tinyshakespeare.txt').read_bytes()
     write(folder / path, data)
     for mirror in (address, str(folder) + '/'):
-        _, meta = prepare(
-            Settings(
-                dataset='shakespeare',
-                tokenizer='char',
-                mirror=mirror,
-                out_dir=str(tmp_path / 'out'),
-            )
-        )
+        _, meta = prepare(Settings(
+            dataset='shakespeare', tokenizer='char', mirror=mirror, out_dir=str(tmp_path / 'out'),
+        ))
         assert (meta['source'], meta['vocab_size']) == ('shakespeare', 65 + 105)
     write(folder / path, data[:-1])
     with pytest.raises(ValueError, match='sha256'):
@@ -841,6 +725,13 @@ def test_downloads_are_checked_and_explained(tmp_path, shared, served):
         with pytest.raises(ValueError, match='--mirror'):
             prepare(Settings(dataset='shakespeare', mirror=mirror, out_dir=str(tmp_path / 'other')))
 
+def test_downloaded_reviews_and_captions_have_their_labels_and_languages():
+    reviews = [b'good\n' * 9, b'caf\xe9 bad\n' * 11]
+    captions = [prepare_data.gzip.compress(x) for x in (b'a  b\nc\n', b'A\nC\n', b'v', b'V')]
+    train, val = map(str.splitlines, prepare_data.rotten_tomatoes(*reviews))
+    assert {*train, *val} == {'positive\tgood', 'negative\tcafé bad'}
+    assert (len(train), len(val)) == (16, 2)
+    assert prepare_data.multi30k(*captions) == ['a b\tA\nc\tC\n', 'v\tV\n']
 
 def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp_path):
     """Made twice in processes of their own; nothing of Python's library is imported."""
@@ -853,10 +744,7 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
         "print(*(hashlib.sha256(repr(t).encode()).hexdigest() for t in texts))"
     )
     run = lambda seed: subprocess.run(
-        [sys.executable, '-c', code, str(ROOT)],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, '-c', code, str(ROOT)], capture_output=True, text=True, check=True,
         env={**os.environ, 'PYTHONHASHSEED': seed},
     )
     assert run('1').stdout == run('2').stdout
@@ -869,23 +757,18 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
         pairs = [document.strip()[i : i + 2] for i in range(0, 60, 2)]
         assert len(set(pairs)) == len({pair[0] for pair in pairs}) <= 8, document
 
-
-WORDS_OF = dict(
-    zip(
-        'one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
-        'fifteen sixteen seventeen eighteen nineteen'.split(),
-        range(1, 20),
-    )
-)
-WORDS_OF |= dict(
-    zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(), range(20, 100, 10))
-)
-
+WORDS_OF = dict(zip(
+    'one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
+    'fifteen sixteen seventeen eighteen nineteen'.split(), range(1, 20)))
+WORDS_OF |= dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(),
+                     range(20, 100, 10)))
 
 def test_every_row_of_numbers_is_right():
     """20,000 different rows: read back, the words give the digits."""
     rows = [line.split('\t') for line in prepare_data.numbers()[0].splitlines()]
     assert len({target for _, target in rows}) == 20_000
+    sizes = collections.Counter(len(target) for _, target in rows)
+    assert min(sizes[digits] for digits in (4, 5, 6)) > 5000, sizes
     for words, digits in rows:
         total, part = 0, 0
         for word in words.replace('-', ' ').split():
@@ -895,10 +778,8 @@ def test_every_row_of_numbers_is_right():
                 part = 100 * part if word == 'hundred' else part + WORDS_OF[word]
         assert total + part == int(digits), words
 
-
 # -----------------------------------------------------------------------------
 # Flags and the command line
-
 
 @dataclasses.dataclass
 class Flags:
@@ -910,39 +791,26 @@ class Flags:
     paths: list = flag([], 'files')
     config: str = flag('', 'a file')
 
-
 @pytest.mark.parametrize(
     'argv, found',
     [
-        ('--max_iters 7', {'max_iters': 7}),
-        ('--max_iters=7', {'max_iters': 7}),
-        ('--max-iters 7', {'max_iters': 7}),
-        ('--compile', {'compile': True}),
-        ('--no-compile', {'compile': False}),
-        ('--compile=False', {'compile': False}),
-        ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}),
-        ('', {}),
+        ('--max_iters 7', {'max_iters': 7}), ('--max_iters=7', {'max_iters': 7}),
+        ('--max-iters 7', {'max_iters': 7}), ('--compile', {'compile': True}),
+        ('--no-compile', {'compile': False}), ('--compile=False', {'compile': False}),
+        ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}), ('', {}),
     ],
 )
 def test_a_flag_may_be_written_in_several_ways(argv, found):
     """And only the flags that were given are returned."""
     assert read_flags(argv.split(), '', {'flags': Flags}) == found
 
-
 @pytest.mark.parametrize(
     'argv, says',
     [
-        ('--max_itres 3', 'did you mean --max_iters?'),
-        ('--n 2.5', '2.5'),
-        ('--n x', '--n'),
-        ('--n 0', 'at least 1'),
-        ('--n 10', 'at most 9'),
-        ('--x 0', 'above 0'),
-        ('--x nan', 'finite'),
-        ('--x inf', 'finite'),
-        ('--kind c', 'choose one of a, b'),
-        ('stray', 'stray'),
-        ('--compile=7', '7'),
+        ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
+        ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'),
+        ('--x nan', 'finite'), ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'),
+        ('stray', 'stray'), ('--compile=7', '7'),
     ],
 )
 def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
@@ -951,22 +819,17 @@ def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
         check_flags(Flags(**read_flags(argv.split(), '', {'flags': Flags})))
     assert says in str(error.value) and '\n' not in str(error.value)
 
-
 def test_a_config_file_counts_less_than_flags(tmp_path):
     """write_config writes what --config reads; a wrong line is named."""
-    path = write(
-        tmp_path / 'c.toml', prepare_data.write_config({'n': 4, 'x': 0.25, 'compile': None})
-    )
+    values = {'n': 4, 'x': 0.25, 'compile': None, 'paths': ['a', 'b']}
+    path = write(tmp_path / 'c.toml', prepare_data.write_config(values))
     assert read_flags(['--config', path, '--n', '5'], '', {'flags': Flags}) == {
-        'config': path,
-        'n': 5,
-        'x': 0.25,
+        'config': path, 'n': 5, 'x': 0.25, 'paths': ['a', 'b'],
     }
     for bad in ('n = ', 'nn = 3', 'n = "x"'):
         write(tmp_path / 'c.toml', bad)
         with pytest.raises(ValueError, match=r'c\.toml'):
             read_flags(['--config', path], '', {'flags': Flags})
-
 
 @pytest.mark.parametrize(
     'files, flags, says',
@@ -977,8 +840,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
         ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
         ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
         (
-            {'a.txt': 'abc' * 9},
-            ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
+            {'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
             'choose char, byte',
         ),
         ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
@@ -999,20 +861,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
     assert line.startswith('prepare_data.py: error: ') and says in line, line
     assert contents(tmp_path) == before
 
-
 def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
     """Counts, the next command, and silence on standard error, also with a name in Chinese."""
     line = '床前明月光，疑是地上霜。\n'
     write(tmp_path / '诗.txt', line * 30)
     done = command(
-        'prepare_data.py',
-        '--input',
-        '诗.txt',
-        '--tokenizer=char',
-        '--val-fraction',
-        0.2,
-        cwd=tmp_path,
-        env=os.environ | {'PYTHONIOENCODING': 'ascii'},
+        'prepare_data.py', '--input', '诗.txt', '--tokenizer=char', '--val-fraction', 0.2,
+        cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'},
     )
     assert done.stderr == '' and done.stdout.splitlines() == [
         'train: 312 tokens, 312 characters, 1 document',
@@ -1023,7 +878,6 @@ def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
     shown = command('prepare_data.py', '--show', '明月', '--tokenizer', 'byte', cwd=tmp_path).stdout
     assert shown.startswith('6 tokens: ‹E6› 230')
 
-
 def test_the_folder_has_the_name_of_its_source(tmp_path, monkeypatch):
     """data/NAME below the working folder; a link gives its own name, not that of its target."""
     write(tmp_path / 'real.txt', 'some words ' * 30)
@@ -1031,7 +885,6 @@ def test_the_folder_has_the_name_of_its_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out_dir, _ = prepare(Settings(input=['link.txt'], tokenizer='byte'))
     assert out_dir == os.path.join('data', 'link') and (tmp_path / out_dir / 'meta.json').exists()
-
 
 def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     """`| head` closes the pipe: no traceback, status 0."""
@@ -1041,11 +894,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     with os.fdopen(writing, 'w') as closed:
         done = subprocess.run(
             [
-                sys.executable,
-                str(ROOT / 'prepare_data.py'),
-                '--input',
-                'a.txt',
-                '--tokenizer',
+                sys.executable, str(ROOT / 'prepare_data.py'), '--input', 'a.txt', '--tokenizer',
                 'byte',
             ],
             cwd=tmp_path,
@@ -1055,3 +904,8 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
             timeout=300,
         )
     assert (done.returncode, done.stderr) == (0, '')
+
+def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['x'])
+    with pytest.raises(SystemExit, match='130'):
+        prepare_data.run(lambda argv: signal.raise_signal(signal.SIGINT))

@@ -97,6 +97,7 @@ def assert_same_end(a, b):
         one, two = read(a, name), read(b, name)
         assert not different(one, two)
         assert {**one['progress'], 'seconds': 0} == {**two['progress'], 'seconds': 0}
+        assert one.get('scaler') == two.get('scaler')
         states = [[t for o in c.get('optimizer', []) for p in o for t in p] for c in (one, two)]
         assert len(states[0]) == len(states[1])
         assert all(torch.equal(t, u) for t, u in zip(*states)), 'the optimizer differs'
@@ -124,9 +125,12 @@ def test_a_resumed_run_writes_where_it_was_read(d, tmp_path, monkeypatch):
     fit(tmp_path / 'a/out', d, max_iters=2)
     shutil.copytree(tmp_path / 'a', tmp_path / 'b')
     monkeypatch.chdir(tmp_path / 'b')
+    saved = read('out')
+    saved['progress']['seconds'] = 1e6
+    torch.save(saved, 'out/ckpt.pt')
     with pytest.raises(SystemExit):
         train.main(['--init_from=resume', '--max_iters=4'])
-    assert read('out')['progress']['step'] == 4
+    assert read('out')['progress']['step'] == 4 and read('out')['progress']['seconds'] > 1e6
     assert read(tmp_path / 'a/out')['progress']['step'] == 2
 
 @pytest.mark.parametrize('preset', ['gpt2', 'bert'])
@@ -217,6 +221,10 @@ def test_output_that_nobody_reads_ends_no_training(d, tmp_path, start):
         assert 'parameters' in pipe.readline(), text_of(tmp_path, 'stderr')
     assert end_of(process) == 0 and text_of(tmp_path, 'stderr') == ''
     assert read(tmp_path / 'out')['progress']['step'] == 40
+    flags = {**TINY, 'dataset': d, 'max_iters': 2, 'out_dir': 'full'}
+    for _ in range(2):  # the second run gives the files of the first another name
+        assert end_of(start(flags, stdout='/dev/full')) == 0
+    assert read(tmp_path / 'full')['progress']['step'] == 2
 
 def test_readers_see_only_whole_checkpoints(d, tmp_path, start):
     """Who opens ckpt.pt and best.pt while they are written again and again finds a whole file."""
@@ -361,12 +369,14 @@ def broken_checkpoint(path, how):
         saved.pop('config')
     if how == 'another layer':
         saved['config']['n_layer'] = 2
+    if how == 'NaN':
+        saved['model']['tokens.weight'][3, 3] = float('nan')
     if how == 'a shape':
         saved['model']['tokens.weight'] = saved['model']['tokens.weight'][:, 1:].clone()
     torch.save(saved, path)
 
 @pytest.mark.parametrize('how', ['0', '1', '500', '999', 'code', 'code in a zip', 'text', 'a list',
-                                 'no optimizer', 'no config', 'another layer', 'a shape'])
+                                 'no optimizer', 'no config', 'another layer', 'a shape', 'NaN'])
 def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, tmp_path, refusal, how):
     """Cut anywhere, foreign, or without a part; no code in it runs; it stays as it is."""
     shutil.copytree(trained / 'd', tmp_path / 'out')
@@ -430,6 +440,11 @@ def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refus
     other = prepared(tmp_path / 'other', text[::-1], text[:400], tokenizer=str(folders / 'd'))
     line = refusal(['--init_from=resume', f'--dataset={other}', '--max_iters=9'])
     assert 'learned from other data' in line
+    other = prepared(tmp_path / 'cut', text, text[:401], tokenizer=str(folders / 'd'))
+    meta = json.loads((folders / 'd/meta.json').read_text(encoding='utf-8'))
+    path = Path(other, 'meta.json')  # the same bytes, cut elsewhere
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'sha256': meta['sha256']}))
+    refusal(['--init_from=resume', f'--dataset={other}', '--max_iters=9'])
     shutil.copytree(trained / 'classify', tmp_path / 'c/out')
     rows = prepared(tmp_path / 'rows', 'x\t1\ny\t2\n' * 9, task='classify', block_size=40,
                     tokenizer=str(folders / 'classify'))

@@ -52,7 +52,7 @@ def read_files(train, val):
     if bool(train) != bool(val):
         raise ValueError('give both --train and --val, or neither')
     if not train:
-        lines = prepare_data.pytopics().splitlines()  # sorted by hash, so that any tenth is like any other
+        lines = prepare_data.pytopics()[0].splitlines()  # sorted by hash, so that any tenth is like any other
         return lines[len(lines) // 10:], lines[:len(lines) // 10]
     return tuple([line for _, line in prepare_data.read_lines(path) if line.strip()] for path in (train, val))
 
