@@ -384,12 +384,13 @@ class Muon(Optimizer):
     shape are orthogonalised together, in `dtype`: rough products will do.
     """
 
-    def __init__(self, groups, peak_lr, dtype):
+    def __init__(self, groups, peak_lr, momentum, dtype):
         by_shape = {}
         for group in groups:
             for p in group['params']:
                 by_shape.setdefault(p.shape, {**group, 'params': []})['params'].append(p)
         super().__init__([*by_shape.values()], peak_lr)
+        self.momentum = momentum
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
     def new_state(self, p):
@@ -397,8 +398,8 @@ class Muon(Optimizer):
 
     def update(self, lr, decay, good, weights, gradients, means):
         gradients = torch.stack(gradients).where(good > 0, 0.0)            # (n, rows, columns)
-        torch._foreach_lerp_(means, list(gradients), 0.05)                 # 0.95 of the old mean
-        ahead = gradients.lerp(torch.stack(means), 0.95)                   # Nesterov's momentum
+        torch._foreach_lerp_(means, list(gradients), 1 - self.momentum)
+        ahead = gradients.lerp(torch.stack(means), self.momentum)          # Nesterov's momentum
         steps = orthogonal(ahead.to(self.dtype)).float()
         scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))
         torch._foreach_mul_(weights, 1 - lr * decay * good)
@@ -411,7 +412,7 @@ def muon(groups, s, dtype):
     """Muon for the matrices of the blocks, AdamW for all else."""
     matrices = [group for group in groups if group['name'] == 'matrices']
     rest = [group for group in groups if group['name'] != 'matrices']
-    return [Muon(matrices, s.muon_learning_rate, dtype), *adamw(rest, s, dtype)]
+    return [Muon(matrices, s.muon_learning_rate, s.muon_momentum, dtype), *adamw(rest, s, dtype)]
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}  # (groups of weights, settings, dtype) -> optimizers
 
@@ -457,6 +458,7 @@ class Settings:
     optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', tuple(OPTIMIZERS))
     learning_rate: float = flag(2e-3, 'of AdamW, at its peak', above=0, high=1e6)
     muon_learning_rate: float = flag(0.02, 'of Muon, at its peak', above=0, high=1e6)
+    muon_momentum: float = flag(0.95, 'of Muon: share of the old mean', low=0, below=1)
     min_lr: float = flag(None, 'learning rate at the end [learning_rate / 10]', low=0, kind=float)
     warmup_iters: int = flag(50, 'steps over which the learning rate rises', low=0)
     lr_decay_iters: int = flag(None, 'step at which it reaches min_lr [max_iters]', low=1, kind=int)
@@ -493,10 +495,10 @@ RECIPES = {
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95,
                           batch_size=12, gradient_accumulation_steps=40, eval_interval=2000,
                           eval_iters=200),
-        'nano': dict(max_iters=160, batch_size=24, eval_interval=40, eval_iters=5,
-                     optimizer='muon', learning_rate=3e-2, muon_learning_rate=0.05, min_lr=0.0,
-                     warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.8, beta2=0.95,
-                     grad_clip=0.0),
+        'nano': dict(max_iters=132, batch_size=24, eval_interval=66, eval_iters=5,
+                     optimizer='muon', learning_rate=3e-2, muon_learning_rate=0.09, min_lr=0.0,
+                     warmup_iters=0, lr_schedule='linear', weight_decay=0.0, beta1=0.7, beta2=0.95,
+                     muon_momentum=0.75, grad_clip=0.0),
         # one token in seven has a target, so many steps; and a learning rate post-norm survives
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),

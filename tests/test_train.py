@@ -431,10 +431,10 @@ def test_the_step_of_muon_is_nearly_orthogonal(rows, columns, scale):
     cosine = F.cosine_similarity(found.flatten(1), (u @ v).flatten(1))
     assert cosine.min() > 0.9, cosine
 
-def slow_muon_step(p, g, m, lr, decay):
+def slow_muon_step(p, g, m, lr, momentum, decay):
     """One matrix, as Jordan et al. 2024 write it down."""
-    m.mul_(0.95).add_(g, alpha=0.05)
-    x = 0.05 * g + 0.95 * m
+    m.mul_(momentum).add_(g, alpha=1 - momentum)
+    x = (1 - momentum) * g + momentum * m
     x = x.T if p.size(0) > p.size(1) else x
     x = x / x.norm()
     for _ in range(5):
@@ -448,12 +448,12 @@ def test_muon_is_the_same_matrix_by_matrix():
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4)]
     weights = [torch.randn(shape) for shape in shapes]
     slow, moments = [p.clone() for p in weights], [torch.zeros(shape) for shape in shapes]
-    muon = train.Muon([{'params': weights, 'weight_decay': 0.3}], 0.05, torch.float32)
+    muon = train.Muon([{'params': weights, 'weight_decay': 0.3}], 0.05, 0.8, torch.float32)
     for i in range(6):
         for k, p in enumerate(weights):
             p.grad = None if (i + k) % 4 == 0 else torch.randn(p.shape)
             if p.grad is not None:
-                slow_muon_step(slow[k], p.grad, moments[k], 0.05, 0.3)
+                slow_muon_step(slow[k], p.grad, moments[k], 0.05, 0.8, 0.3)
         muon.step()
     for p, q in zip(weights, slow):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)

@@ -26,7 +26,7 @@ from common import command, table
 RECIPES = {
     'gpt2': '--preset gpt2 --n_layer 4 --n_head 4 --n_embd 128 --block_size 64 --batch_size 12 --max_iters 2000 '
             '--warmup_iters 100 --learning_rate 1e-3 --beta2 0.99 --dropout 0 --no-bias --eval_interval 250',
-    'nano': '--preset nano --block_size 64 --max_iters 90',
+    'nano': '--preset nano --block_size 64 --max_iters 64',
     'quick start': '',
 }
 NANOGPT = ('train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 '
