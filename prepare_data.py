@@ -735,23 +735,12 @@ def sha256_of(paths):
             hashlib.file_digest(f, lambda: digest)  # adds to one digest over all files
     return digest.hexdigest()
 
-def batches(pieces):
-    """Lists of pieces, of a few million characters together: work for all cores."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size > 40 * PIECE:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
 def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
     counts = collections.Counter(tokens=0, characters=0, documents=0, bytes=0)
-    is_open = False  # a document has begun
+    is_open, pieces = False, iter(pieces)  # is_open: a document has begun
     with open(path, 'wb') as f:
-        for batch in batches(pieces):
+        for batch in iter(lambda: [*itertools.islice(pieces, 100)], []):  # work for all cores
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for (text, ends), ids in zip(batch, encoded):
                 is_open = is_open or len(ids) > 0
