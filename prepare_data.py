@@ -527,11 +527,12 @@ class HFTokenizer(Tokenizer):
     def hf_engine(self, special):
         return self.engine
 
-# Our special tokens, and what they are called there
+# Our special tokens, and what theirs may be: a role, or a text where the folder names no roles
 ROLES = {
-    '<|endoftext|>': ('eos_token', 'sep_token'), '[PAD]': ('pad_token',),
-    '[CLS]': ('cls_token', 'bos_token'), '[SEP]': ('sep_token',), '[MASK]': ('mask_token',),
-    '<|start|>': ('bos_token',),
+    '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
+    '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
+    '[SEP]': ('sep_token', '[SEP]', '</s>'), '[MASK]': ('mask_token', '[MASK]'),
+    '<|start|>': ('bos_token', '<s>'),
 }
 
 def open_huggingface(folder):
@@ -554,8 +555,9 @@ def open_huggingface(folder):
                if f'<extra_id_{i}>' in vocab}
     for name, keys in ROLES.items():
         for key in keys:
-            if key in named:
-                special.setdefault(name, vocab[named[key]])
+            text = named.get(key, key)
+            if text in vocab:
+                special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     for name in ('generation_config.json', 'config.json'):
         found = read(name).get('eos_token_id')

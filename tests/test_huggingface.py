@@ -534,7 +534,7 @@ def tiny(shared, tmp_path_factory):
         runpy.run_path(str(shared / 'tools' / 'tiny_folders.py'))
     return folder
 
-def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, capsys):
+def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, folders, place, capsys):
     """Added tokens, an end that is not called <|endoftext|>, and several ends."""
     for name, ends in {'added': [257], 'eos': [257], 'named': [256], 'llama': [257, 258]}.items():
         assert sorted(prepare_data.load_tokenizer(tiny / f't-{name}').end_ids) == ends
@@ -543,6 +543,10 @@ def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, capsys):
     about = json.loads((tiny / 't-author/config.json').read_text())
     put(tiny / 't-author', 'config.json', about | {'eos_token_id': 999})  # of no tokenizer
     assert 999 in prepare_data.load_tokenizer(tiny / 't-author').end_ids
+    alone = place()  # a tokenizer.json without a word of what its tokens are for
+    shutil.copy(folders['gpt2 tokenizer.json'] / 'tokenizer.json', alone)
+    assert prepare_data.load_tokenizer(alone).end_ids == [
+        prepare_data.load_tokenizer(folders['gpt2']).end_id]
 
 def test_a_folder_that_means_something_else_is_refused(tiny):
     """Weights that are not finite, a regression, another tokenizer class, pickled shards."""
