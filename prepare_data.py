@@ -583,9 +583,10 @@ def load_tokenizer(folder):
     files = known & {*os.listdir(folder)}
     if not files:
         raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
-    for path in Path(folder).glob('*.[jt]*'):  # .json and .txt
-        if path.read_bytes().startswith(b'version https://git-lfs'):
-            raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself")
+    for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):        # .json and .txt
+        with path.open('rb') as f:  # of which a folder of data has large ones
+            if f.read(19) == b'version https://git':
+                raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself")
     try:
         if 'tokenizer.json' in files:
             saved = read_json(os.path.join(folder, 'tokenizer.json'))
@@ -737,12 +738,23 @@ def sha256_of(paths):
             hashlib.file_digest(f, lambda: digest)  # adds to one digest over all files
     return digest.hexdigest()
 
+def batches(pieces):
+    """Lists of pieces, of a few million characters together: work for all cores."""
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size > 40 * PIECE:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
 def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
     counts = collections.Counter(tokens=0, characters=0, documents=0, bytes=0)
-    is_open, pieces = False, iter(pieces)  # is_open: a document has begun
+    is_open = False  # a document has begun
     with open(path, 'wb') as f:
-        for batch in iter(lambda: [*itertools.islice(pieces, 100)], []):  # work for all cores
+        for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for (text, ends), ids in zip(batch, encoded):
                 is_open = is_open or len(ids) > 0
