@@ -889,7 +889,7 @@ def test_a_new_run_from_a_checkpoint_may_change_what_is_no_weight(d, tmp_path):
 def test_a_dry_run_says_what_a_run_costs(folders, tmp_path, capsys, dataset, preset):
     """The parameters exactly, and the bytes that weights, gradients and moments really have."""
     flags = {**WIDE, 'preset': preset, 'n_embd': 64, 'dataset': folders / dataset}
-    main({**flags, 'dry_run': True, 'max_iters': 10 ** 8, 'out_dir': tmp_path / 'dry'})
+    main({**flags, 'dry_run': True, 'max_iters': 10 ** 12, 'out_dir': tmp_path / 'dry'})
     assert not os.listdir(tmp_path)
     out = capsys.readouterr().out
     real = fit(tmp_path / 'real', **flags)
@@ -912,8 +912,8 @@ def test_a_dry_run_says_what_a_run_costs(folders, tmp_path, capsys, dataset, pre
     assert per_step == round(4 * (data.lengths.mean() if data.task else 40))
     days, hours, speed = re.search(r'time +(\d+) days?, (\d+):.* at ([\d,]+) G', out).groups()
     done = (int(days) + int(hours) / 24) * 86400 * float(speed.replace(',', '')) * 1e9
-    assert done == pytest.approx(flops * per_step * 1e8, rel=0.2)
-    assert epochs == pytest.approx(per_step * 1e8 / counts['train']['tokens'], rel=1e-3)
+    assert done == pytest.approx(flops * per_step * 1e12, rel=0.2)
+    assert epochs == pytest.approx(per_step * 1e12 / counts['train']['tokens'], rel=1e-3)
 
 def test_a_run_leaves_its_log_its_config_and_samples(d, tmp_path, capsys):
     """A row an evaluation in log.csv; sample lines after `    | `; a line for each logged step."""
