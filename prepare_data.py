@@ -166,7 +166,7 @@ def run(main):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, end
     try:
         main(sys.argv[1:])
-        print(end='', flush=True)
+        print(end='', flush=True)  # sys.stdout.flush(), where it is not closed
     except BrokenPipeError:  # as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError) as e:
