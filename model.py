@@ -375,8 +375,7 @@ class KVCache:
             values.index_copy_(2, places, v.type_as(values))
             return keys, values                                            # 2 x (B, G, size, D)
         end = self.length + k.size(2)
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
+        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
         return keys[:, :, :end], values[:, :, :end]                        # 2 x (B, G, S, D)
 
     def clear(self):
@@ -578,10 +577,8 @@ class Stack(nn.Module):
         shared, cross = {'cache': cache}, {'cache': cache, 'memory': memory}
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
-        inputs = {}
-        for window in set(self.windows):
-            mask = self.mask(positions, key_positions, window, attention_mask, fixed)
-            inputs[window] = mask | shared
+        inputs = {n: shared | self.mask(positions, key_positions, n, attention_mask, fixed)
+                  for n in set(self.windows)}
         if memory_mask is not None:
             real = memory_mask[:, None, None]                              # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
@@ -595,9 +592,9 @@ class Stack(nn.Module):
     def mask(self, positions, key_positions, window, real, fixed):
         """The arguments mask and causal of attention, the same for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
-        # Without a mask the kernels are faster. They know the triangle of T queries and T keys; one
-        # new token sees all keys anyway. With several new tokens behind a cache, is_causal would
-        # align query 0 with key 0, which is wrong.
+        # Kernels are faster without a mask. T queries and T keys need none, since is_causal means
+        # their triangle, nor does one new token, which sees all keys. Several new tokens behind a
+        # cache do: is_causal would align query 0 with key 0.
         if (real is None and not relative and not fixed and not 0 < window < S
                 and (not self.causal or T in (1, S))):
             return {'causal': self.causal and T > 1}

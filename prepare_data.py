@@ -104,8 +104,10 @@ def boolean(text):
 
 def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
-    word = re.sub('^--[^=]+', lambda name: '--' + name[0][2:].replace('-', '_'), word)
-    return re.sub('^--no_(.+)', r'--\1=False', word)
+    name = re.match(r'--[a-z][\w-]*(?==|\Z)', word)
+    if name:
+        word = '--' + name[0][2:].replace('-', '_') + word[name.end():]
+    return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -169,9 +171,14 @@ def run(main):
         print(end='', flush=True)  # sys.stdout.flush(), where it is not closed
     except BrokenPipeError:  # as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, MemoryError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
         progress('')
-        message = ' '.join(str(e).split()) or "not enough memory"
+        message = ' '.join(str(e).split())
+        if isinstance(e, (MemoryError, RuntimeError)):
+            if message and 'to allocate' not in message.lower():
+                raise
+            message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
+                       "in its place), --block_size or --num_samples")
         with contextlib.suppress(OSError):  # the terminal is closed
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
@@ -197,7 +204,7 @@ CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each cha
 FORMAT = 'plainformer tokenizer 2'
 
 # Where a long text may be cut, so that no token would cross the cut: before a line that begins with
-# something solid, or before a space (but not behind > : a piece that ends in <|endoftext|> would
+# no white space, or before a space (but not behind > : a piece that ends in <|endoftext|> would
 # look as if a document ended there). (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
@@ -257,10 +264,11 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> uint32 ids (T,). Raises ValueError where it cannot be written in tokens."""
-        for c in dict.fromkeys(text) if self.name == 'char' else ():
-            if c.encode(errors='replace') not in self.ranks:
-                at = text.index(c) + 1
-                raise ValueError(f"the tokenizer has never seen {c!r} (character {at} of the text)")
+        if self.name == 'char':
+            for c in dict.fromkeys(text):
+                if c.encode(errors='replace') not in self.ranks:
+                    raise ValueError(f"the tokenizer has never seen {c!r} (character "
+                                     f"{text.index(c) + 1} of the text)")
         chunks = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
         return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=())
                                for piece in safe_pieces(chunks)])
@@ -641,14 +649,14 @@ def read_lines(path):
 def is_json_lines(path):
     """
     Whether a file has a JSON object a line: its name tells, or the first line of a .json. Raises
-    ValueError at a list of objects: taken as text, its keys and quotes would be learned, too.
+    ValueError at other JSON: taken as text, its keys and quotes would be learned, too.
     """
     if not path.lower().endswith('.json'):
         return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines'))
     first = next(filter(None, (line.strip() for _, line in read_lines(path))), '')
-    if first.startswith('['):
-        raise ValueError(f"{path} holds a list: write it as JSON lines, an object a line")
-    return first.startswith('{') and first.endswith('}')
+    if first.startswith('[') or (first.startswith('{') and not first.endswith('}')):
+        raise ValueError(f"{path} is no text: write it as JSON lines, an object a line")
+    return first.startswith('{')
 
 def read_rows(path, names, optional=()):
     """(number, texts) of every row: JSON lines with the keys `names`, or columns between tabs."""
@@ -687,7 +695,10 @@ def read_pieces(path):
     yield '', True
 
 def part(pieces, begin, end):
-    """Of pieces (text, ends_document), the characters from begin to end. A cut ends no document."""
+    """
+    Of pieces (text, ends_document), the characters from begin to end. A piece that is cut off at
+    the end ends no document.
+    """
     at = 0
     for text, ends in pieces:
         first, last = max(0, begin - at), end - at
@@ -735,7 +746,7 @@ def sha256_of(paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, 'rb') as f:
-            hashlib.file_digest(f, lambda: digest)  # adds to one digest over all files
+            hashlib.file_digest(f, lambda: digest)  # goes on with this one, over all files
     return digest.hexdigest()
 
 def batches(pieces):
@@ -897,14 +908,15 @@ def tag_examples(tokenizer, row, labels, block_size):
     ids, offsets = tokenizer.encode_with_offsets(' '.join(tokens))
     ends = np.cumsum([len(token) + 1 for token in tokens])  # of each token and its space
     owner = np.searchsorted(ends, offsets[:, 1])            # the token that a piece ends in
-    first = np.searchsorted(owner, np.arange(len(tokens)))
-    stop = np.searchsorted(owner, np.arange(len(tokens)), side='right')
+    first = np.searchsorted(owner, np.arange(len(tokens)))  # token i has the pieces
+    stop = np.searchsorted(owner, np.arange(len(tokens)), side='right')  # first[i]:stop[i]
     while begin < len(tokens):
         room = first[begin] + block_size - 2
         end = max(begin + 1, int(np.searchsorted(stop, room, side='right')))
         part = ids[first[begin]:min(stop[end - 1], room)].tolist()
         part, _ = add_special_tokens(tokenizer, part)
-        places = np.where(stop > first, first - first[begin] + 1, -1)[begin:end].tolist()
+        starts = first[begin:end]
+        places = np.where(stop[begin:end] > starts, starts - starts[0] + 1, -1).tolist()
         example = {'ids': part, 'meta': {'tokens': tokens[begin:end], 'first': places}}
         if 'tags' in row:
             example['meta']['tags'] = row['tags'][begin:end]
@@ -936,12 +948,12 @@ def qa_examples(tokenizer, row, labels, block_size):
     meta: the text of the window as `context`, which begins at `start` of the whole; the place of
     its first token as `first`; what each token holds of it as `offsets`.
     """
-    question = tokenizer.encode(row['question']).tolist()[:block_size // 2]
+    question = tokenizer.encode_with_offsets(row['question'])[0].tolist()[:block_size // 2]
     context, size, place = row['context'], block_size - 3 - len(question), len(question) + 2
     if row.get('answers'):
         start, text = row['answers'][0]
         stop = start + len(text)
-        for cuts in ((), (start, stop)):  # apart, where the answer begins or ends inside of a token
+        for cuts in ((), (start, stop)):  # around the answer only if it ends inside of a token
             ids, offsets = encode_parts(tokenizer, context, cuts)
             first = int(np.searchsorted(offsets[:, 1], start, side='right'))
             last = int(np.searchsorted(offsets[:, 0], stop)) - 1
@@ -1034,7 +1046,7 @@ def split_rows(rows, val_fraction):
     groups = [*groups.values()]
     for i in np.random.default_rng(0).permutation(len(groups)):
         fits = len(train) + len(groups[i]) <= round(len(rows) * (1 - val_fraction))
-        split = train if (fits or not train) and not val else val
+        split = train if fits or not train else val
         split += groups[i]
     return train, val
 
@@ -1198,10 +1210,10 @@ def pytokens():
         with contextlib.suppress(tokenize.TokenError, SyntaxError, UnicodeDecodeError):
             for token in tokenize.tokenize(io.BytesIO(source).readline):
                 kind = tokenize.tok_name[token.type].lower()
-                if keyword.iskeyword(token.string):
-                    kind = 'keyword'
                 if kind.startswith('fstring'):
                     kind = 'string'
+                elif keyword.iskeyword(token.string):
+                    kind = 'keyword'
                 if kind in 'keyword name number string comment op'.split():
                     for i, word in enumerate(token.string.split()):
                         tag = 'O' if kind == 'op' else f"{'I' if i else 'B'}-{kind}"
@@ -1303,7 +1315,7 @@ def prepare_text(settings, task, folder, files, val_files):
     pieces = lambda paths: itertools.chain.from_iterable(map(read_pieces, paths))
     size, characters, both = 0, set(), files + val_files
     for paths in (files, val_files):
-        cut = size  # where val_files begin, in the end
+        cut = size  # of what came before: at last, where val_files begin
         for text, _ in pieces(paths):
             size += len(text)
             characters.update(text)
@@ -1334,9 +1346,11 @@ def prepare_task(settings, task, folder, files, val_files):
                          "change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
-    if len(labels) > max(10, len(found) // 2) or (len(labels) == 1 and task != 'qa'):
-        raise ValueError(f"{files[0]}: {len(labels)} labels in {len(rows)} rows: there must be "
-                         f"two or more (of a text, in the first column), not {some_of(labels)}")
+    many = task == 'classify' and len(labels) > max(10, len(found) // 2)
+    if many or (len(labels) == 1 and task != 'qa'):
+        raise ValueError(f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
+                         f"{some_of(labels)}: there must be two or more, each in several rows (of "
+                         "a text, in the first column)")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
@@ -1373,8 +1387,9 @@ def prepare(settings):
                 path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
-        held_out = {*map(os.path.realpath, val_files)}  # unless nothing else is given
-        files = [path for path in files if os.path.realpath(path) not in held_out] or files
+        held_out = {*map(os.path.realpath, val_files)}
+        files = [path for path in files  # all, where nothing else is given
+                 if os.path.realpath(path) not in held_out] or files
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

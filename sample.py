@@ -60,7 +60,7 @@ def collate(examples, pad_id, device='cpu'):
     """
     fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE_INDEX}
     batch = {}
-    for key in examples[0]:  # in one order: processes add their targets up kind by kind
+    for key in examples[0]:  # in the same order in all processes: they sum targets by kind
         if key == 'meta':
             continue
         rows = [torch.as_tensor(example[key], dtype=torch.long) for example in examples]
@@ -257,7 +257,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     logits, finite = next_logits(model, ids, cache, suppressed)
     logits = logits.repeat_interleave(beams, dim=0)
     cache.reorder([row for row in rows for _ in range(beams)])
-    log_p = [0.0, *[-math.inf] * (beams - 1)] * len(ids)  # a row's beams are equal: one counts
+    log_p = [0.0, *[-math.inf] * (beams - 1)] * len(ids)  # a row's beams begin equal: keep one
     texts, finished = [[] for _ in log_p], [[(-math.inf, [])] * beams for _ in rows]
     for length in range(1, max_new_tokens + 1):
         check_finite(finite)
@@ -424,6 +424,8 @@ def entities(tags):
         before = kind
     return found
 
+CJK_GAP = regex.compile(f'(?<={CJK.pattern}) (?={CJK.pattern})')  # where nobody writes a space
+
 def decode_tags(examples, logits, labels):
     """(T, L) of each part of a text -> the tags of its tokens, at their first pieces; entities."""
     tokens, tags = [], []
@@ -431,8 +433,8 @@ def decode_tags(examples, logits, labels):
         best, meta = row.argmax(dim=-1).tolist(), example['meta']
         tokens += meta['tokens']
         tags += [labels[best[first]] if first >= 0 else 'O' for first in meta['first']]
-    found = [{'kind': kind, 'text': ' '.join(tokens[i:j]), 'first': i, 'last': j - 1}
-             for kind, i, j in entities(tags)]
+    found = [{'kind': kind, 'text': CJK_GAP.sub('', ' '.join(tokens[i:j])), 'first': i,
+              'last': j - 1} for kind, i, j in entities(tags)]
     return {'tokens': tokens, 'tags': tags, 'entities': found}
 
 def decode_span(examples, logits, labels):
@@ -440,7 +442,7 @@ def decode_span(examples, logits, labels):
     (2, T) of each window of a context -> the span of at most 30 tokens of one window whose first
     and last token are likeliest together (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250).
     A window without the answer points at [CLS]. If the training data had questions without answer
-    (labels says so), the answer is '' where [CLS] is likelier in every window.
+    (labels says so), the answer is '' where [CLS] is, in every window, likelier than that span.
     """
     best, no_answer = {'answer': '', 'probability': 0.0}, 1.0
     for example, row in zip(examples, logits):
@@ -513,12 +515,11 @@ def entity_scores(answers, golds):
     """Precision, recall and F1 of whole entities: both ends and the kind must be right."""
     found, true = set(), set()
     for i, (answer, gold) in enumerate(zip(answers, golds)):
-        tags = []
-        for example in gold:
-            meta = example['meta']
-            tags += [tag if first >= 0 else 'O' for tag, first in zip(meta['tags'], meta['first'])]
+        tags = [tag if first >= 0 else 'O'  # a token without a piece is O
+                for example in gold
+                for tag, first in zip(example['meta']['tags'], example['meta']['first'])]
         found |= {(i, *entity) for entity in entities(answer['tags'])}
-        true |= {(i, *entity) for entity in entities(tags)}  # a token without a piece is O
+        true |= {(i, *entity) for entity in entities(tags)}
     hits = len(found & true)
     return {'precision': hits / max(1, len(found)), 'recall': hits / max(1, len(true)),
             'f1': f1(hits, len(found), len(true))}
@@ -558,7 +559,7 @@ def bleu(guesses, rights):
     """
     BLEU of a corpus, 0 to 100 (Papineni et al. 2002; Post 2018, https://arxiv.org/abs/1804.08771):
     the geometric mean of the shares of its 1- to 4-grams that are in the reference, times a penalty
-    where it is shorter. An order without a match counts as half of what the one before would.
+    where it is shorter. Orders without a match count as 1/2, 1/4, ... of a match.
     """
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
     n_guessed, n_right = sum(map(len, guesses)), sum(map(len, rights))
@@ -659,7 +660,7 @@ def score_rows(model, tokenizer, path, task, labels, settings):
     if not rows:
         raise ValueError(f"--score {path}: no rows in it")
     check_labels(task, rows, labels)
-    # The answers of a question may not guide how its context is cut into tokens.
+    # Only scores, no loss; and the answers may not guide how a context is cut into tokens.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            model.config.block_size)
     for example in examples:
@@ -808,7 +809,7 @@ class Settings:
     export: str = flag('', 'write the model as a Hugging Face folder')
     attention: str = flag('', 'write an HTML page that shows the attention weights for --start')
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
-    dtype: str = flag('auto', 'of the weights; auto: bfloat16 to generate on a GPU, else float32',
+    dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU, else float32',
                       choices=('auto', 'float32', 'bfloat16', 'float16'))
 
 def check_use(given, settings, kind, arch):
@@ -822,7 +823,7 @@ def check_use(given, settings, kind, arch):
         writing += ' top_k top_p seed'
     several = 'num_samples' if beams > 1 or settings.temperature > 0 else ''
     live = '' if beams > 1 or settings.json else 'stream'
-    read = {  # the flags of each use, beside those of the model
+    read = {  # the flags of a use, or of a use and a kind or arch, beside those of the model
         'export': 'export', 'score': 'score json', 'start': 'start json',
         'attention': 'attention start', 'attention encdec': 'attention start max_new_tokens',
         'start text': f'start json {several} {writing} {live}',
@@ -913,7 +914,8 @@ def print_texts(model, tokenizer, prompt, settings):
         print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
     report(started, sum(len(text.ids) for text in texts), 'tokens', 'tok/s')
 
-WORDS = regex.compile(CJK.pattern + r'|[\p{L}\p{N}\p{M}_@#](?:(?!' + CJK.pattern
+# A CJK character, a word without the punctuation behind it, or another sign
+TOKEN = regex.compile(CJK.pattern + r'|[\p{L}\p{N}\p{M}_@#](?:(?!' + CJK.pattern
                       + r')\S)*(?<=[\p{L}\p{N}\p{M}_])|\S')
 
 def examples_of(tokenizer, kind, line, block_size):
@@ -924,7 +926,7 @@ def examples_of(tokenizer, kind, line, block_size):
             ids.insert(0, tokenizer.start_id)
         return [{'ids': ids[-block_size:]}]
     if kind == 'tag':
-        row = {'tokens': WORDS.findall(line)}
+        row = {'tokens': TOKEN.findall(line)}
     elif kind == 'seq2seq':
         row = {'source': line.strip()}
     else:
@@ -942,7 +944,7 @@ def masked_example(tokenizer, texts, block_size):
     One or two texts with [MASK] -> an example. Where tokens carry the space before a word, the
     space before [MASK] is part of the hidden word.
     """
-    parts, hidden = [], r' ?\[MASK\]' if tokenizer.name in ('bpe', 'gpt2') else r'\[MASK\]'
+    parts, hidden = [], r'\[MASK\]' if tokenizer.name in ('char', 'byte') else r' ?\[MASK\]'
     for text in texts:
         ids = []
         for piece in re.split(hidden, text):
@@ -983,8 +985,6 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings):
                 rows.append(examples_of(tokenizer, kind, line, model.config.block_size))
         except ValueError as e:
             raise ValueError(f"line {n}: {e}") from None
-    if not rows:
-        raise ValueError("--start is empty: give a text, FILE:path, or - for standard input")
     answers, _ = answer_rows(model, tokenizer, rows, kind, labels, settings)
     rest = iter(answers)
     for line in lines:
@@ -1015,8 +1015,11 @@ def main(argv):
         settings.seed = int.from_bytes(os.urandom(4))
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = 'bfloat16' if half and use == 'start' else 'float32'
+        writes = use == 'start' and kind in ('text', 'seq2seq')
+        dtype = 'bfloat16' if half and writes else 'float32'
     model, prompt = model.to(getattr(torch, dtype)).eval(), read_start(settings.start)
+    if use in ('start', 'attention') and kind != 'text' and not prompt.strip():
+        raise ValueError("--start is empty: give a text, FILE:path, or - for standard input")
     if use == 'export':
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")

@@ -59,7 +59,7 @@ def row_order(data, epoch):
     length, but for a batch that begins in one epoch and ends in the next.
     """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order, begin = rng.permutation(n), min(n, -epoch * n % size)
+    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # ends the batch before
     middle = order[begin:begin + (n - begin) // size * size]               # the whole batches
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
@@ -133,9 +133,9 @@ class Data:
     @functools.cached_property
     def sentences(self):
         """
-        Start of each sentence, and the end of the text (S + 1,); the document of each (S,); those
-        that another one of their document follows. A sentence ends behind . ! ? before white space,
-        behind 。！？ and at line ends; a document ends at <|endoftext|>.
+        Start of each sentence, and the end of the text (S + 1,); the document of each (S,); the
+        numbers of those that are not the last of their document. A sentence ends behind . ! ?
+        before white space, behind 。！？ and at line ends; a document ends at <|endoftext|>.
 
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
             ^     ^      ^         ^                  ^
@@ -212,8 +212,8 @@ def sentence_pair(data, rng, room):
     first = followed[rng.integers(len(followed))]                          # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
-    after = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    after = second = np.clip(after, first + 1, high - 1)                   # the first behind A
+    fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
+    second = after = np.clip(fitting, first + 1, high - 1)                 # the first behind A
     follows = rng.random() < 0.5
     if not follows:
         second = rng.integers(len(document) - (high - low))
@@ -291,11 +291,12 @@ class Objective:
     archs: tuple         # the models that can learn it; the first row that fits is the default
     tasks: tuple = ('',)  # of the data; '': text
     by_rows: bool = True  # takes labelled data row by row, not as one text
+    shortest: int = 1    # block_size that has room for an example
 
 OBJECTIVES = {
     'causal_lm': Objective(causal_lm, ('gpt', 'lstm'), by_rows=False),
-    'masked_lm': Objective(masked_lm, ('bert',)),
-    'span_corruption': Objective(span_corruption, ('encdec',), by_rows=False),
+    'masked_lm': Objective(masked_lm, ('bert',), shortest=5),
+    'span_corruption': Objective(span_corruption, ('encdec',), by_rows=False, shortest=4),
     'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), ('classify', 'tag', 'qa')),
     'text_to_text': Objective(supervised, ('encdec',), ('seq2seq',)),
     'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',)),
@@ -440,7 +441,7 @@ class Settings:
     out_dir: str = flag('out', 'folder for ckpt.pt, best.pt, log.csv and config.toml')
     config: str = flag('', 'TOML file of flags; a flag on the command line counts more')
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
-    dry_run: bool = flag(False, 'print what the run would cost, and write nothing')
+    dry_run: bool = flag(False, 'print what the run would cost, and end')
     objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
     best_by: str = flag('', 'score that chooses best.pt [that of the task]; of text to text',
                         ('', 'loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'))
@@ -607,7 +608,7 @@ def evaluate(model, data, s, runtime, limit=None):
     scores['loss'] = 0.0
     for kind in ('targets', 'next_targets'):
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
-        if not data.rows and count == len(data.tokens) - 1:  # every token was predicted
+        if 'rows' not in data.counts and count == len(data.tokens) - 1:  # every token of a text
             return sample.text_scores(nats, count, data.counts['bytes'])
         if count:
             scores['loss'] += nats / count
@@ -657,8 +658,8 @@ def backward(step, model, forward, data, s, runtime):
             batch = {key: runtime.move(t) for key, t in batch.items()}
             seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of dropout
-            # DDP adds the gradients of all processes in the last backward pass. It decides that in
-            # the forward pass. It takes the mean; we want the sum.
+            # DDP averages the gradients of all processes in the last backward pass, and decides
+            # that in its forward pass. We want the sum: hence world_size below.
             forward.require_backward_grad_sync = first == parts[-1][0]
             with runtime.precision():
                 _, loss = forward(**batch, **numbers)
@@ -690,7 +691,7 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
     then raise ValueError. float16 overflows now and then, which only halves its scale. On a GPU
-    nothing here waits for the device, so it is seen when the log is written.
+    nothing here may wait for the device, so there only the steps of the log can raise.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -709,10 +710,14 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
 # -----------------------------------------------------------------------------
 # The loop
 
+STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+         if hasattr(signal, name)]                                         # Windows has no SIGHUP
+
 @dataclass
 class Progress:
     """How far a run has come; saved in its checkpoints."""
     step: int = 0
+    due: bool = False    # this step is still to be evaluated
     seconds: float = 0.0
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
     evals_since_best: int = 0
@@ -751,7 +756,8 @@ class Trainer:
             self.at, self.log = Progress(**checkpoint['progress']), checkpoint['log']
             for optimizer, saved in zip(self.optimizers, checkpoint['optimizer'], strict=True):
                 optimizer.load_state_dict(saved)
-            runtime.scaler.load_state_dict(checkpoint['scaler'])
+            if checkpoint['scaler']:  # it was float16
+                runtime.scaler.load_state_dict(checkpoint['scaler'])
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
         self.started = time.perf_counter() - self.at.seconds
@@ -766,7 +772,9 @@ class Trainer:
     def catch(self, number, frame):
         """The first Ctrl-C, SIGTERM or SIGHUP is noted, a second one ends at once."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        for each in STOPS:
+            if signal.getsignal(each) == self.catch:
+                signal.signal(each, signal.SIG_DFL)
         progress('')
         with contextlib.suppress(OSError):
             print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
@@ -811,7 +819,7 @@ class Trainer:
 
     def mfu(self, seconds):
         """', MFU 41 %' of a step in so many seconds, on cards that are known."""
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
+        name = torch.cuda.get_device_name() if self.runtime.device == 'cuda' else ''
         peak = self.runtime.world_size * sum(PEAKS[card] for card in PEAKS if card in name)
         flops = flops_per_token(self.model) * self.tokens / seconds
         return f', MFU {flops / peak:.0%}' if peak else ''
@@ -819,25 +827,24 @@ class Trainer:
     def run(self):
         """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
-        for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & {*dir(signal)}:  # Windows has no SIGHUP
-            number = getattr(signal, name)
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:                 # nohup has said so
                 signal.signal(number, self.catch)
         while True:
-            due = at.step % s.eval_interval == 0 or at.step == s.max_iters
+            at.due = at.due or at.step % s.eval_interval == 0 or at.step == s.max_iters
             stopped = runtime.sum(self.signal)[0]
-            if due or stopped:
+            if at.due or stopped:
                 self.save('ckpt.pt', optimizer=[o.state_dict() for o in self.optimizers],
                           scaler=runtime.scaler.state_dict())
             if stopped:
                 reason = f"stopped at step {at.step}: go on with --init_from resume"
-            elif due:
+            elif at.due:
                 reason = self.evaluate()
             if reason or at.step >= s.max_iters:
                 break
 
             progress(f"step {at.step} of {s.max_iters}" if runtime.is_main else '')
-            if due or not n:
+            if at.due or not n:
                 began, n = time.perf_counter(), 0
             loss = backward(at.step, self.model, self.forward, self.data, s, runtime)
             optimizer_step(at.step, loss, self.model, self.optimizers, s, runtime)
@@ -849,7 +856,7 @@ class Trainer:
                     f"iter {at.step}: loss {value:.4f}, lr {learning_rate(at.step, s):.2e}, "
                     f"{self.tokens / mean:,.0f} tok/s{self.mfu(mean)}, "
                     f"ETA {duration((s.max_iters - at.step - 1) * mean)}")
-            at.step += 1
+            at.step, at.due = at.step + 1, False
         if s.target_loss and not reason:
             reason = f"target loss {s.target_loss} not reached"
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
@@ -971,20 +978,24 @@ def find_objective(s, arch, task):
     fitting = [name for name, objective in OBJECTIVES.items()
                if arch in objective.archs and task in objective.tasks]
     if not fitting or s.objective not in ('', *fitting):
-        raise ValueError(f"--objective {s.objective}: a {arch} learns {task or 'text'} by "
-                         f"{' or '.join(fitting) or 'none'}: choose another one, or --preset")
+        raise ValueError(f"--objective {s.objective or '(none given)'}: a {arch} learns "
+                         f"{task or 'text'} by {' or '.join(fitting) or 'none of them'}: choose "
+                         "another one, or --preset")
     return s.objective or fitting[0]
 
 # What a run that goes on has to keep: its weights and its examples depend on it.
 FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
-         'objective')
+         'objective', 'best_by')
 
 def check(given, s, config, data, val, checkpoint, path, resume):
     """Raise ValueError for what would fail later, before anything is written."""
-    folder, longest = data.folder, 0
+    folder, longest, objective = data.folder, 0, OBJECTIVES[s.objective]
+    if config.block_size < objective.shortest:
+        raise ValueError(f"--block_size {config.block_size}: {s.objective} needs at least "
+                         f"{objective.shortest}")
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
-        OBJECTIVES[s.objective].example(split, 0, config.block_size)
+        objective.example(split, 0, config.block_size)
         if not split.rows:
             split.windows(config.block_size)
         else:
@@ -993,7 +1004,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     for holds, message in [
         (s.best_by in ('', 'loss') or data.task == 'seq2seq',
          f"--best_by {s.best_by}: only text to text has that score"),
-        (not (s.adversarial and s.freeze),
+        (not s.adversarial or not any(word in 'trunk.tokens.' for word in s.freeze.split()),
          f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: leave one out"),
         (checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
          f"{folder} was encoded with another tokenizer than {path}: prepare it with that one"),
@@ -1002,6 +1013,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
          f"run with --init_from {path}"),
         (not s.eval_only or checkpoint.get('labels', []) == data.labels,
          f"{folder} has the labels {data.labels[:10]}, {path} {checkpoint.get('labels', [])[:10]}"),
+        # the vocabulary of others may end before that of their tokenizer
         ((data.highest if path else data.vocab_size - 1) < config.vocab_size,
          f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} allows"),
         (longest <= config.block_size,
@@ -1016,13 +1028,14 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         fixed |= {name: (checkpoint['config'] | old)[name] for name in FIXED}
     for name, value in given.items():
         if value != fixed.get(name, value):
-            raise ValueError(f"--{name} {value}: {path} has {fixed[name]}: leave the flag out")
+            raise ValueError(f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the "
+                             "flag out")
 
 def start(given):
     """
     Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
-    What counts more comes later: defaults, the recipe, the checkpoint, the flags. A checkpoint
-    brings all of its settings where its run goes on or is scored, else its preset and data set.
+    Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. Where its run
+    goes on or is scored, all settings of a checkpoint count, else only its preset and data set.
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
@@ -1104,28 +1117,22 @@ def train(model, s, data, val, checkpoint, runtime):
         f"{s.preset}: {n:,} parameters, {str(runtime.dtype)[6:]} on {runtime.device}"
         f"{f', {world} processes' * (world > 1)}; {data.folder}: {data.counts['tokens']:,} tokens, "
         f"vocabulary of {data.vocab_size:,}")
-    if s.objective == 'masked_lm' and not data.has_pairs:
+    if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
         runtime.print0(f"{data.folder} has no two documents with sentences that follow each other: "
                        "no next sentence prediction")
     return Trainer(model, data, val, s, runtime, checkpoint).run()
 
 def main(argv):
     groups = {'training': Settings, "architecture (defaults: the preset's)": Config}
+    model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
     status = 0
-    try:
-        model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
-        if s.dry_run:
-            dry_run(model, s, data, runtime)
-        elif s.eval_only:
-            scores = evaluate(model.to(runtime.device), val, s, runtime)
-            runtime.print0('val ' + sample.format_scores(scores))
-        else:
-            status = train(model, s, data, val, checkpoint, runtime)
-    except RuntimeError as e:
-        if 'tried to allocate' not in str(e).lower():
-            raise
-        raise ValueError("not enough memory: lower --batch_size, and raise "
-                         "--gradient_accumulation_steps; or lower --block_size") from None
+    if s.dry_run:
+        dry_run(model, s, data, runtime)
+    elif s.eval_only:
+        scores = evaluate(model.to(runtime.device), val, s, runtime)
+        runtime.print0('val ' + sample.format_scores(scores))
+    else:
+        status = train(model, s, data, val, checkpoint, runtime)
     if runtime.world_size > 1:
         dist.destroy_process_group()
     sys.exit(status)

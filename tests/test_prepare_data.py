@@ -18,6 +18,7 @@ import threading
 import numpy as np
 import pytest
 import regex
+import torch
 from conftest import ROOT, command, refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -521,6 +522,13 @@ def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size)
     assert made['targets'] == [*target.encode(), BYTE.end_id]
     assert made['decoder_ids'] == [BYTE.start_id, *target.encode()]
 
+def test_a_question_is_cut_into_tokens_as_its_context_is():
+    """Chinese, too, where a token may hold several characters, and none does in a context."""
+    tokenizer = prepare_data.bpe_tokenizer(['床前明月光，' * 99], 400)
+    [made] = TASKS['qa'].examples(tokenizer, {'question': '明月光', 'context': '明月光'}, [], 40)
+    question, context = ' '.join(map(str, made['ids'][1:-1])).split(f" {tokenizer.id('[SEP]')} ")
+    assert question == context and len(tokenizer.encode('明月光')) < len(question.split())
+
 def test_windows_overlap_by_half():
     """What crosses the end of a window stands whole in the next one."""
     made = TASKS['qa'].examples(BYTE, {'question': '?', 'context': 'x' * 95}, [], 24)
@@ -617,6 +625,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'four columns': ('classify', {'a.tsv': '好\t一\r\n好\t一\t二\t三\r\n'}, [], 'a.tsv, line 2'),
     'an empty text': ('classify', {'a.tsv': '好\t一\n好\t\u3000\n'}, [], 'a.tsv, line 2'),
     'a list': ('classify', {'a.json': '[{"label": "1", "text": "x"}]'}, [], 'as JSON lines'),
+    'JSON over lines': ('lm', {'a.json': '{\n "text": "x"\n}' * 99}, [], 'as JSON lines'),
     'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
     'a header': (
         'classify', {'a.tsv': 'label \tTitle\n' + LABELS * 9}, [], 'line 1 looks like a header',
@@ -685,6 +694,9 @@ def test_rows_are_shuffled_and_contexts_stay_together(contexts, fraction):
     assert sorted(row['n'] for row in train + val) == list(range(len(rows)))
     assert not {row['context'] for row in train} & {row['context'] for row in val}
     assert (train, val) == tuple(prepare_data.split_rows(rows, fraction))
+    # one context with most of the rows does not leave the others to validation as well
+    train, val = prepare_data.split_rows([{'context': max(i, 60)} for i in range(100)], 0.3)
+    assert {len(train), len(val)} == {39, 61}
     train, val = prepare_data.split_rows([{'n': i} for i in range(100)], fraction)
     assert len(val) == 100 - round(100 * (1 - fraction))
     assert [*train, *val] != sorted([*train, *val], key=lambda row: row['n'])
@@ -798,11 +810,14 @@ class Flags:
         ('--max-iters 7', {'max_iters': 7}), ('--compile', {'compile': True}),
         ('--no-compile', {'compile': False}), ('--compile=False', {'compile': False}),
         ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}), ('', {}),
+        (['--kind', '--no-c is a-b'], {'kind': '--no-c is a-b'}),
+        (['--kind=--a-b=c-d'], {'kind': '--a-b=c-d'}),
     ],
 )
 def test_a_flag_may_be_written_in_several_ways(argv, found):
     """And only the flags that were given are returned."""
-    assert read_flags(argv.split(), '', {'flags': Flags}) == found
+    words = argv.split() if isinstance(argv, str) else argv
+    assert read_flags(words, '', {'flags': Flags}) == found
 
 @pytest.mark.parametrize(
     'argv, says',
@@ -909,3 +924,12 @@ def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['x'])
     with pytest.raises(SystemExit, match='130'):
         prepare_data.run(lambda argv: signal.raise_signal(signal.SIGINT))
+
+def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, capsys):
+    """torch says so by a RuntimeError; any other one is a bug, and keeps its traceback."""
+    monkeypatch.setattr(sys, 'argv', ['x'])
+    with pytest.raises(SystemExit, match='2'):
+        prepare_data.run(lambda argv: torch.empty(2 ** 60))
+    assert capsys.readouterr().err.startswith('x: error: not enough memory: lower --batch_size')
+    with pytest.raises(RuntimeError, match='shapes'):
+        prepare_data.run(lambda argv: torch.ones(2, 3) @ torch.ones(2, 3))
