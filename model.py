@@ -577,8 +577,10 @@ class Stack(nn.Module):
         shared, cross = {'cache': cache}, {'cache': cache, 'memory': memory}
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
-        inputs = {n: shared | self.mask(positions, key_positions, n, attention_mask, fixed)
-                  for n in set(self.windows)}
+        inputs = {}
+        for window in set(self.windows):
+            arguments = self.mask_arguments(positions, key_positions, window, attention_mask, fixed)
+            inputs[window] = arguments | shared
         if memory_mask is not None:
             real = memory_mask[:, None, None]                              # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
@@ -589,8 +591,8 @@ class Stack(nn.Module):
             cache.length += ids.size(1)
         return self.norm(x)
 
-    def mask(self, positions, key_positions, window, real, fixed):
-        """The arguments mask and causal of attention, the same for all blocks of one window."""
+    def mask_arguments(self, positions, key_positions, window, real, fixed):
+        """mask and causal of `attention`, the same for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
         # Kernels are faster without a mask. T queries and T keys need none, since is_causal means
         # their triangle, nor does one new token, which sees all keys. Several new tokens behind a

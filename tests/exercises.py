@@ -25,8 +25,8 @@ FLAGS = '''train.py --dataset text --n_layer 2 --n_head 2 --n_embd 32 --mlp_dim 
 SOLUTIONS = {
     'ALiBi': ('--preset gpt2 --positions alibi', [
         ('model.py', "'rotary', 'relative', 'none'", "'rotary', 'relative', 'alibi', 'none'"),
-        ('model.py', "self.config.positions == 'relative'\n        # Without",
-         "self.config.positions in ('relative', 'alibi')\n        # Without"),
+        ('model.py', "self.config.positions == 'relative'\n        # Kernels",
+         "self.config.positions in ('relative', 'alibi')\n        # Kernels"),
         ('model.py', '            bias = self.relative_bias(buckets).permute(2, 0, 1)', '''
             if self.config.positions == 'alibi':
                 H = self.config.n_head
@@ -66,11 +66,11 @@ def masked_lm('''),
          "    'masked_lm': Objective("),
         ('model.py', 'memory_mask=None,\n                cache=None):',
          'memory_mask=None,\n                cache=None, prefix=None):'),
-        ('model.py', '            inputs[window] = mask | shared\n', '''
+        ('model.py', '            inputs[window] = arguments | shared\n', '''
             if prefix is not None:
                 past = key_positions <= positions[:, None]
-                mask = {'mask': past | (key_positions < prefix[:, None, None, None])}
-            inputs[window] = mask | shared
+                arguments = {'mask': past | (key_positions < prefix[:, None, None, None])}
+            inputs[window] = arguments | shared
 '''),
     ]),
     'backwards': ('--preset nano --objective backwards', [

@@ -203,6 +203,10 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('-k', default='', help='only bugs whose name has this word')
     word = parser.parse_args().k
+    lost = [name for name, _, file, old, *_ in BUGS
+            if (ROOT / file).read_text(encoding='utf-8').count(old) != 1]
+    if lost:
+        sys.exit(f'the old text of these rows does not occur once: {lost}')
     survivors = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each runs its tests in a process
         for bug, seconds in pool.map(run, [bug for bug in BUGS if word in bug[0]]):
