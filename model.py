@@ -592,7 +592,7 @@ class Stack(nn.Module):
         return self.norm(x)
 
     def mask_arguments(self, positions, key_positions, window, real, fixed):
-        """mask and causal of `attention`, the same for all blocks of one window."""
+        """The arguments mask and causal of attention, the same for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
         # Kernels are faster without a mask. T queries and T keys need none, since is_causal means
         # their triangle, nor does one new token, which sees all keys. Several new tokens behind a

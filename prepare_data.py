@@ -178,7 +178,7 @@ def run(main):
             if message and 'to allocate' not in message.lower():
                 raise
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
-                       "in its place), --block_size or --num_samples")
+                       "in its place), --block_size, --num_samples or --max_new_tokens")
         with contextlib.suppress(OSError):  # the terminal is closed
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
@@ -654,9 +654,10 @@ def is_json_lines(path):
     if not path.lower().endswith('.json'):
         return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines'))
     first = next(filter(None, (line.strip() for _, line in read_lines(path))), '')
-    if first.startswith('[') or (first.startswith('{') and not first.endswith('}')):
+    as_rows = first.startswith('{') and first.endswith('}')
+    if first.startswith(('[', '{')) and not as_rows:
         raise ValueError(f"{path} is no text: write it as JSON lines, an object a line")
-    return first.startswith('{')
+    return as_rows
 
 def read_rows(path, names, optional=()):
     """(number, texts) of every row: JSON lines with the keys `names`, or columns between tabs."""
@@ -908,8 +909,9 @@ def tag_examples(tokenizer, row, labels, block_size):
     ids, offsets = tokenizer.encode_with_offsets(' '.join(tokens))
     ends = np.cumsum([len(token) + 1 for token in tokens])  # of each token and its space
     owner = np.searchsorted(ends, offsets[:, 1])            # the token that a piece ends in
-    first = np.searchsorted(owner, np.arange(len(tokens)))  # token i has the pieces
-    stop = np.searchsorted(owner, np.arange(len(tokens)), side='right')  # first[i]:stop[i]
+    # The pieces of token i are first[i], ..., stop[i] - 1.
+    first = np.searchsorted(owner, np.arange(len(tokens)))
+    stop = np.searchsorted(owner, np.arange(len(tokens)), side='right')
     while begin < len(tokens):
         room = first[begin] + block_size - 2
         end = max(begin + 1, int(np.searchsorted(stop, room, side='right')))
@@ -953,7 +955,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     if row.get('answers'):
         start, text = row['answers'][0]
         stop = start + len(text)
-        for cuts in ((), (start, stop)):  # around the answer only if it ends inside of a token
+        for cuts in ((), (start, stop)):  # cut where the answer begins or ends inside of a token
             ids, offsets = encode_parts(tokenizer, context, cuts)
             first = int(np.searchsorted(offsets[:, 1], start, side='right'))
             last = int(np.searchsorted(offsets[:, 0], stop)) - 1

@@ -962,16 +962,19 @@ def adapt_model(model, checkpoint, path, data, runtime):
         model = TaskModel(replace(trunk.config, task=data.task, n_labels=len(data.labels)), trunk)
     return model
 
-def freeze(model, words):
+def freeze(model, s):
     """
     Keep the weights with one of some words in their names: `trunk` is all but the head, which makes
     the head a logistic regression on features; `tokens embed blocks.0.` are the first layers.
     """
     for name, p in model.named_parameters():
-        if any(word in name for word in words.split()):
+        if any(word in name for word in s.freeze.split()):
             p.requires_grad_(False)
-    if words and len({p.requires_grad for p in model.parameters()}) == 1:
-        raise ValueError(f"--freeze {words}: all of the weights have such names, or none")
+    if s.freeze and len({p.requires_grad for p in model.parameters()}) == 1:
+        raise ValueError(f"--freeze {s.freeze}: all of the weights have such names, or none")
+    if s.adversarial and not getattr(model, 'trunk', model).tokens.weight.requires_grad:
+        raise ValueError(f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: "
+                         "leave one out")
 
 def find_objective(s, arch, task):
     """The objective of the flags, else the first that fits the model and the data ('': text)."""
@@ -983,7 +986,7 @@ def find_objective(s, arch, task):
                          "another one, or --preset")
     return s.objective or fitting[0]
 
-# What a run that goes on has to keep: its weights and its examples depend on it.
+# What a run that goes on has to keep: its weights, its examples or its best.pt depend on it.
 FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
          'objective', 'best_by')
 
@@ -1004,8 +1007,6 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     for holds, message in [
         (s.best_by in ('', 'loss') or data.task == 'seq2seq',
          f"--best_by {s.best_by}: only text to text has that score"),
-        (not s.adversarial or not any(word in 'trunk.tokens.' for word in s.freeze.split()),
-         f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: leave one out"),
         (checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
          f"{folder} was encoded with another tokenizer than {path}: prepare it with that one"),
         (not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
@@ -1075,7 +1076,7 @@ def start(given):
         data.rows = val.rows = []
     check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
-    freeze(model, s.freeze)
+    freeze(model, s)
     return model, s, data, val, checkpoint if resume else None, runtime
 
 def claim_folder(s, config, resumed, runtime):

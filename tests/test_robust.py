@@ -314,6 +314,7 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
     ('--init_from=resume', 'there is no checkpoint out/ckpt.pt'),
     ('--eval_only', 'there is no checkpoint out'),
     ('--freeze=embed --adversarial=0.1', '--freeze embed'),
+    ('--freeze=tokens.weight --adversarial=0.1', '--freeze tokens.weight keeps'),
     ('--freeze=trunk', '--freeze trunk'),
     ('--freeze=blocks.9.', '--freeze blocks.9.: '),
     ('--freeze=weight --no-bias', '--freeze weight: '),

@@ -62,7 +62,7 @@ def main():
     parser.add_argument('--input', required=True, help='a text file, such as Shakespeare')
     parser.add_argument('--nanogpt', help="a folder with nanoGPT's code")
     parser.add_argument('--runs', type=int, default=3, help='runs of each recipe, with seeds 1, 2, ...')
-    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=[*RECIPES][:3])
+    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=['gpt2', 'nano', 'quick start'])
     parser.add_argument('--quick', action='store_true', help='a few steps, to see that all of it works')
     args = parser.parse_args()
     if args.quick:
