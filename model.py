@@ -130,8 +130,9 @@ class Config:
                 "least 1 and LOW below HIGH")
         require(self.arch == 'bert' or not self.segments,
                 f"segments={self.segments}: only arch=bert reads segments")
-        require(self.n_labels or self.task not in ('classify', 'tag'),
-                f"task={self.task} needs n_labels, the number of labels")
+        require(self.task == 'qa' or bool(self.n_labels) == bool(self.task),
+                f"n_labels={self.n_labels}: there are labels where task is classify or tag, and "
+                f"not where it is {self.task!r}")
         require(self.arch != 'encdec' or not self.task,
                 f"task={self.task}: an encoder-decoder has no head: choose another arch")
         require(not self.label_smoothing or (self.arch != 'bert' and not self.task),
@@ -533,7 +534,8 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             x = x + self.sinusoids[positions]
         if self.segments is not None:
-            x = x + self.segments(torch.zeros_like(ids) if segments is None else segments)
+            known = self.segments.num_embeddings                           # 1: all are 0
+            x = x + self.segments(ids * 0 if segments is None else segments.clamp(max=known - 1))
         return self.drop(self.norm(x))
 
 class Stack(nn.Module):
@@ -867,6 +869,7 @@ def write_file(path, write):
     Write a file whole or not at all: write(f) fills a temporary file in the same folder, which then
     takes the place of the old one. Raises OSError.
     """
+    path = os.path.realpath(path)                                          # a link stays a link
     temporary = Path(f'{path}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as f:
@@ -988,10 +991,10 @@ class Family(NamedTuple):
     dropped: str          # regex of tensors that are copies or constants
     may_lack: str = '$^'  # regex of tensors that start anew where a folder lacks them
 
-LLAMA_FIELDS = pairs("""vocab_size max_position_embeddings=block_size hidden_size=n_embd head_dim
-    num_hidden_layers=n_layer num_attention_heads=n_head num_key_value_heads=n_kv_head rope_theta
-    intermediate_size=mlp_dim hidden_act=activation rms_norm_eps=norm_eps
-    tie_word_embeddings=tied""")
+USUAL_FIELDS = pairs("""vocab_size max_position_embeddings=block_size hidden_size=n_embd
+    num_hidden_layers=n_layer num_attention_heads=n_head tie_word_embeddings=tied""")
+LLAMA_FIELDS = USUAL_FIELDS | pairs("""head_dim num_key_value_heads=n_kv_head rope_theta
+    intermediate_size=mlp_dim hidden_act=activation rms_norm_eps=norm_eps""")
 PLAIN = pairs('gelu_pytorch_tanh=gelu_tanh gelu_new=gelu_tanh gelu relu relu2')
 FAMILIES = {
     'gpt2': Family(
@@ -1010,10 +1013,8 @@ FAMILIES = {
             'BertForPreTraining': '', 'BertForMaskedLM': '', 'BertForNextSentencePrediction': '',
             'BertModel': '', 'BertForSequenceClassification': 'classify',
             'BertForTokenClassification': 'tag', 'BertForQuestionAnswering': 'qa'},
-        pairs("""vocab_size max_position_embeddings=block_size hidden_size=n_embd
-            num_hidden_layers=n_layer num_attention_heads=n_head intermediate_size=mlp_dim
-            hidden_act=activation layer_norm_eps=norm_eps type_vocab_size=segments
-            tie_word_embeddings=tied"""),
+        USUAL_FIELDS | pairs("""intermediate_size=mlp_dim hidden_act=activation
+            layer_norm_eps=norm_eps type_vocab_size=segments"""),
         PLAIN, 'bert.',
         pairs("""tokens=embeddings.word_embeddings pooler=pooler.dense head=classifier
             transform=cls.predictions.transform.dense output=cls.predictions.decoder
@@ -1081,11 +1082,11 @@ UNSUPPORTED = dict.fromkeys("""
         'problem_type': 'single_label_classification'}
 # Fields of most files that say nothing of the computation, or that config_from reads by name.
 FAMILIAR = re.compile(
-    '_.*|architectures|model_type|type|transformers.*|.*dtype|.*token_id|.*drop(out)?(_.*)?|'
-    '.*label.*|initializer_.*|use_cache|task_specific_params|(summary|pooler|output|rope)_.*|'
-    'return_dict|(.*_)?factor|original_max.*|gradient_checkpointing|n_ctx|pretraining_tp|is_.*|'
-    'reorder_and_upcast_attn|dense_act_fn|num_decoder_layers|tie_word_embeddings|directionality|'
-    'chunk_size_feed_forward')
+    '_.*|architectures|model_type|type|transformers.*|.*dtype|(?!forced).*token_id|.*label.*|n_ctx|'
+    '.*drop(out)?(_.*)?|initializer_.*|use_cache|task_specific_params|pretraining_tp|is_.*|'
+    '(summary|pooler|output|rope)_.*|return_dict|(.*_)?factor|original_max.*|directionality|'
+    'gradient_checkpointing|reorder_and_upcast_attn|dense_act_fn|num_decoder_layers|'
+    'tie_word_embeddings|chunk_size_feed_forward')
 
 def config_from(theirs):
     """
@@ -1096,9 +1097,9 @@ def config_from(theirs):
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
     family, values, not_read = FAMILIES[kind], {}, []
-    rope = (theirs.get('rope_scaling') or {}) | (theirs.get('rope_parameters') or {})
+    rope = {**(theirs.get('rope_scaling') or theirs.get('rope_parameters') or {})}
     for name, value in (theirs | rope).items():
-        ours = family.fields.get(name)
+        ours = (USUAL_FIELDS | family.fields).get(name)  # GPT-2's and T5's may be called so, too
         if ours == 'window':
             value = str(value or 0)
         if value is None:
@@ -1106,7 +1107,7 @@ def config_from(theirs):
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')
         if ours:
-            values[ours] = values.get(ours) or value  # one of Llama's two biases means both
+            values[ours] = value or values.get(ours, value)  # one of Llama's two biases means both
         elif name in UNSUPPORTED:
             require(value in (False, '', [], {}, UNSUPPORTED[name]),
                     f"{name}={value!r} is not supported here")
@@ -1121,8 +1122,9 @@ def config_from(theirs):
     require(architecture in family.classes, f"architectures={architecture} is not supported here")
     task, labels = family.classes[architecture], []
     if task in ('classify', 'tag'):
-        named = theirs.get('id2label') or {0: 'LABEL_0', 1: 'LABEL_1'}
+        named = theirs.get('id2label') or {}
         labels = [named[i] for i in sorted(named, key=int)]
+        labels = labels or [f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))]
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
     config = replace(family.base, **values, task=task, n_labels=len(labels))
     return config, labels, sorted(not_read)
@@ -1192,8 +1194,10 @@ def from_huggingface(folder):
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
-    if theirs['model_type'] == 't5':
-        config.tied = 'lm_head.weight' not in tensors
+    head = tensors.get(f"{family.names['output']}.weight")
+    if config.tied or theirs['model_type'] == 't5':  # a head counts, unless it is a copy
+        config.tied = head is None or head.equal(
+            tensors.get(f"{family.names['tokens']}.weight", head))
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # two names for one: files may hold both
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))
@@ -1209,6 +1213,11 @@ def from_huggingface(folder):
     for name in tensors:
         require(re.fullmatch(family.dropped, name), f"{folder}: the tensor {name} is not part of "
                 "the model that config.json describes")
+    path = Path(folder, 'generation_config.json')
+    if path.exists():  # how their text is chosen: our flags do that here
+        with reading(path, "fetch it again"):
+            not_read += [name for name in json.loads(path.read_text(encoding='utf-8'))
+                         if not FAMILIAR.fullmatch(name)]
     return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.size},
                    'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
 

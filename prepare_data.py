@@ -75,8 +75,9 @@ def flag(default, help, choices=(), kind=None, **bounds):
     A field that describes itself. `low` and `high` are allowed values, `above` and `below` are
     not. `kind` is its type, given where the default is None: a value that is derived or missing.
     """
-    rules = dict.fromkeys(BOUNDS) | dict(help=help, choices=choices, kind=kind or type(default),
-                                         **bounds)
+    kind = kind or type(default)
+    limits = dict.fromkeys(BOUNDS) | {'high': 2 ** 63 - 1 if kind is int else None} | bounds
+    rules = dict(help=help, choices=choices, kind=kind, **limits)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -121,8 +122,8 @@ def read_flags(argv, description, groups):
     parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    names, options = [], {bool: dict(type=boolean, nargs='?', const=True),
-                          list: dict(nargs='+', action='extend')}
+    names, lists, options = [], [], {bool: dict(type=boolean, nargs='?', const=True),
+                                     list: dict(nargs='+', action='extend')}
     for title, cls in groups.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
@@ -132,6 +133,7 @@ def read_flags(argv, description, groups):
             if f.default not in (None, '', dataclasses.MISSING):
                 about += f' [{f.default}]'
             names.append(f'--{f.name}')
+            lists += [f.name] * (kind is list)
             group.add_argument(names[-1], help=about.replace('%', '%%'), metavar=kind.__name__,
                                **options.get(kind, dict(type=kind)))
 
@@ -147,9 +149,10 @@ def read_flags(argv, description, groups):
     if not given.get('config'):
         return given
     try:
-        values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8'))
+        values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
         return parse([f'--{name}={value}' for name, found in values.items()
-                      for value in (found if isinstance(found, list) else [found])]) | given
+                      for value in (found if name in lists and type(found) is list
+                                    else [found])]) | given
     except ValueError as e:
         raise ValueError(f"--config {given['config']}: {e}") from None
 
@@ -174,6 +177,8 @@ def run(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         progress('')
         message = ' '.join(str(e).split())
+        if isinstance(e, OSError) and e.strerror and e.filename:
+            message = f"{e.filename}: {e.strerror}: choose another file or folder"
         if isinstance(e, (MemoryError, RuntimeError)):
             if message and 'to allocate' not in message.lower():
                 raise
@@ -310,13 +315,12 @@ class Tokenizer:
         if saved.get('format') != FORMAT:
             raise ValueError(f"this is no tokenizer of this version: its format is not {FORMAT!r}")
         if saved['name'] == HFTokenizer.name:
-            engine = optional('tokenizers').Tokenizer.from_str(saved['engine'])
-            return HFTokenizer(engine, saved['special'], saved['end_ids'])
+            return HFTokenizer(saved['engine'], saved['special'], saved['end_ids'])
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
-    def hf_engine(self, special):
-        """The same as a tokenizer of the package `tokenizers`."""
+    def hf_engine(self, special, arch):
+        """The same as a tokenizer of the package `tokenizers`, framing texts for `arch`."""
         if self.name == 'char':
             raise ValueError("transformers has no tokenizer like char: use --tokenizer byte or bpe")
         write = lambda token: ''.join(VISIBLE[b] for b in token)
@@ -332,16 +336,23 @@ class Tokenizer:
                                                            use_regex=self.name != 'byte')
         engine.decoder = hf.decoders.ByteLevel()
         engine.add_special_tokens(sorted(special, key=special.get))
+        frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
+                  'encdec': ('$A <|endoftext|>', '$A $B <|endoftext|>')}
+        if arch in frames:
+            engine.post_processor = hf.processors.TemplateProcessing(*frames[arch],
+                                                                     [*special.items()])
         return engine
 
-    def export_files(self, vocab_size):
+    def export_files(self, vocab_size, arch):
         """{file name: data} for transformers, with the special tokens below vocab_size."""
         special = {text: i for text, i in self.special.items() if i < vocab_size}
         config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+        if arch == 'bert':
+            config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
         for name, (key, *_) in ROLES.items():
             if name in special:
                 config[key] = self.decode([special[name]])
-        return {'tokenizer.json': json.loads(self.hf_engine(special).to_str()),
+        return {'tokenizer.json': json.loads(self.hf_engine(special, arch).to_str()),
                 'tokenizer_config.json': config}
 
 def char_tokenizer(characters):
@@ -489,14 +500,15 @@ def optional(package):
         raise ValueError(f"one more package is needed: pip install {package}") from None
 
 class HFTokenizer(Tokenizer):
-    """That of another model (WordPiece, SentencePiece, ...); engine is a tokenizers.Tokenizer."""
+    """That of another model (WordPiece, ...); saved: a Tokenizer of `tokenizers`, as JSON."""
     name = 'huggingface'
 
-    def __init__(self, engine, special, end_ids):
+    def __init__(self, saved, special, end_ids):
+        engine = optional('tokenizers').Tokenizer.from_str(saved)
         engine.no_truncation()  # the file may hold both
         engine.no_padding()
         engine.encode_special_tokens = True  # where they are written in a text, they are text
-        self.engine, self.special, self.end_ids = engine, special, end_ids
+        self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
         self.n_vocab = 1 + max(engine.get_vocab().values())
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
 
@@ -530,9 +542,9 @@ class HFTokenizer(Tokenizer):
 
     def to_dict(self):
         return {'format': FORMAT, 'name': self.name, 'special': self.special,
-                'end_ids': self.end_ids, 'engine': self.engine.to_str()}
+                'end_ids': self.end_ids, 'engine': self.saved}
 
-    def hf_engine(self, special):
+    def hf_engine(self, special, arch):
         return self.engine
 
 # Our special tokens, and what theirs may be: a role, or a text where the folder names no roles
@@ -567,23 +579,29 @@ def open_huggingface(folder):
             if text in vocab:
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
-    for name in ('generation_config.json', 'config.json'):
-        found = read(name).get('eos_token_id')
+    # What stands before a text: a Llama's tokenizer puts <s> there; T5's files name a token.
+    start, config = special.pop('<|start|>', None), read('config.json')
+    if engine.encode('').ids[:1] != [start]:
+        start = None
+    for settings in (config, read('generation_config.json')):
+        found = settings.get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
+        found = settings.get('decoder_start_token_id')
+        if config.get('model_type') == 't5' and found is not None:
+            start = found
     ends = [i for i in dict.fromkeys(ends) if i is not None]
     if not ends:
         raise ValueError("no token ends a text: it needs a tokenizer_config.json with eos_token")
     for name in SPECIALS[:4]:  # all but [MASK]
         special.setdefault(name, ends[0])
-    # What stands before a text: a Llama's tokenizer puts <s> there; T5's decoder begins with [PAD].
-    begin, start = engine.encode('').ids[:1], special.pop('<|start|>', None)
-    start = read('config.json').get('decoder_start_token_id', start if begin == [start] else None)
     if start is not None:
+        if start not in range(config.get('vocab_size', 2 ** 31)):
+            raise ValueError(f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
     for i, token in engine.get_added_tokens_decoder().items():
         if token.special:
             special[f'{token.content} {i}'] = i
-    return HFTokenizer(engine, special, ends)
+    return HFTokenizer(engine.to_str(), special, ends)
 
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
@@ -615,19 +633,21 @@ MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on its own line it ends
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out."""
-    found = []
+    found = {}
     for path in paths:
-        names, seen = [path], set()
+        names, seen = [] if os.path.isdir(path) else [path], set()
         for folder, folders, inside in os.walk(path, followlinks=True):
             seen.add(os.path.realpath(folder))                             # links lead in circles
             folders[:] = [name for name in folders if name[0] != '.'
                           and os.path.realpath(os.path.join(folder, name)) not in seen]
             names += [os.path.join(folder, name) for name in inside if name[0] != '.']
-        files = {os.path.realpath(name): str(name) for name in names if os.path.isfile(name)}
-        if not files:
-            raise ValueError(f"{path} is no file (save a pipe as one), nor a folder of files")
-        found += sorted(files.values(), key=Path)
-    return found
+        wrong = [name for name in names if not os.path.isfile(name)]
+        if wrong or not names:
+            raise ValueError(f"{(wrong or [path])[0]} is no file (save a pipe as one), nor a folder"
+                             " of files: leave it out")
+        for name in sorted(names, key=Path):
+            found.setdefault(os.path.realpath(name), str(name))            # each file once
+    return [*found.values()]
 
 @contextlib.contextmanager
 def open_text(path):
@@ -800,7 +820,7 @@ def read_columns(path, names, optional=()):
             continue
         if blank and not optional:
             raise ValueError(f"{path}, line {blank} is empty, and must be {columns}")
-        if n == 1 and all(text.strip().lower() in HEADERS for text in texts):
+        if n == 1 and all(text.strip(' "').lower() in HEADERS for text in texts):
             raise ValueError(f"{where} looks like a header: leave it out")
         if filled != texts or not len(names) <= len(texts) <= len(names) + len(optional):
             raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
@@ -1344,15 +1364,16 @@ def prepare_task(settings, task, folder, files, val_files):
                       for paths in (files, val_files))
     splits = (rows, val_rows) if val_files else split_rows(rows, settings.val_fraction)
     if not all(splits):
-        raise ValueError(f"{files[0]}: {len(rows)} rows are too few for two splits: add rows, "
-                         "change --val_fraction, or give --val FILE")
+        raise ValueError(f"{files[0]}: {len(rows)} rows are too few for two splits (questions of"
+                         " one context stay together): add rows, change --val_fraction, or give "
+                         "--val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
     many = task == 'classify' and len(labels) > max(10, len(found) // 2)
     if many or (len(labels) == 1 and task != 'qa'):
         raise ValueError(f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
-                         f"{some_of(labels)}: there must be two or more, each in several rows (of "
-                         "a text, in the first column)")
+                         f"{some_of(labels)}: there must be two or more, each in several rows"
+                         f"{' and in the first column' * (task == 'classify')}")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
@@ -1368,7 +1389,7 @@ def prepare_task(settings, task, folder, files, val_files):
         if task == 'classify' and settings.block_size in sizes:
             print(f"{split}: {sizes.count(settings.block_size):,} examples fill --block_size "
                   f"{settings.block_size}: their texts may be cut")
-    return tokenizer, {'counts': counts, 'labels': labels}
+    return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
 
 def prepare(settings):
     """Make the data folder of the flags. Returns its path and meta; raises ValueError, OSError."""

@@ -304,7 +304,6 @@ class TextStream:
         self.ids, self.text, self.done = [], '', False
         self.begin = len(tokenizer.decode(self.prompt))                    # of the new text
         # A stop that has another one inside is never the first to be whole.
-        stops = [stop for stop in stops if stop]
         first = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         self.stop = regex.compile('|'.join(map(regex.escape, first)) or '(?!)')
         if tokens:
@@ -330,10 +329,10 @@ class TextStream:
     def to_dict(self):
         return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
-def suppressed_tokens(model, tokenizer):
+def suppressed_tokens(model, tokenizer, ends=True):
     """(V,) bool: special tokens, which are never text, and rows that no token has; but no ends."""
-    hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids
-    suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
+    hidden, kept = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
+    suppressed = [i not in kept and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
     return torch.tensor(suppressed, device=device_of(model))
 
@@ -401,9 +400,9 @@ def write_targets(model, tokenizer, examples, settings):
 
 def decode_label(examples, logits, labels):
     """(L,) -> the likeliest label."""
-    p = dict(zip(labels, logits[0].softmax(dim=-1).tolist()))
-    best = max(p, key=p.get)
-    return {'label': best, 'probability': p[best], 'probabilities': p}
+    p = logits[0].softmax(dim=-1).tolist()
+    best = max(range(len(p)), key=p.__getitem__)
+    return {'label': labels[best], 'probability': p[best], 'probabilities': dict(zip(labels, p))}
 
 def entities(tags):
     """
@@ -487,8 +486,7 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
                 for texts in written], {}
     keep = lambda example, logits: logits
     if task == 'masks':
-        suppressed = suppressed_tokens(model, tokenizer).cpu()
-        suppressed[tokenizer.end_ids] = True
+        suppressed = suppressed_tokens(model, tokenizer, ends=False).cpu()
         keep = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
     found, totals = predict(model, examples, tokenizer.pad_id, keep)
     if task in DECODERS:
@@ -550,8 +548,10 @@ def answer_scores(answers, golds):
 def bleu_words(text):
     """sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK by characters."""
     text = ' ' + CJK.sub(r' \g<0> ', text) + ' '
-    for pattern, apart in [(r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '), (r'([^0-9])([.,])', r'\1 \2 '),
-                           (r'([.,])([^0-9])', r' \1 \2'), (r'([0-9])(-)', r'\1 \2 ')]:
+    for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
+                           ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
+                           (r'([^0-9])([.,])', r'\1 \2 '), (r'([.,])([^0-9])', r' \1 \2'),
+                           (r'([0-9])(-)', r'\1 \2 ')]:
         text = re.sub(pattern, apart, text)
     return text.split()
 
@@ -654,7 +654,7 @@ def score_text(model, tokenizer, path, kind):
     nats, n, _ = predict(model, windows, tokenizer.pad_id)[1]['targets']
     return text_scores(nats, n, counts['bytes'])
 
-def score_rows(model, tokenizer, path, task, labels, settings):
+def score_rows(model, tokenizer, path, task, labels, settings, block_size):
     """Scores on labelled rows, read as prepare_data.py reads them."""
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
     if not rows:
@@ -662,7 +662,7 @@ def score_rows(model, tokenizer, path, task, labels, settings):
     check_labels(task, rows, labels)
     # Only scores, no loss; and the answers may not guide how a context is cut into tokens.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
-                           model.config.block_size)
+                           block_size)
     for example in examples:
         del example['targets']
         right = rows[example['meta']['row']].get('answers', [])
@@ -764,11 +764,10 @@ draw()
 </script>
 """
 
-def write_attention(model, tokenizer, prompt, kind, settings):
+def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
-    config = model.config
-    example = examples_of(tokenizer, kind, prompt, config.block_size)[0]
-    if config.arch == 'encdec':
+    example = examples_of(tokenizer, kind, prompt, block_size)[0]
+    if model.config.arch == 'encdec':
         [[text]] = write_targets(model, tokenizer, [example], settings)
         example['decoder_ids'] = [tokenizer.start_id, *text.ids]
     elif kind == 'seq2seq':
@@ -798,7 +797,7 @@ class Settings:
     temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
                                    'text to text 0 if not given', low=0, high=1e6)
     num_beams: int = flag(1, 'above 1: search the likeliest text by beams', low=1, high=4096)
-    length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', low=0, high=100)
+    length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', low=0, high=10)
     top_k: int = flag(0, 'the k likeliest tokens; 0: all. For [MASK]: how many to show', low=0)
     top_p: float = flag(1.0, 'the fewest tokens that reach this probability', low=0, high=1)
     stop: list = flag([], 'texts at which to stop')
@@ -836,6 +835,8 @@ def check_use(given, settings, kind, arch):
     if unread:
         raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
                          f"--num_beams {beams} --temperature {settings.temperature}): leave it out")
+    if '' in settings.stop:
+        raise ValueError("--stop '': an empty text is everywhere: leave it out")
     if 1 < beams < n:
         raise ValueError(f"--num_samples {n}: a search with --num_beams {beams} finds no more "
                          "texts than beams: raise it")
@@ -858,7 +859,7 @@ def export(model, tokenizer, labels, folder):
     size = min(config.vocab_size, tokenizer.n_vocab)
     if tokenizer.name == 'gpt2' and config.arch == 'gpt':
         size = min(size, tokenizer.pad_id)  # the first token that was added
-    files = tokenizer.export_files(size)
+    files = tokenizer.export_files(size, config.arch)
     first = 'decoder_start_token_id' if config.arch == 'encdec' else 'bos_token_id'
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
     if tokenizer.pad_id < size:
@@ -882,6 +883,8 @@ def read_start(start):
     """The text that --start names."""
     try:
         if start == '-':
+            if sys.stdin is None:
+                raise ValueError("--start -: standard input is closed: give a text")
             sys.stdin.reconfigure(encoding='utf-8-sig')
             return sys.stdin.read()
         if start.startswith('FILE:'):
@@ -973,7 +976,7 @@ def format_answer(answer):
         return '\n'.join(one_line(target['text']) for target in answer['targets'])
     return one_line(answer['answer'])
 
-def print_answers(model, tokenizer, prompt, kind, labels, settings):
+def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
     """Answer each line of the prompt with a line on standard output; an empty line stays empty."""
     started, rows = time.perf_counter(), []
     lines = [line.strip() for line in prompt.removesuffix('\n').split('\n')]
@@ -982,7 +985,7 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings):
             if kind == 'masks' and line and '[MASK]' not in line:
                 raise ValueError(f"{line[:60]!r} has no [MASK]: write one for a word to predict")
             if line:
-                rows.append(examples_of(tokenizer, kind, line, model.config.block_size))
+                rows.append(examples_of(tokenizer, kind, line, block_size))
         except ValueError as e:
             raise ValueError(f"line {n}: {e}") from None
     answers, _ = answer_rows(model, tokenizer, rows, kind, labels, settings)
@@ -1010,6 +1013,9 @@ def main(argv):
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
+    # What is too long for an example of the training data is cut as it was there.
+    learned = checkpoint.get('block_size') if kind in DECODERS else None
+    block_size = min(learned or model.config.block_size, model.config.block_size)
     use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))
@@ -1024,18 +1030,18 @@ def main(argv):
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'attention':
-        write_attention(model, tokenizer, prompt, kind, settings)
+        write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif kind == 'masks' and 'output.bias' in checkpoint.get('new', []):
         raise ValueError(f"{path} is an encoder without a head, so it has no output: fine-tune it "
                          f"first, with python train.py --init_from {path}")
     elif use == 'score':
-        scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings)
+        scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings, block_size)
                   if kind in TASKS else score_text(model, tokenizer, settings.score, kind))
         print(json.dumps(scores) if settings.json else format_scores(scores))
     elif kind == 'text':
         print_texts(model, tokenizer, prompt, settings)
     else:
-        print_answers(model, tokenizer, prompt, kind, labels, settings)
+        print_answers(model, tokenizer, prompt, kind, labels, settings, block_size)
 
 if __name__ == '__main__':
     run(main)

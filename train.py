@@ -80,7 +80,7 @@ class Data:
                 raise ValueError("its format is that of another version")
             self.task = meta['task'].replace('lm', '')                     # '': text
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
-            self.counts = meta['counts'][split]
+            self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
             self.fingerprint = [meta['sha256'], meta['counts']]            # of no other data
             self.is_text = np.ones(self.vocab_size, bool)                  # no special token
             self.is_text[[*self.tokenizer.special.values()]] = False
@@ -784,7 +784,7 @@ class Trainer:
         if self.runtime.is_main:
             save(Path(self.s.out_dir, name), self.model, tokenizer=data.tokenizer.to_dict(),
                  data=data.fingerprint, task=data.task, labels=data.labels, settings=asdict(self.s),
-                 progress=asdict(self.at), log=self.log, **extra)
+                 block_size=data.block_size, progress=asdict(self.at), log=self.log, **extra)
 
     def evaluate(self):
         """Evaluate, write best.pt where it is due, and log.csv; returns why to stop now, or ''."""
@@ -1012,8 +1012,10 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         (not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
          f"{path} has no optimizer, or learned from other data than {folder} has now: start a new "
          f"run with --init_from {path}"),
-        (not s.eval_only or checkpoint.get('labels', []) == data.labels,
-         f"{folder} has the labels {data.labels[:10]}, {path} {checkpoint.get('labels', [])[:10]}"),
+        (not s.eval_only or (config.task, checkpoint.get('labels', []))
+         == (data.task.replace('seq2seq', ''), data.labels),               # that needs no head
+         f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
+         f"{config.task or 'text'} with {checkpoint.get('labels', [])[:10]}"),
         # the vocabulary of others may end before that of their tokenizer
         ((data.highest if path else data.vocab_size - 1) < config.vocab_size,
          f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} allows"),
@@ -1045,6 +1047,8 @@ def start(given):
     resume = path == 'resume' or (path == 'auto' and latest.exists())
     if resume:
         path = latest
+        if not path.exists():
+            raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
         path = None
     is_new = not (path and (resume or s.eval_only))

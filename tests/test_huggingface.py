@@ -224,12 +224,15 @@ def test_every_head_of_bert_answers_as_in_transformers(name, place):
         close(*answers(again, load(back)[0]), 1e-4)
         assert not any(info.values()) and load(back)[1]['labels'] == labels, info
 
+EMBEDDINGS = {'gpt2': 'transformer.wte.weight', 'bert': 'bert.embeddings.word_embeddings.weight',
+              't5': 'shared.weight', 'llama': 'model.embed_tokens.weight'}
 COPIES = {  # tensors that older files hold besides: constants, and copies of tied weights
     'gpt2': {'h.0.attn.bias': (1, 1, T, T)}, 'bert': {'embeddings.position_ids': (1, T)},
     't5': {'encoder.embed_tokens.weight': (V, 12)},
     'llama': {'layers.0.self_attn.rotary_emb.inv_freq': (2,)}, 'mistral': {}}
 
 HUB = {  # what config.json of well-known models says besides sizes
+    'gpt2 renamed': {'num_attention_heads': 3, 'num_hidden_layers': 1, 'hidden_size': 24},
     'gpt2': {'n_ctx': 1024, '_num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'n_special': 0,
              'predict_special_tokens': True, 'task_specific_params': {'text-generation': {}}},
     'bert': {'architectures': ['BertForPreTraining'], 'directionality': 'bidi', 'pooler_type':
@@ -241,7 +244,8 @@ HUB = {  # what config.json of well-known models says besides sizes
                 'pretraining_tp': 1, 'rope_scaling': None, 'rope_theta': 100.0},
     'llama 3': {'mlp_bias': False, 'rope_theta': 500.0, 'rope_scaling': {
         'factor': 8.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0, 'rope_type': 'llama3',
-        'original_max_position_embeddings': 16}},
+        'original_max_position_embeddings': 16},
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': 9.0}},
     'llama smol': {'is_llama_config': True, 'rope_interleaved': False, 'rope_theta': 100000,
                    'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}}},
     'mistral 0.1': {'sliding_window': 4, 'author': 'somebody', 'created_date': '2021-04-28'}}
@@ -275,6 +279,21 @@ def test_well_known_configurations_and_old_files_open_with_their_logits(name, pl
         out = theirs(**inputs)
         logits = model.eval()(**{key: ours[key] for key in ours if 'targets' not in key})[0]
     close(logits[mask], logits_of(out)[mask], 1e-4)
+
+@pytest.mark.parametrize('family', ['gpt2', 'bert', 't5', 'llama'])
+def test_a_head_in_the_file_counts_although_the_fields_call_it_tied(family, whole, place):
+    """As in transformers; and what generation_config.json asks for, and is not done, is named."""
+    about, tensors = whole(family)
+    head = 'cls.predictions.decoder.weight' if family == 'bert' else 'lm_head.weight'
+    tensors[head] = torch.randn(V, tensors[EMBEDDINGS[family]].size(1))
+    folder = write(place(), about | {'tie_word_embeddings': True}, tensors)
+    put(folder, 'generation_config.json', {'repetition_penalty': 1.3, 'eos_token_id': None})
+    theirs = getattr(transformers, MODELS[family][0]).from_pretrained(folder)
+    (model, checkpoint), (inputs, ours) = load(folder), batch_of(family, [T], 2)
+    assert checkpoint['not_read'] == ['repetition_penalty']
+    with torch.no_grad():
+        logits = model.eval()(**{key: ours[key] for key in ours if 'targets' not in key})[0]
+        close(logits, logits_of(theirs(**inputs)), 1e-4)
 
 # -----------------------------------------------------------------------------
 # What is refused by name
@@ -477,11 +496,12 @@ def special_ids(theirs, size):
     added = [i for i, token in theirs.added_tokens_decoder.items() if token.special]
     return {*theirs.all_special_ids, *added, *range(max(theirs.get_vocab().values()) + 1, size)}
 
-def new_ids(model, theirs, ids, ends):
+def new_ids(model, theirs, ids, ends, **more):
     """What transformers' generate() writes, without its end."""
     hidden = sorted(special_ids(theirs, model.config.vocab_size) - ends)
     out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0,
-                         suppress_tokens=hidden, eos_token_id=sorted(ends) or None)[0].tolist()
+                         suppress_tokens=hidden, eos_token_id=sorted(ends) or None, **more)
+    out = out[0].tolist()
     new = out[1:] if model.config.is_encoder_decoder else out[len(ids):]
     return new[:next((n for n, i in enumerate(new) if i in ends), len(new))]
 
@@ -489,20 +509,24 @@ def new_ids(model, theirs, ids, ends):
 @some(8)
 @given(data=st.data())
 def test_greedy_text_is_that_of_generate(family, data, folders, place, capsys):
-    """It ends at each token that generation_config.json, config.json or the tokenizer names."""
+    """It ends, and T5's begins, at the tokens that the three files name; null names none."""
     folder = shutil.copytree(folders[family], place() / 'copy')
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     model = getattr(transformers, MODELS[family][0]).from_pretrained(folder)
     words = st.lists(st.sampled_from([w for w in WORDS if w.strip()]), min_size=1, max_size=4)
     prompt = ' '.join(data.draw(words))
     ids = theirs(prompt, split_special_tokens=True)['input_ids']
-    ends, longest = {theirs.eos_token_id}, new_ids(model, theirs, ids, {theirs.eos_token_id})
-    for name in ('generation_config.json', 'config.json'):
+    start = data.draw(st.sampled_from([None, 0, 5, 9]))
+    more = {'decoder_start_token_id': start or 0} if family == 't5' else {}
+    ends = {theirs.eos_token_id}
+    longest = new_ids(model, theirs, ids, ends, **more)
+    for name, begin in (('generation_config.json', start), ('config.json', 0)):
         end = data.draw(st.sampled_from([None, *longest[2:]]))
-        named = {'eos_token_id': end and data.draw(st.sampled_from([end, [end]]))}
+        named = {'eos_token_id': end and data.draw(st.sampled_from([end, [end]])),
+                 'decoder_start_token_id': begin}
         put(folder, name, json.loads((folder / name).read_text()) | named)
         ends |= {end} - {None}
-    new = new_ids(model, theirs, ids, ends)
+    new = new_ids(model, theirs, ids, ends, **more)
     found = ask(capsys, '--init_from', folder, f'--start={prompt}', '--max_new_tokens', 12,
                 '--temperature', 0)
     before = ids * (family != 't5')
@@ -580,7 +604,7 @@ BPE, BYTE = prepare_data.bpe_tokenizer(LINES * 3, 420), prepare_data.byte_tokeni
 
 @pytest.mark.parametrize('preset, tokenizer, auto', [
     ('gpt2', BPE, 'AutoModelForCausalLM'), ('llama', BYTE, 'AutoModelForCausalLM'),
-    ('t5', BPE, 'AutoModelForSeq2SeqLM')])
+    ('t5', BPE, 'AutoModelForSeq2SeqLM'), ('bert', BPE, 'AutoModelForPreTraining')])
 def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto, place, capsys):
     """AutoModel and AutoTokenizer give the same ids, logits and text; load() the same bits."""
     out, folder = place(), place() / 'new'
@@ -602,10 +626,17 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     assert there.config.pad_token_id == tokenizer.pad_id
     for name, p in model.state_dict().items():
         same(back.state_dict()[name], p)
+    a, b = tokenizer.encode('the cat').tolist(), tokenizer.encode('床').tolist()
+    end = [tokenizer.end_id] * (preset == 't5')
+    if preset == 'bert':  # framed as it was trained
+        framed = prepare_data.add_special_tokens(tokenizer, a, b)
+        found = theirs('the cat', '床')
+        assert (found['input_ids'], found['token_type_ids']) == framed
+        return
+    assert theirs('the cat')['input_ids'] == a + end
     found = ask(capsys, '--out_dir', out, '--start', 'the cat', '--max_new_tokens', 12,
                 '--temperature', 0)
-    ids = tokenizer.encode('the cat').tolist() + [tokenizer.end_id] * (preset == 't5')
-    right = theirs.decode(new_ids(there, theirs, ids, {tokenizer.end_id}))
+    right = theirs.decode(new_ids(there, theirs, a + end, {tokenizer.end_id}))
     text = found['targets'][0]['text'] if preset == 't5' else found['text']
     assert text.strip() == right.strip()
 

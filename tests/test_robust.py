@@ -311,7 +311,7 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
     ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'),
     ('--vocab_size=10', 'more than vocab_size=10'),
     ('--block_size=100000', 'block_size + 1 = 100001'),
-    ('--init_from=resume', 'there is no checkpoint out/ckpt.pt'),
+    ('--init_from=resume', 'there is no out/ckpt.pt'),
     ('--eval_only', 'there is no checkpoint out'),
     ('--freeze=embed --adversarial=0.1', '--freeze embed'),
     ('--freeze=tokens.weight --adversarial=0.1', '--freeze tokens.weight keeps'),

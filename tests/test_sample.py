@@ -1143,7 +1143,7 @@ def test_the_right_answers_do_not_cut_the_tokens_of_a_score(tmp_path):
         {'context': context, 'qas': [q]}]}]}))
     model, read = tiny('bert', BPE.n_vocab, 40, task='qa'), []
     model.register_forward_pre_hook(lambda m, args, batch: read.append(batch), with_kwargs=True)
-    sample.score_rows(model, BPE, str(tmp_path / 'a'), 'qa', [], Settings())
+    sample.score_rows(model, BPE, str(tmp_path / 'a'), 'qa', [], Settings(), 40)
     [right] = encode_rows(BPE, 'qa', [{'question': '?', 'context': context}], [], 40)
     assert read[0]['ids'].tolist() == [right['ids']]
 
