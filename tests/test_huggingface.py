@@ -414,7 +414,7 @@ def write_bert(folder):
 def write_t5(folder):
     """SentencePiece as T5 has it, with the sentinels last."""
     pieces = ['<unk>', '<pad>', '</s>', '▁', '▁the', 's', '▁cat', '▁dog', '明月', *LETTERS]
-    scores = [-2 - i / 4 for i in range(len(pieces))]
+    scores = [-10.916955071618881 - i / 4 for i in range(len(pieces))]
     tokenizer = hf.Tokenizer(hf.models.Unigram([*zip(pieces, scores)], unk_id=0))
     tokenizer.normalizer = hf.normalizers.NFKC()
     tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
@@ -656,6 +656,15 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
         p = auto(**inputs).logits[0].softmax(dim=-1)
     assert found['label'] == auto.config.id2label[p.argmax().item()] in ('yes', '不')
     assert abs(found['probability'] - p.max().item()) < 1e-4
+
+def test_a_t5_folder_is_tuned_by_command(folders, tmp_path):
+    """Its scores change in the last digit each time `tokenizers` reads them, and it is the same."""
+    put(tmp_path, 'rows.tsv', 'the cat\tthe\ncat\tcat\n' * 9)
+    command('prepare_data.py', '--task', 'seq2seq', '--input', 'rows.tsv', '--tokenizer',
+            folders['t5'], '--out_dir', 'rows', cwd=tmp_path)
+    command('train.py', '--init_from', folders['t5'], '--dataset', 'rows', '--max_iters', 2,
+            '--device', 'cpu', cwd=tmp_path)
+    command('sample.py', '--start', 'the cat', cwd=tmp_path)
 
 def test_rows_added_to_gpt2_are_never_sampled_and_never_exported(shared, tmp_path, monkeypatch):
     """[SEP] and its like are rows behind GPT-2's own, which stay as they were."""

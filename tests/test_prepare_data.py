@@ -246,7 +246,10 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
     many = [write(tmp_path / f'many/{i}.txt', 'x') for i in range(10, 30)]
     for name in 'xy':  # links in a circle, 2 ** 40 ways long
         os.symlink('.', tmp_path / f'many/{name}', target_is_directory=True)
-    assert prepare_data.find_files([str(tmp_path / 'many')]) == many
+    assert prepare_data.find_files([str(tmp_path / 'many'), many[3]]) == many  # each file once
+    os.symlink('nowhere', tmp_path / 'many/z')
+    with pytest.raises(ValueError, match='many/z is no file'):
+        prepare_data.find_files([str(tmp_path / 'many')])
     write(tmp_path / 'in/val.txt', 'v v')  # held out, whatever it is called
     _, meta = prepare(Settings(
         input=[str(tmp_path / 'in')], val=[str(tmp_path / 'in/b/../val.txt')], tokenizer='byte',
@@ -628,7 +631,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'JSON over lines': ('lm', {'a.json': '{\n "text": "x"\n}' * 99}, [], 'as JSON lines'),
     'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
     'a header': (
-        'classify', {'a.tsv': 'label \tTitle\n' + LABELS * 9}, [], 'line 1 looks like a header',
+        'classify', {'a.tsv': 'label \t"Title"\n' + LABELS * 9}, [], 'line 1 looks like a header',
     ),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
@@ -671,14 +674,9 @@ def test_a_malformed_row_is_named_with_its_file_and_line(tmp_path, monkeypatch, 
     for path, text in files.items():
         write(tmp_path / path, text)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys,
-        'argv',
-        [
-            'prepare_data.py', '--input', next(iter(files)), '--task', task, '--vocab_size=370',
-            '--out_dir', 'out', *flags,
-        ],
-    )
+    monkeypatch.setattr(sys, 'argv', [
+        'prepare_data.py', '--input', next(iter(files)), '--task', task, '--vocab_size=370',
+        '--out_dir', 'out', *flags])
     with pytest.raises(SystemExit) as end:
         prepare_data.run(prepare_data.main)
     out, err = capsys.readouterr()
@@ -908,16 +906,9 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     os.close(reading)
     with os.fdopen(writing, 'w') as closed:
         done = subprocess.run(
-            [
-                sys.executable, str(ROOT / 'prepare_data.py'), '--input', 'a.txt', '--tokenizer',
-                'byte',
-            ],
-            cwd=tmp_path,
-            stdout=closed,
-            stderr=subprocess.PIPE,
-            encoding='utf-8',
-            timeout=300,
-        )
+            [sys.executable, str(ROOT / 'prepare_data.py'), '--input', 'a.txt', '--tokenizer',
+             'byte'], cwd=tmp_path, stdout=closed, stderr=subprocess.PIPE, encoding='utf-8',
+            timeout=300)
     assert (done.returncode, done.stderr) == (0, '')
 
 def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):

@@ -308,7 +308,7 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
 
 @pytest.mark.parametrize('flags, named', [
     ('--lerning_rate=1', 'did you mean --learning_rate?'), ('out', 'out belongs to no flag'),
-    ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'),
+    ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'), ('--n_labels=2', 'n_labels=2'),
     ('--vocab_size=10', 'more than vocab_size=10'),
     ('--block_size=100000', 'block_size + 1 = 100001'),
     ('--init_from=resume', 'there is no out/ckpt.pt'),
@@ -324,13 +324,15 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
     ('--objective=masked_lm', '--objective masked_lm: a gpt learns text by causal_lm'),
     ('--objective=supervised', '--objective supervised: a gpt learns text by causal_lm'),
     ('--best_by=bleu', '--best_by bleu'), ('--config=bad.toml', '--config bad.toml'),
-    ('--config=unknown.toml', 'did you mean --batch_size?'), ('--out_dir=bad.toml', 'bad.toml'),
+    ('--config=unknown.toml', 'did you mean --batch_size?'), ('--out_dir=bad.toml', 'bad.toml: '),
+    ('--config=list.toml', "--batch_size: invalid int value: '[1, 2]'"),
     ('--dataset=pytopics', 'prepare_data.py --dataset pytopics')])
 def test_a_bad_command_line_is_one_line_that_names_what_is_wrong(
         d, tmp_path, refusal, flags, named):
     """Flags that do not exist, or do not fit each other, the data or the model."""
     (tmp_path / 'bad.toml').write_text('batch_size = \n')
     (tmp_path / 'unknown.toml').write_text('batchsize = 3\n')
+    (tmp_path / 'list.toml').write_text('\ufeffbatch_size = [1, 2]\n', encoding='utf-8')
     words = flags.split()
     line = refusal(words if 'dataset' in flags else [*words, f'--dataset={d}'])
     assert named in line, line
@@ -461,6 +463,9 @@ def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refus
                     tokenizer=str(folders / 'classify'))
     line = refusal(['--eval_only', f'--dataset={rows}'], tmp_path / 'c')
     assert "'bad', '好'" in line and "'x', 'y'" in line
+    fit(tmp_path / 'b/out', folders / 'qa', **{**WIDE, 'preset': 'bert', 'max_iters': 1})
+    line = refusal(['--eval_only', '--objective=masked_lm'], tmp_path / 'b')
+    assert 'is for text with the labels [], out for qa' in line
 
 def test_an_example_longer_than_block_size_is_refused(folders, tmp_path, refusal):
     """The line names both lengths; nothing is cut in silence."""

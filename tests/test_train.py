@@ -741,6 +741,15 @@ def test_eval_only_prints_the_scores_of_any_model_and_writes_nothing(
     assert re.fullmatch(pattern.replace('N', r'-?[\d.]+'), line), line
     assert line == eval_only(tmp_path, capsys, batch_size=64)
 
+@pytest.mark.parametrize('task, preset', [('classify', 'gpt2'), ('tag', 'bert')])
+def test_eval_only_and_score_cut_what_is_too_long_alike(tmp_path, capsys, task, preset):
+    """Where the data cut it, although the model has room for more."""
+    rows = prepared(tmp_path / 'rows', ROWS[task], task=task, tokenizer='byte', block_size=9)
+    fit(tmp_path / 'out', rows, **{**WIDE, 'preset': preset, 'learning_rate': 0.1, 'max_iters': 9})
+    _, right = eval_only(tmp_path / 'out', capsys).split(', ', 1)
+    train.sample.main([f'--out_dir={tmp_path}/out', f'--score={rows}.val.txt', '--device=cpu'])
+    assert right == capsys.readouterr().out.strip()
+
 def test_best_pt_is_the_evaluation_with_the_best_score(d, tmp_path, capsys):
     """The lowest validation loss; --patience ends a run that gets no better."""
     fit(tmp_path, d, learning_rate=0.3, max_iters=60, eval_interval=2, patience=4, warmup_iters=0,
