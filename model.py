@@ -130,9 +130,8 @@ class Config:
                 "least 1 and LOW below HIGH")
         require(self.arch == 'bert' or not self.segments,
                 f"segments={self.segments}: only arch=bert reads segments")
-        require(self.task == 'qa' or bool(self.n_labels) == bool(self.task),
-                f"n_labels={self.n_labels}: there are labels where task is classify or tag, and "
-                f"not where it is {self.task!r}")
+        require(self.n_labels or self.task not in ('classify', 'tag'),
+                f"task={self.task} needs n_labels, the number of labels")
         require(self.arch != 'encdec' or not self.task,
                 f"task={self.task}: an encoder-decoder has no head: choose another arch")
         require(not self.label_smoothing or (self.arch != 'bert' and not self.task),

@@ -122,8 +122,8 @@ def read_flags(argv, description, groups):
     parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    names, lists, options = [], [], {bool: dict(type=boolean, nargs='?', const=True),
-                                     list: dict(nargs='+', action='extend')}
+    kinds, options = {}, {bool: dict(type=boolean, nargs='?', const=True),
+                          list: dict(nargs='+', action='extend')}
     for title, cls in groups.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
@@ -132,15 +132,14 @@ def read_flags(argv, description, groups):
                 about += ': ' + ' | '.join(filter(None, f.metadata['choices']))
             if f.default not in (None, '', dataclasses.MISSING):
                 about += f' [{f.default}]'
-            names.append(f'--{f.name}')
-            lists += [f.name] * (kind is list)
-            group.add_argument(names[-1], help=about.replace('%', '%%'), metavar=kind.__name__,
+            kinds[f'--{f.name}'] = kind
+            group.add_argument(f'--{f.name}', help=about.replace('%', '%%'), metavar=kind.__name__,
                                **options.get(kind, dict(type=kind)))
 
     def parse(words):
         given, extra = parser.parse_known_args(map(normalize_flag, words))
         if extra:
-            near = difflib.get_close_matches(extra[0].partition('=')[0], names, n=1)
+            near = difflib.get_close_matches(extra[0].partition('=')[0], kinds, n=1)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise ValueError(f"{extra[0]} belongs to no flag: {hint}")
         return vars(given)
@@ -150,19 +149,18 @@ def read_flags(argv, description, groups):
         return given
     try:
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
-        return parse([f'--{name}={value}' for name, found in values.items()
-                      for value in (found if name in lists and type(found) is list
-                                    else [found])]) | given
+        words = []
+        for name, found in values.items():
+            several = isinstance(found, list) and kinds.get(f'--{name}') is list
+            words += [f'--{name}={value}' for value in (found if several else [found])]
+        return parse(words) | given
     except ValueError as e:
         raise ValueError(f"--config {given['config']}: {e}") from None
 
-def write_config(values, notes=()):
+def write_config(values):
     """{name: value} as TOML that --config reads. None, which stands for derived, is left out."""
-    lines = [f'# {note}' for note in notes]
-    for name, value in values.items():
-        if value is not None:
-            lines.append(f'{name} = {json.dumps(value, ensure_ascii=False)}')
-    return '\n'.join(lines) + '\n'
+    return ''.join(f'{name} = {json.dumps(value, ensure_ascii=False)}\n'
+                   for name, value in values.items() if value is not None)
 
 def run(main):
     """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
@@ -1364,9 +1362,8 @@ def prepare_task(settings, task, folder, files, val_files):
                       for paths in (files, val_files))
     splits = (rows, val_rows) if val_files else split_rows(rows, settings.val_fraction)
     if not all(splits):
-        raise ValueError(f"{files[0]}: {len(rows)} rows are too few for two splits (questions of"
-                         " one context stay together): add rows, change --val_fraction, or give "
-                         "--val FILE")
+        raise ValueError(f"{files[0]}: {len(rows)} rows, or one context, are too few for two "
+                         "splits: add rows, change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
     many = task == 'classify' and len(labels) > max(10, len(found) // 2)

@@ -836,7 +836,7 @@ def check_use(given, settings, kind, arch):
         raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
                          f"--num_beams {beams} --temperature {settings.temperature}): leave it out")
     if '' in settings.stop:
-        raise ValueError("--stop '': an empty text is everywhere: leave it out")
+        raise ValueError("--stop '': an empty text stands everywhere: leave it out")
     if 1 < beams < n:
         raise ValueError(f"--num_samples {n}: a search with --num_beams {beams} finds no more "
                          "texts than beams: raise it")

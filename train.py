@@ -1026,7 +1026,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         if not holds:
             raise ValueError(message)
     old = checkpoint.get('settings', {})
-    fixed = asdict(config) | {'preset': old.get('preset', s.preset)}
+    fixed = asdict(config) | {'preset': old.get('preset', s.preset), 'n_labels': len(data.labels)}
     if resume:
         fixed |= {name: (checkpoint['config'] | old)[name] for name in FIXED}
     for name, value in given.items():
@@ -1109,7 +1109,7 @@ def claim_folder(s, config, resumed, runtime):
             new = old.replace(old.with_stem(f'{old.stem}.old'))
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))            # from the data
-    text = write_config(asdict(s) | asdict(config) | derived, ['python train.py --config FILE'])
+    text = write_config(asdict(s) | asdict(config) | derived)
     write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
     return f
 

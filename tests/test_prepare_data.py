@@ -25,17 +25,13 @@ from hypothesis import strategies as st
 
 import prepare_data
 from prepare_data import (
-    IGNORE_INDEX, TASKS, Settings, Tokenizer, check_flags, flag, prepare, read_flags,
-)
+    IGNORE_INDEX, TASKS, Settings, Tokenizer, check_flags, flag, prepare, read_flags)
 
-SAMPLE = (
-    'It was the best of times, it was the worst. 床前明月光，疑是地上霜。 Les élèves 😀, e\u0301! '
-    * 3
-)
+SAMPLE = 3 * (
+    'It was the best of times, it was the worst. 床前明月光，疑是地上霜。 Les élèves 😀, e\u0301! ')
 MIXED = st.text(
     st.sampled_from("ab .'1é世界明月😀\u0301\u200d\u3000\n") | st.characters(codec='utf-8'),
-    max_size=60,
-)
+    max_size=60)
 WORD = st.text(
     st.sampled_from("ab.'1é世界明月😀") | st.characters(codec='utf-8'), min_size=1, max_size=9
 ).filter(lambda word: not any(c.isspace() for c in word))
@@ -130,8 +126,7 @@ def slow_bpe(counts, n_tokens):
 @settings(max_examples=80)
 @given(
     st.sampled_from(['a', 'ab', 'abc ', 'é。a ']).flatmap(lambda few: st.text(few, max_size=120)),
-    st.integers(256, 300), st.text('ab c', max_size=40),
-)
+    st.integers(256, 300), st.text('ab c', max_size=40))
 @example('aaaa aaaa aaa', 300, 'aaaaaaa')  # neighbours overlap
 @example('ab ba ab ba', 300, 'abba')  # equals: the smaller bytes first
 def test_train_bpe_is_the_slow_one_and_its_merges_are_applied_in_order(text, n_tokens, other):
@@ -170,8 +165,7 @@ def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
         prepare_data.load_tokenizer(tmp_path)
 
 @given(
-    st.text('ab', max_size=9), st.characters(codec='utf-8', exclude_characters='ab'), st.text('ab')
-)
+    st.text('ab', max_size=9), st.characters(codec='utf-8', exclude_characters='ab'), st.text('ab'))
 def test_an_unknown_character_is_named_with_its_place(before, unknown, after):
     """tiktoken would panic; here it is a ValueError with the character and where it stands."""
     with pytest.raises(ValueError) as error:
@@ -223,10 +217,8 @@ def test_the_examples_in_docstrings_hold():
 @settings(max_examples=40)
 @given(
     st.lists(
-        st.sampled_from(['a> b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60
-    ),
-    st.integers(1, 20),
-)
+        st.sampled_from(['a> b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60),
+    st.integers(1, 20))
 def test_pieces_are_cut_where_no_token_crosses(bpe, parts, size):
     """However a text is cut for reading, its ids are those of the whole; nothing is lost."""
     text = ''.join(parts)
@@ -366,15 +358,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     for n in (100_000, 800_000):
         write(tmp_path / f'{n}.txt', 'Some words of a line, and more of them.\n' * n)
         done = subprocess.run(
-            [
-                sys.executable, '-c', code, str(ROOT / 'prepare_data.py'), '--input', f'{n}.txt',
-                '--tokenizer', 'byte', str(ROOT),
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+            [sys.executable, '-c', code, str(ROOT / 'prepare_data.py'), '--input', f'{n}.txt',
+             '--tokenizer', 'byte', str(ROOT)],
+            cwd=tmp_path, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.4 * peaks[0], peaks
 
@@ -406,16 +392,14 @@ def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
         longest = max(map(len, kept))
         for part, text in zip(kept, whole):
             assert part == text[: len(part)] and (
-                len(part) == len(text) or len(part) >= longest - 1
-            )
+                len(part) == len(text) or len(part) >= longest - 1)
         assert made['segments'] == [0] * (seps[0] + 1) + [1] * (len(ids) - seps[0] - 1)
         assert made['targets'] == 1 and made['meta'].items() >= row.items()
 
 @settings(max_examples=40)
 @given(
     st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12),
-    st.integers(8, 40),
-)
+    st.integers(8, 40))
 @example([('😀' * 9, 'B-地'), ('a', 'I-地'), ('世界' * 9, 'O')], 8)
 def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_size):
     """Parts of a long text hold all tokens once, in order; no other piece has a target."""
@@ -423,8 +407,7 @@ def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_si
     labels = ['O', 'B-地', 'I-地']
     for tokenizer in (CHAR({*' '.join(tokens)} | {' '}), BYTE, bpe):
         made = TASKS['tag'].examples(
-            tokenizer, {'tokens': tokens, 'tags': tags}, labels, block_size
-        )
+            tokenizer, {'tokens': tokens, 'tags': tags}, labels, block_size)
         assert [token for part in made for token in part['meta']['tokens']] == tokens
         assert [tag for part in made for tag in part['meta']['tags']] == tags
         for part in made:
@@ -440,8 +423,7 @@ def test_a_tagged_text_is_cut_between_tokens_where_it_no_longer_fits():
     one, two = TASKS['tag'].examples(BYTE, row, ['O', 'B-人', 'I-人'], 9)
     assert one['ids'] == [cls, *'Jo 世 '.encode(), sep]
     assert one['targets'] == [dot, 1, dot, dot, 0, dot, dot, dot, dot] and one['meta']['first'] == [
-        1, 4,
-    ]
+        1, 4]
     assert two['ids'] == [cls, *b'ab', sep] and two['targets'] == [dot, 2, dot, dot]
 
 def pointed_at(made):
@@ -455,14 +437,12 @@ def pointed_at(made):
 @settings(max_examples=80)
 @given(
     st.integers(0, 2), MIXED.filter(str.strip), st.integers(0, 59), st.integers(1, 12),
-    st.integers(8, 40),
-)
+    st.integers(8, 40))
 @example(2, '床前明月光，疑是地上霜。' * 9, 2, 2, 24)  # inside of a token
 @example(2, 'It was the best of times, it was the worst. ' * 9, 3, 1, 16)
 @example(0, '床前明月光，疑是地上霜。' * 9, 50, 12, 24)
 def test_windows_cover_every_answer_and_every_character(
-    bpe, which, context, start, size, block_size
-):
+    bpe, which, context, start, size, block_size):
     """Every answer that fits stands whole in a window, whose targets give it back."""
     start %= len(context)
     answer, question = context[start : start + size], '谁 is it?'
@@ -491,14 +471,12 @@ def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_pat
     path = shared / 'data/xquad.en.json'
     prepare(Settings(
         input=[str(path)], task='qa', vocab_size=1000, block_size=128,
-        out_dir=str(tmp_path / 'out'),
-    ))
+        out_dir=str(tmp_path / 'out')))
     gold = {
         q['id']: (p['context'], q['answers'][0]['text'])
         for article in json.loads(path.read_bytes())['data']
         for p in article['paragraphs']
-        for q in p['qas']
-    }
+        for q in p['qas']}
     found, contexts = set(), collections.defaultdict(set)
     for split in ('train', 'val'):
         for made in map(json.loads, (tmp_path / f'out/{split}.jsonl').read_bytes().splitlines()):
@@ -515,8 +493,7 @@ def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size)
     """decoder_ids begin with the start, targets end with the end; nothing is cut."""
     try:
         [made] = TASKS['seq2seq'].examples(
-            BYTE, {'source': source, 'target': target}, [], block_size
-        )
+            BYTE, {'source': source, 'target': target}, [], block_size)
     except ValueError as e:
         assert 'block_size' in str(e)
         assert max(len(source.encode()), len(target.encode())) >= block_size
@@ -542,17 +519,13 @@ def test_rows_to_be_answered_have_no_targets():
     rows = {
         'classify': ({'text': '床前明月光'}, {'label': 'b'}),
         'tag': ({'tokens': ['明', '月']}, {'tags': ['O', 'O']}),
-        'qa': (
-            {'question': '谁？', 'context': '床前明月光 ' * 9},
-            {'id': 'q', 'answers': [(2, '明月')]},
-        ),
-    }
+        'qa': ({'question': '谁？', 'context': '床前明月光 ' * 9},
+               {'id': 'q', 'answers': [(2, '明月')]})}
     for task, (asked, gold) in rows.items():
         plain = TASKS[task].examples(BYTE, asked, ['O', 'b'], 40)
         right = TASKS[task].examples(BYTE, asked | gold, ['O', 'b'], 40)
         assert not any('targets' in made for made in plain) and all(
-            'targets' in made for made in right
-        )
+            'targets' in made for made in right)
         assert [made['ids'] for made in plain] == [made['ids'] for made in right], task
 
 # -----------------------------------------------------------------------------
@@ -569,8 +542,7 @@ FIELD = st.text(
 @given(
     st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6),
     st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(['', '\ufeff']),
-    st.sampled_from(['', 'end', 'two']), st.booleans(),
-)
+    st.sampled_from(['', 'end', 'two']), st.booleans())
 def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark, last, as_json):
     """TSV with any line ends, a byte order mark, an empty last line; or JSON lines."""
     if any(text.lower() in prepare_data.HEADERS for text in pairs[0]):
@@ -583,10 +555,8 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
         pairs = [
             tuple(
                 text.removeprefix('\ufeff') if mark == '' and i == 0 and k == 0 else text
-                for k, text in enumerate(pair)
-            )
-            for i, pair in enumerate(pairs)
-        ]
+                for k, text in enumerate(pair))
+            for i, pair in enumerate(pairs)]
     write(folder / name, mark + end.join(lines) + end * ['', 'end', 'two'].index(last))
     assert [(row['source'], row['target']) for row in rows_of('seq2seq', folder / name)] == pairs
 
@@ -594,30 +564,25 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""
     write(tmp_path / 'a.tsv', 'good\tA text\n\nbad\ta\tb\n')
     assert rows_of('classify', tmp_path / 'a.tsv') == [
-        {'label': 'good', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'},
-    ]
+        {'label': 'good', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'}]
     same = dict(input=[str(tmp_path / 'a.tsv')], val=[str(tmp_path / 'a.tsv')], tokenizer='byte')
     prepare(Settings(**same, task='classify', block_size=8, out_dir=str(tmp_path / 'out')))
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(
         tmp_path / 'a.jsonl',
-        '{"label": 1, "text": "x"}\n{"label": " b\\n c", "text": "y", "text_b": "z"}',
-    )
+        '{"label": 1, "text": "x"}\n{"label": " b\\n c", "text": "y", "text_b": "z"}')
     assert rows_of('classify', tmp_path / 'a.jsonl') == [
-        {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'},
-    ]
+        {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'}]
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
     write(
         tmp_path / 'a.conll',
-        '-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\n10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC',
-    )
+        '-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\n10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC')
     assert rows_of('tag', tmp_path / 'a.conll') == [
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
-        {'tokens': ['Bonn'], 'tags': ['B-LOC']},
-    ]
+        {'tokens': ['Bonn'], 'tags': ['B-LOC']}]
 
 ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
 QUESTION = ('{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{' + ANSWER + '}]},\n'
@@ -631,40 +596,32 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'JSON over lines': ('lm', {'a.json': '{\n "text": "x"\n}' * 99}, [], 'as JSON lines'),
     'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
     'a header': (
-        'classify', {'a.tsv': 'label \t"Title"\n' + LABELS * 9}, [], 'line 1 looks like a header',
-    ),
+        'classify', {'a.tsv': 'label \t"Title"\n' + LABELS * 9}, [], 'line 1 looks like a header'),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
-        'first column',
-    ),
+        'first column'),
     'an unknown label': (
-        'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown",
-    ),
+        'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown"),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
     'not JSON': (
-        'classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'a.jsonl, line 2',
-    ),
+        'classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'a.jsonl, line 2'),
     'half a character': (
-        'classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1',
-    ),
+        'classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
     'an answer that stands elsewhere': (
-        'qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3',
-    ),
+        'qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),
     'a question without answers': (
-        'qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2',
-    ),
+        'qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2'),
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
     'a target too long': (
         'seq2seq', {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9}, ['--tokenizer', 'byte'],
-        'a.tsv, line ',
-    ),
+        'a.tsv, line '),
 }
 
 @pytest.mark.parametrize('name', MALFORMED)
@@ -718,14 +675,12 @@ def test_downloads_are_checked_and_explained(tmp_path, shared, served):
     """A mirror is a folder or a server; other bytes are refused by their sha256."""
     address, folder = served
     path = (
-        'karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt'
-    )
+        'karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt')
     data = (shared / 'data/tinyshakespeare.txt').read_bytes()
     write(folder / path, data)
     for mirror in (address, str(folder) + '/'):
         _, meta = prepare(Settings(
-            dataset='shakespeare', tokenizer='char', mirror=mirror, out_dir=str(tmp_path / 'out'),
-        ))
+            dataset='shakespeare', tokenizer='char', mirror=mirror, out_dir=str(tmp_path / 'out')))
         assert (meta['source'], meta['vocab_size']) == ('shakespeare', 65 + 105)
     write(folder / path, data[:-1])
     with pytest.raises(ValueError, match='sha256'):
@@ -751,12 +706,10 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
         "names = 'pydoc', 'pytopics', 'pytokens', 'numbers', 'recall';"
         "texts = [getattr(p, name)() for name in names];"
         "assert not {'tkinter', 'turtle', 'torch'} & (set(sys.modules) - n);"
-        "print(*(hashlib.sha256(repr(t).encode()).hexdigest() for t in texts))"
-    )
+        "print(*(hashlib.sha256(repr(t).encode()).hexdigest() for t in texts))")
     run = lambda seed: subprocess.run(
         [sys.executable, '-c', code, str(ROOT)], capture_output=True, text=True, check=True,
-        env={**os.environ, 'PYTHONHASHSEED': seed},
-    )
+        env={**os.environ, 'PYTHONHASHSEED': seed})
     assert run('1').stdout == run('2').stdout
     topics = [line.split('\t') for line in prepare_data.pytopics()[0].splitlines()]
     assert len({label for label, _ in topics}) == 12 and len(topics) > 2000
@@ -809,9 +762,7 @@ class Flags:
         ('--no-compile', {'compile': False}), ('--compile=False', {'compile': False}),
         ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}), ('', {}),
         (['--kind', '--no-c is a-b'], {'kind': '--no-c is a-b'}),
-        (['--kind=--a-b=c-d'], {'kind': '--a-b=c-d'}),
-    ],
-)
+        (['--kind=--a-b=c-d'], {'kind': '--a-b=c-d'})])
 def test_a_flag_may_be_written_in_several_ways(argv, found):
     """And only the flags that were given are returned."""
     words = argv.split() if isinstance(argv, str) else argv
@@ -823,9 +774,7 @@ def test_a_flag_may_be_written_in_several_ways(argv, found):
         ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
         ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'),
         ('--x nan', 'finite'), ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'),
-        ('stray', 'stray'), ('--compile=7', '7'),
-    ],
-)
+        ('stray', 'stray'), ('--compile=7', '7')])
 def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
     """One sentence: the flag, the value, the rule."""
     with pytest.raises(ValueError) as error:
@@ -837,8 +786,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
     values = {'n': 4, 'x': 0.25, 'compile': None, 'paths': ['a', 'b']}
     path = write(tmp_path / 'c.toml', prepare_data.write_config(values))
     assert read_flags(['--config', path, '--n', '5'], '', {'flags': Flags}) == {
-        'config': path, 'n': 5, 'x': 0.25, 'paths': ['a', 'b'],
-    }
+        'config': path, 'n': 5, 'x': 0.25, 'paths': ['a', 'b']}
     for bad in ('n = ', 'nn = 3', 'n = "x"'):
         write(tmp_path / 'c.toml', bad)
         with pytest.raises(ValueError, match=r'c\.toml'):
@@ -854,17 +802,14 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
         ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
         (
             {'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
-            'choose char, byte',
-        ),
+            'choose char, byte'),
         ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
         ({}, [], '--input'),
         ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
         ({}, ['--dataset', 'pidoc'], 'choose one of'),
         ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
         ({}, ['--imput', 'a.txt'], 'did you mean --input?'),
-        ({}, ['--show', 'x', '--out_dir', 'none'], 'none'),
-    ],
-)
+        ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
     """Exit status 2, no traceback, nothing written."""
     for path, text in files.items():
@@ -880,14 +825,12 @@ def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
     write(tmp_path / '诗.txt', line * 30)
     done = command(
         'prepare_data.py', '--input', '诗.txt', '--tokenizer=char', '--val-fraction', 0.2,
-        cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'},
-    )
+        cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
     assert done.stderr == '' and done.stdout.splitlines() == [
         'train: 312 tokens, 312 characters, 1 document',
         'val:   79 tokens, 78 characters, 1 document',
         f"data/诗: char tokenizer, vocabulary of {len(set(line)) + 105}. "
-        "Next: python train.py --dataset 诗",
-    ]
+        "Next: python train.py --dataset 诗"]
     shown = command('prepare_data.py', '--show', '明月', '--tokenizer', 'byte', cwd=tmp_path).stdout
     assert shown.startswith('6 tokens: ‹E6› 230')
 

@@ -308,7 +308,7 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
 
 @pytest.mark.parametrize('flags, named', [
     ('--lerning_rate=1', 'did you mean --learning_rate?'), ('out', 'out belongs to no flag'),
-    ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'), ('--n_labels=2', 'n_labels=2'),
+    ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'), ('--n_labels=2', '--n_labels 2: '),
     ('--vocab_size=10', 'more than vocab_size=10'),
     ('--block_size=100000', 'block_size + 1 = 100001'),
     ('--init_from=resume', 'there is no out/ckpt.pt'),
