@@ -1,6 +1,7 @@
 """What the test files share: where the project lies, seeds, commands, and tensors compared."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # behind & and nohup they are ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile(
     'plain', deadline=None, derandomize=True, database=None, max_examples=25,
     suppress_health_check=list(hypothesis.HealthCheck))

@@ -215,9 +215,8 @@ def test_the_examples_in_docstrings_hold():
 # Text to a folder
 
 @settings(max_examples=40)
-@given(
-    st.lists(
-        st.sampled_from(['a> b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60),
+@given(st.lists(
+    st.sampled_from(['a> b', 'x\n', '\n', '  ', "it's 12", '。世', '\n\n', '\t']), max_size=60),
     st.integers(1, 20))
 def test_pieces_are_cut_where_no_token_crosses(bpe, parts, size):
     """However a text is cut for reading, its ids are those of the whole; nothing is lost."""
@@ -258,8 +257,7 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
         if i != end:
             texts[-1].append(i)
     texts = [BYTE.decode(t) for t in texts]
-    assert texts == [
-        'one\n', 'two\n\nstill two<|endoftext|>\n', 'three\n<|endoftext|>\n', '',
+    assert texts == ['one\n', 'two\n\nstill two<|endoftext|>\n', 'three\n<|endoftext|>\n', '',
     ] or texts == ['one\n', 'two\n\nstill two<|endoftext|>', 'three\n<|endoftext|>\n', '']
 
 @settings(max_examples=20)
@@ -397,8 +395,7 @@ def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
         assert made['targets'] == 1 and made['meta'].items() >= row.items()
 
 @settings(max_examples=40)
-@given(
-    st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12),
+@given(st.lists(st.tuples(WORD, st.sampled_from(['O', 'B-地', 'I-地'])), min_size=1, max_size=12),
     st.integers(8, 40))
 @example([('😀' * 9, 'B-地'), ('a', 'I-地'), ('世界' * 9, 'O')], 8)
 def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_size):
@@ -435,8 +432,7 @@ def pointed_at(made):
     return meta['start'] + begin, meta['start'] + end
 
 @settings(max_examples=80)
-@given(
-    st.integers(0, 2), MIXED.filter(str.strip), st.integers(0, 59), st.integers(1, 12),
+@given(st.integers(0, 2), MIXED.filter(str.strip), st.integers(0, 59), st.integers(1, 12),
     st.integers(8, 40))
 @example(2, '床前明月光，疑是地上霜。' * 9, 2, 2, 24)  # inside of a token
 @example(2, 'It was the best of times, it was the worst. ' * 9, 3, 1, 16)
@@ -469,8 +465,7 @@ def test_windows_cover_every_answer_and_every_character(
 def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_path, shared):
     """1,190 questions, each answered in at least one window; no context is in both splits."""
     path = shared / 'data/xquad.en.json'
-    prepare(Settings(
-        input=[str(path)], task='qa', vocab_size=1000, block_size=128,
+    prepare(Settings(input=[str(path)], task='qa', vocab_size=1000, block_size=128,
         out_dir=str(tmp_path / 'out')))
     gold = {
         q['id']: (p['context'], q['answers'][0]['text'])
@@ -534,13 +529,11 @@ def test_rows_to_be_answered_have_no_targets():
 def rows_of(task, path):
     return [{k: v for k, v in row.items() if k != 'where'} for row in TASKS[task].read(str(path))]
 
-FIELD = st.text(
-    st.characters(codec='utf-8', exclude_characters='\t\n\r'), min_size=1, max_size=20
+FIELD = st.text(st.characters(codec='utf-8', exclude_characters='\t\n\r'), min_size=1, max_size=20
 ).filter(str.strip)
 
 @settings(max_examples=40)
-@given(
-    st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6),
+@given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6),
     st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(['', '\ufeff']),
     st.sampled_from(['', 'end', 'two']), st.booleans())
 def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark, last, as_json):
@@ -552,11 +545,8 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
         lines, name = [json.dumps({'source': a, 'target': b}) for a, b in pairs], 'a.jsonl'
     else:
         lines, name = [f'{a}\t{b}' for a, b in pairs], 'a.tsv'
-        pairs = [
-            tuple(
-                text.removeprefix('\ufeff') if mark == '' and i == 0 and k == 0 else text
-                for k, text in enumerate(pair))
-            for i, pair in enumerate(pairs)]
+        pairs = [tuple(text.removeprefix('\ufeff') if mark == '' and i == 0 and k == 0 else text
+                       for k, text in enumerate(pair)) for i, pair in enumerate(pairs)]
     write(folder / name, mark + end.join(lines) + end * ['', 'end', 'two'].index(last))
     assert [(row['source'], row['target']) for row in rows_of('seq2seq', folder / name)] == pairs
 
@@ -569,16 +559,14 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     prepare(Settings(**same, task='classify', block_size=8, out_dir=str(tmp_path / 'out')))
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
-    write(
-        tmp_path / 'a.jsonl',
-        '{"label": 1, "text": "x"}\n{"label": " b\\n c", "text": "y", "text_b": "z"}')
+    write(tmp_path / 'a.jsonl',
+          '{"label": 1, "text": "x"}\n{"label": " b\\n c", "text": "y", "text_b": "z"}')
     assert rows_of('classify', tmp_path / 'a.jsonl') == [
         {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'}]
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
-    write(
-        tmp_path / 'a.conll',
+    write(tmp_path / 'a.conll',
         '-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\n10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC')
     assert rows_of('tag', tmp_path / 'a.conll') == [
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
@@ -700,8 +688,7 @@ def test_downloaded_reviews_and_captions_have_their_labels_and_languages():
 
 def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp_path):
     """Made twice in processes of their own; nothing of Python's library is imported."""
-    code = (
-        "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import prepare_data as p;"
+    code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1]); import prepare_data as p;"
         "n = set(sys.modules);"
         "names = 'pydoc', 'pytopics', 'pytokens', 'numbers', 'recall';"
         "texts = [getattr(p, name)() for name in names];"
@@ -754,27 +741,23 @@ class Flags:
     paths: list = flag([], 'files')
     config: str = flag('', 'a file')
 
-@pytest.mark.parametrize(
-    'argv, found',
-    [
-        ('--max_iters 7', {'max_iters': 7}), ('--max_iters=7', {'max_iters': 7}),
-        ('--max-iters 7', {'max_iters': 7}), ('--compile', {'compile': True}),
-        ('--no-compile', {'compile': False}), ('--compile=False', {'compile': False}),
-        ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}), ('', {}),
-        (['--kind', '--no-c is a-b'], {'kind': '--no-c is a-b'}),
-        (['--kind=--a-b=c-d'], {'kind': '--a-b=c-d'})])
+@pytest.mark.parametrize('argv, found', [
+    ('--max_iters 7', {'max_iters': 7}), ('--max_iters=7', {'max_iters': 7}),
+    ('--max-iters 7', {'max_iters': 7}), ('--compile', {'compile': True}),
+    ('--no-compile', {'compile': False}), ('--compile=False', {'compile': False}),
+    ('--paths a b --n 2', {'paths': ['a', 'b'], 'n': 2}), ('', {}),
+    (['--kind', '--no-c is a-b'], {'kind': '--no-c is a-b'}),
+    (['--kind=--a-b=c-d'], {'kind': '--a-b=c-d'})])
 def test_a_flag_may_be_written_in_several_ways(argv, found):
     """And only the flags that were given are returned."""
     words = argv.split() if isinstance(argv, str) else argv
     assert read_flags(words, '', {'flags': Flags}) == found
 
-@pytest.mark.parametrize(
-    'argv, says',
-    [
-        ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
-        ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'),
-        ('--x nan', 'finite'), ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'),
-        ('stray', 'stray'), ('--compile=7', '7')])
+@pytest.mark.parametrize('argv, says', [
+    ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
+    ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'),
+    ('--x nan', 'finite'), ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'),
+    ('stray', 'stray'), ('--compile=7', '7')])
 def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
     """One sentence: the flag, the value, the rule."""
     with pytest.raises(ValueError) as error:
@@ -792,24 +775,21 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
         with pytest.raises(ValueError, match=r'c\.toml'):
             read_flags(['--config', path], '', {'flags': Flags})
 
-@pytest.mark.parametrize(
-    'files, flags, says',
-    [
-        ({}, ['--input', 'none.txt'], 'none.txt'),
-        ({'a.txt': ''}, ['--input', 'a.txt'], 'a.txt'),
-        ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files'),
-        ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
-        ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
-        (
-            {'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
-            'choose char, byte'),
-        ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
-        ({}, [], '--input'),
-        ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
-        ({}, ['--dataset', 'pidoc'], 'choose one of'),
-        ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
-        ({}, ['--imput', 'a.txt'], 'did you mean --input?'),
-        ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])
+@pytest.mark.parametrize('files, flags, says', [
+    ({}, ['--input', 'none.txt'], 'none.txt'),
+    ({'a.txt': ''}, ['--input', 'a.txt'], 'a.txt'),
+    ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files'),
+    ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
+    ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
+    ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
+        'choose char, byte'),
+    ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
+    ({}, [], '--input'),
+    ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
+    ({}, ['--dataset', 'pidoc'], 'choose one of'),
+    ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
+    ({}, ['--imput', 'a.txt'], 'did you mean --input?'),
+    ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
     """Exit status 2, no traceback, nothing written."""
     for path, text in files.items():

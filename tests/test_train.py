@@ -582,6 +582,7 @@ def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale(d, tmp_path,
     t.run()
     assert all(torch.equal(p, before[name]) for name, p in t.model.state_dict().items())
     assert t.runtime.scaler.get_scale() == 512 and t.at.step == 1
+    assert not any(kept.any() for o in t.optimizers for state in o.state_dict() for kept in state)
     handle.remove()
     t.s = replace(t.s, max_iters=2)
     t.run()
@@ -764,12 +765,16 @@ def test_best_pt_is_the_evaluation_with_the_best_score(d, tmp_path, capsys):
 def test_best_pt_of_a_task_has_its_best_score_and_of_equals_the_lowest_loss(
         folders, tmp_path, capsys):
     """Accuracy decides, then the loss. The steps are small, so that many evaluations tie."""
-    fit(tmp_path, folders / 'classify', **{**WIDE, 'preset': 'gpt2', 'learning_rate': 1e-5,
-                                           'warmup_iters': 0, 'max_iters': 5, 'eval_interval': 1})
-    losses = [float(row['val_loss']) for row in log_of(tmp_path)]
-    at = read(tmp_path, 'best.pt')['progress']
-    assert 0 < at['best'][0] <= 1 and -at['best'][1] == pytest.approx(min(losses))
-    assert f"best validation accuracy {at['best'][0]:.4f}" in capsys.readouterr().out
+    turned = re.sub('bad|好', lambda m: '好' if m[0] == 'bad' else 'bad', ROWS['classify'])
+    turned = prepared(tmp_path / 'turned', ROWS['classify'], turned, task='classify',
+                      tokenizer='byte', block_size=40)
+    for folder, best in ((folders / 'classify', -1), (turned, 0)):  # learning right, or wrong
+        fit(tmp_path, folder, **{**WIDE, 'preset': 'gpt2', 'learning_rate': 1e-5,
+                                 'warmup_iters': 0, 'max_iters': 5, 'eval_interval': 1})
+        losses = [float(row['val_loss']) for row in log_of(tmp_path)]
+        at = read(tmp_path, 'best.pt')['progress']
+        assert -at['best'][1] == pytest.approx(losses[best]) == pytest.approx(min(losses))
+        assert f"best validation accuracy {at['best'][0]:.4f}" in capsys.readouterr().out
     fit(tmp_path / 'b', folders / 'seq2seq', **{**WIDE, 'preset': 't5', 'best_by': 'rougeL',
                                                 'max_iters': 0})
     assert 'best validation rougeL' in capsys.readouterr().out
