@@ -46,6 +46,7 @@ import operator
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import string
@@ -166,18 +167,25 @@ def run(main):
     """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, end
+    for name in ('SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, and nohup ignores it
+        number = getattr(signal, name, signal.SIGTERM)
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # clean up, end
     try:
         main(sys.argv[1:])
         print(end='', flush=True)  # sys.stdout.flush(), where it is not closed
     except BrokenPipeError:  # as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+    except (ValueError, OSError, MemoryError, RuntimeError, IndexError) as e:
         progress('')
         message = ' '.join(str(e).split())
-        if isinstance(e, OSError) and e.strerror and e.filename:
-            message = f"{e.filename}: {e.strerror}: choose another file or folder"
-        if isinstance(e, (MemoryError, RuntimeError)):
+        if isinstance(e, OSError) and e.strerror:
+            message = (f"{e.filename}: {e.strerror}: choose another file or folder" if e.filename
+                       else f"{e.strerror}: make room, or choose another folder")
+        if 'out of range in self' in message:  # how an embedding says so
+            message = ("the tokenizer has a token for which the model has no row: add one to the "
+                       "model (resize_token_embeddings)")
+        elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
             if message and 'to allocate' not in message.lower():
                 raise
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
@@ -567,8 +575,9 @@ def open_huggingface(folder):
         raise ValueError(f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
-    engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
-    vocab = engine.get_vocab()
+    engine, named, config = theirs.backend_tokenizer, theirs.special_tokens_map, read('config.json')
+    vocab = {text: i for text, i in engine.get_vocab().items()  # a model may lack rows for some
+             if i < config.get('vocab_size', math.inf)}
     special = {f'<extra_{i}>': vocab[f'<extra_id_{i}>'] for i in range(100)
                if f'<extra_id_{i}>' in vocab}
     for name, keys in ROLES.items():
@@ -578,7 +587,7 @@ def open_huggingface(folder):
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: a Llama's tokenizer puts <s> there; T5's files name a token.
-    start, config = special.pop('<|start|>', None), read('config.json')
+    start = special.pop('<|start|>', None)
     if engine.encode('').ids[:1] != [start]:
         start = None
     for settings in (config, read('generation_config.json')):
@@ -596,10 +605,13 @@ def open_huggingface(folder):
         if start not in range(config.get('vocab_size', 2 ** 31)):
             raise ValueError(f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
-    for i, token in engine.get_added_tokens_decoder().items():
-        if token.special:
-            special[f'{token.content} {i}'] = i
-    return HFTokenizer(engine.to_str(), special, ends)
+    if theirs.unk_token in vocab:
+        special['unknown'] = vocab[theirs.unk_token]
+    # Added tokens without a role, such as [E1] or <|user|>, are words: they are read and written.
+    saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
+    for token in saved['added_tokens']:
+        token['special'] = token['id'] not in words
+    return HFTokenizer(json.dumps(saved), special, ends)
 
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
@@ -679,7 +691,7 @@ def is_json_lines(path):
 
 def read_rows(path, names, optional=()):
     """(number, texts) of every row: JSON lines with the keys `names`, or columns between tabs."""
-    as_json = is_json_lines(path)
+    as_json, unread = is_json_lines(path), set()
     for n, line in read_lines(path):
         if not as_json:
             yield n, line.split('\t')
@@ -691,10 +703,13 @@ def read_rows(path, names, optional=()):
                 texts = [row[name] for name in names]
                 texts += [row[name] for name in optional if name in row]
                 ''.join(texts).encode()  # each a text, and no half of a surrogate pair
+                unread |= row.keys() - {*names, *optional}
             except Exception:
                 raise ValueError(f"{path}, line {n}: a row must be JSON with a text for each of "
                                  f"{', '.join(names)}") from None
             yield n, texts
+    if unread and len(names) > 1:  # plain text may have any others
+        print(f"{path}: not read: {', '.join(sorted(unread))}", file=sys.stderr)
 
 def read_pieces(path):
     """
@@ -804,9 +819,10 @@ def write_ids(path, dtype, tokenizer, pieces):
 # arguments of model.forward(), and with `meta`, which holds what only scoring needs.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
-HEADERS = '''answer answers category class content description en de gold_label input label labels
-    output premise hypothesis question review sentence sentence1 sentence2 sentiment source src
-    summary target text text_b texts tgt title'''.split()  # names of columns, not rows
+# names of columns, not rows
+HEADERS = '''answer answers category chinese class content de description en english fr french
+    german gold_label hypothesis input label labels output premise question review sentence
+    sentence1 sentence2 sentiment source src summary target text text_b texts tgt title'''.split()
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""
@@ -823,6 +839,8 @@ def read_columns(path, names, optional=()):
         if filled != texts or not len(names) <= len(texts) <= len(names) + len(optional):
             raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
                              "empty")
+        if any(re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text) for text in texts):
+            raise ValueError(f"{where}: {texts[-1][:40]} is quoted, as in CSV: write it unquoted")
         row = dict(zip((*names, *optional), texts))
         if 'label' in row:
             row['label'] = ' '.join(row['label'].split())
@@ -836,6 +854,8 @@ def read_tagged(path):
     row, columns = None, 0
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if not line.strip(' \t') or line.startswith('-DOCSTART-'):
+            if row and columns > 2 and row['tokens'] == [*map(str, range(1, 1 + len(row['tags'])))]:
+                raise ValueError(f"{row['where']}: the first column counts: leave it out")
             if row:
                 yield row
             row = None
@@ -1340,6 +1360,8 @@ def prepare_text(settings, task, folder, files, val_files):
             size += len(text)
             characters.update(text)
             progress(f"reading: {size / 1e6:,.1f} M characters")
+    if not size:
+        raise ValueError(f"{files[0]} is empty: add text")
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
     sample = part(pieces(files), 0, min(cut, BPE_SAMPLE))
@@ -1371,6 +1393,9 @@ def prepare_task(settings, task, folder, files, val_files):
         raise ValueError(f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
                          f"{some_of(labels)}: there must be two or more, each in several rows"
                          f"{' and in the first column' * (task == 'classify')}")
+    if task == 'classify' and found.count(found[0]) == 1 and len(found) > 2 * len(labels):
+        raise ValueError(f"{rows[0]['where']}: the label {found[0]!r} is nowhere else: leave the "
+                         "line out (is it a header?), or add rows")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
@@ -1434,8 +1459,9 @@ def main(argv):
         print(f"{split + ':':6} {', '.join(parts)}")
     if meta['labels']:
         print(f"labels: {some_of(meta['labels'])}")
+    name = out_dir.removeprefix('data' + os.sep)
     print(f"{out_dir}: {meta['tokenizer']} tokenizer, vocabulary of {meta['vocab_size']:,}. "
-          f"Next: python train.py --dataset {out_dir.removeprefix('data' + os.sep)}")
+          f"Next: python train.py --dataset {shlex.quote(name) if ' ' in name else name}")
 
 if __name__ == '__main__':
     run(main)

@@ -660,6 +660,8 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size):
     if not rows:
         raise ValueError(f"--score {path}: no rows in it")
     check_labels(task, rows, labels)
+    if task == 'qa':  # models of others do not say whether they know questions without an answer
+        labels = labels or [label for row in rows for label in TASKS[task].labels_of(row)]
     # Only scores, no loss; and the answers may not guide how a context is cut into tokens.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)

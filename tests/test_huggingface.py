@@ -491,6 +491,25 @@ def test_ids_offsets_and_text_are_those_of_transformers(name, folders, capsys):
             prepare_data.TASKS['qa'].examples(ours, {
                 'question': 'cat', 'context': 'the \u200b', 'answers': [(4, '\u200b')]}, [], 32)
 
+def test_added_tokens_are_words_unless_they_have_a_role_or_no_row(folders, place):
+    """Roles of a chat and markers of entities are read as in transformers, and may be written."""
+    folder = shutil.copytree(folders['gpt2 tokenizer.json'], place() / 'copy')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({'additional_special_tokens': ['<|user|>']})
+    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.save_pretrained(folder)
+    user, pad = theirs.convert_tokens_to_ids(['<|user|>', '[PAD]'])
+    for rows, pad_id in ((max(user, pad) + 1, pad), (pad, theirs.eos_token_id)):
+        about = json.loads((folder / 'config.json').read_text()) | {'vocab_size': rows}
+        put(folder, 'config.json', about)
+        ours = prepare_data.load_tokenizer(folder)
+        assert ours.pad_id == pad_id and user not in ours.special.values()
+        text = 'the<|user|> cat'
+        assert ours.encode(text).tolist() == theirs(text)['input_ids']
+        assert user in ours.encode(text) and pad not in ours.encode('[PAD]')
+        again = prepare_data.Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
+        assert again.encode(text).tolist() == ours.encode(text).tolist()
+
 def special_ids(theirs, size):
     """Ids that are no text: special tokens, and rows without a token."""
     added = [i for i, token in theirs.added_tokens_decoder.items() if token.special]

@@ -560,9 +560,10 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(tmp_path / 'a.jsonl',
-          '{"label": 1, "text": "x"}\n{"label": " b\\n c", "text": "y", "text_b": "z"}')
+          '{"label": 1, "text": "x", "at": 2}\n{"label": " b\\n c", "text": "y", "text_b": "z"}')
     assert rows_of('classify', tmp_path / 'a.jsonl') == [
         {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'}]
+    assert capsys.readouterr().err == f"{tmp_path / 'a.jsonl'}: not read: at\n"
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
@@ -585,6 +586,10 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
     'a header': (
         'classify', {'a.tsv': 'label \t"Title"\n' + LABELS * 9}, [], 'line 1 looks like a header'),
+    'an unlisted header': ('classify', {'a.tsv': 'polarity\ttweet\n' + LABELS * 9}, [],
+                           "line 1: the label 'polarity' is nowhere else"),
+    'quoted as in CSV': ('classify', {'a.tsv': LABELS + '好\t"a ""b"" c"\n'}, [], 'line 3: "a ""b'),
+    'counted tokens': ('tag', {'a.conll': '1 EU B-组织\n2 说 O\n'}, [], 'first column counts'),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
         'first column'),
@@ -777,7 +782,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
 
 @pytest.mark.parametrize('files, flags, says', [
     ({}, ['--input', 'none.txt'], 'none.txt'),
-    ({'a.txt': ''}, ['--input', 'a.txt'], 'a.txt'),
+    ({'a.txt': ''}, ['--input', 'a.txt', '--tokenizer', 'char'], 'a.txt is empty'),
     ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files'),
     ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
     ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
@@ -838,6 +843,8 @@ def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['x'])
     with pytest.raises(SystemExit, match='130'):
         prepare_data.run(lambda argv: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match='129'):  # an exit, which cleans up
+        prepare_data.run(lambda argv: signal.raise_signal(signal.SIGHUP))
 
 def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, capsys):
     """torch says so by a RuntimeError; any other one is a bug, and keeps its traceback."""
@@ -845,5 +852,8 @@ def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, capsys):
     with pytest.raises(SystemExit, match='2'):
         prepare_data.run(lambda argv: torch.empty(2 ** 60))
     assert capsys.readouterr().err.startswith('x: error: not enough memory: lower --batch_size')
+    with pytest.raises(SystemExit, match='2'):
+        prepare_data.run(lambda argv: torch.embedding(torch.ones(2, 3), torch.tensor(2)))
+    assert 'has a token for which the model has no row' in capsys.readouterr().err
     with pytest.raises(RuntimeError, match='shapes'):
         prepare_data.run(lambda argv: torch.ones(2, 3) @ torch.ones(2, 3))

@@ -1146,6 +1146,14 @@ def test_the_right_answers_do_not_cut_the_tokens_of_a_score(tmp_path):
     sample.score_rows(model, BPE, str(tmp_path / 'a'), 'qa', [], Settings(), 40)
     [right] = encode_rows(BPE, 'qa', [{'question': '?', 'context': context}], [], 40)
     assert read[0]['ids'].tolist() == [right['ids']]
+    # Another's model, which says nothing of labels: where [CLS] is likeliest there is no answer.
+    model.register_forward_hook(
+        lambda m, args, out: (out[0].index_fill(2, torch.tensor([0]), 99.0), out[1]))
+    (tmp_path / 'b').write_text((tmp_path / 'a').read_text().replace(
+        '[{"text": "ime", "answer_start": 8}]', '[]'))
+    for name, right in (('a', 0.0), ('b', 1.0)):
+        scores = sample.score_rows(model, BPE, str(tmp_path / name), 'qa', [], Settings(), 40)
+        assert scores == {'exact_match': right, 'f1': right}
 
 # -----------------------------------------------------------------------------
 # The command: attention
