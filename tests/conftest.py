@@ -23,10 +23,8 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile('plain')
 
-
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: needs a GPU; deselected where there is none')
-
 
 def pytest_collection_modifyitems(config, items):
     """Without a GPU its tests are deselected, not skipped: a skip would hide what is missing."""
@@ -35,11 +33,9 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
 
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
 
 @pytest.fixture(scope='session')
 def shared():
@@ -52,7 +48,6 @@ def shared():
 # -----------------------------------------------------------------------------
 # Commands and errors
 
-
 def command(script, *flags, cwd, status=0, **kwargs):
     """Run `python script flags...` in cwd as a user would; returns the finished process."""
     result = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=cwd,
@@ -61,13 +56,11 @@ def command(script, *flags, cwd, status=0, **kwargs):
         f'{script} {flags} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}')
     return result
 
-
 def refused(script, *flags, cwd, **kwargs):
     """Run a command that has to end with status 2 and one line on stderr; returns that line."""
     lines = command(script, *flags, cwd=cwd, status=2, **kwargs).stderr.strip().splitlines()
     assert len(lines) == 1, '\n'.join(lines)
     return lines[0]
-
 
 def one_line(error):
     """The message of an exception caught by pytest.raises, which must be one line."""
@@ -78,7 +71,6 @@ def one_line(error):
 # -----------------------------------------------------------------------------
 # Models and tensors
 
-
 def tiny(preset, **changes):
     """A row of PRESETS at a size that takes milliseconds, without dropout."""
     from model import PRESETS
@@ -88,7 +80,6 @@ def tiny(preset, **changes):
                  mlp_dim=min(c.mlp_dim, 40))
     return replace(c, **{**sizes, **changes})
 
-
 def awake(model):
     """Give all weights random values, so that none is 0 or 1. Returns the model without dropout."""
     torch.manual_seed(1)
@@ -97,14 +88,12 @@ def awake(model):
             p.normal_(1.0 if 'norm' in name and name.endswith('weight') else 0.0, 0.25)
     return model.eval()
 
-
 def close(a, b, tolerance=1e-5):
     """Equal up to rounding, relative to the largest value where that is above 1."""
     difference = (a - b).abs().max().item() if a.numel() else 0.0
     allowed = tolerance * max(1.0, b.abs().max().item() if b.numel() else 0.0)
     assert a.shape == b.shape, f'{tuple(a.shape)} and {tuple(b.shape)}'
     assert difference <= allowed, f'differ by {difference:.2e}, allowed {allowed:.0e}'
-
 
 def same(a, b):
     """Equal bit for bit."""

@@ -116,13 +116,11 @@ def orthogonal(x):'''),
     ]),
 }
 
-
 def command(folder, *words):
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f'{" ".join(words)}: {done.stderr[-300:]}')
     return done.stdout
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -151,7 +149,6 @@ def main():
                 sys.exit(f'{name} learns nothing')
             for file, _, _ in changes:
                 shutil.copy(ROOT / file, folder)
-
 
 if __name__ == '__main__':
     main()

@@ -171,14 +171,12 @@ BUGS = [
      'length ** length_penalty', 'length ** -length_penalty', 'test_sample.py'),
 ]
 
-
 def put_in(folder, file, old, new):
     """Change a file of a copy. Raises ValueError unless the old text occurs exactly once."""
     text = (folder / file).read_text(encoding='utf-8')
     if text.count(old) != 1:
         raise ValueError(f'this text occurs {text.count(old)} times in {file}: {old}')
     (folder / file).write_text(text.replace(old, new), encoding='utf-8')
-
 
 def run(bug):
     """(bug, the seconds that the tests took to turn red; None where they did not)."""
@@ -197,7 +195,6 @@ def run(bug):
             **os.environ, 'PLAINFORMER_SHARED': shared, 'OMP_NUM_THREADS': '1'})
     return bug, time.perf_counter() - started if done.returncode == 1 else None
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,7 +212,6 @@ def main():
             survivors += [bug[0]] if seconds is None else []
     if survivors:
         sys.exit(f'{len(survivors)} bugs survive')
-
 
 if __name__ == '__main__':
     main()

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.gpu
 LEARNED = [(preset, dataset, objective) for preset in SMALL_PRESETS for dataset, objective in ALL
            if PRESETS[preset].arch in OBJECTIVES[objective].archs]
 
-
 @pytest.mark.parametrize('how', [{'temperature': 0}, {'top_k': 5}, {'top_p': 0.8}])
 @pytest.mark.parametrize('preset', [*DECODER_ONLY, 'llama windows', 'transformer', 't5'])
 def test_a_graph_writes_what_a_cpu_writes(preset, how):
@@ -31,7 +30,6 @@ def test_a_graph_writes_what_a_cpu_writes(preset, how):
                                                    cache=cache, **how)]).tolist())
     assert texts[0] == texts[1]
 
-
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('preset, dataset, objective', LEARNED)
 def test_every_objective_trains_in_half_precision(folders, tmp_path, preset, dataset, objective,  # noqa: F811
@@ -41,7 +39,6 @@ def test_every_objective_trains_in_half_precision(folders, tmp_path, preset, dat
                                         'optimizer': 'muon', 'eval_iters': 1})
     assert all(math.isfinite(float(row['val_loss'])) for row in log_of(tmp_path))
 
-
 @pytest.mark.parametrize('preset, dataset', [('gpt2', 'd'), ('nano', 'd'), ('bert', 'text')])
 def test_what_is_compiled_learns_the_same(folders, tmp_path, preset, dataset):  # noqa: F811
     flags = {**WIDE, 'preset': preset, 'max_iters': 20, 'device': 'cuda', 'dtype': 'float32'}
@@ -50,7 +47,6 @@ def test_what_is_compiled_learns_the_same(folders, tmp_path, preset, dataset):  
         fit(tmp_path / str(compile), folders / dataset, **flags, compile=compile)
         losses.append(float(log_of(tmp_path / str(compile))[-1]['val_loss']))
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
-
 
 def test_a_resumed_run_is_the_unbroken_one(folders, tmp_path):  # noqa: F811
     flags = {**WIDE, 'device': 'cuda', 'dtype': 'bfloat16', 'dropout': 0.1, 'optimizer': 'muon'}

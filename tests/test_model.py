@@ -29,7 +29,6 @@ from model import (
 
 C, L, T, V = 32, 3, 16, 50  # of the tiny models: channels, labels, block_size, vocabulary
 
-
 # The rows of PRESETS (tiny, most published sizes equal their row), other options, and heads.
 MODELS = {preset: tiny(preset) for preset in PRESETS
           if '-' not in preset or tiny(preset) != tiny(preset.split('-')[0])} | {
@@ -53,11 +52,9 @@ WRITERS = [name for name, c in MODELS.items() if c.arch != 'bert' and not c.task
 every_writer = pytest.mark.parametrize('name', WRITERS)
 few = settings(max_examples=3)
 
-
 def some(*shape):
     """Random ids of tokens."""
     return torch.randint(V, shape)
-
 
 def make_batch(config, B=3, length=9, lengths=None):
     """Random arguments of forward, with ragged targets. lengths: real tokens of each row."""
@@ -79,23 +76,19 @@ def make_batch(config, B=3, length=9, lengths=None):
     next_targets = config.arch == 'bert' and not config.task
     return batch | ({'next_targets': torch.randint(2, (B,))} if next_targets else {})
 
-
 def inputs(batch):
     """The batch without what is to be predicted."""
     return {key: t for key, t in batch.items() if 'targets' not in key}
-
 
 def ignore_all(batch, rows=slice(None)):
     """The batch without any target in these rows."""
     ignored = lambda t: t.clone().index_fill_(0, torch.arange(len(t))[rows], IGNORE_INDEX)
     return {key: ignored(t) if 'targets' in key else t for key, t in batch.items()}
 
-
 def counts(batch):
     """num_targets (and BERT's num_next_targets) of a batch."""
     return {f'num_{key}': max(1, int((t != IGNORE_INDEX).sum()))
             for key, t in batch.items() if 'targets' in key}
-
 
 def writing(model, batch):
     """How a model writes after its source: a function ids -> logits (B, T, V), and a cache."""
@@ -103,13 +96,11 @@ def writing(model, batch):
     cache = model.encode(*source) if source else KVCache(model.config.block_size)
     return lambda ids: model(*source, ids)[0], cache
 
-
 def gradients(model):
     return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 # -----------------------------------------------------------------------------
 # Config and PRESETS
-
 
 def test_rows_of_presets_are_what_history_chose():
     """The choices that no formula below can check, and the published numbers of parameters."""
@@ -132,13 +123,11 @@ def test_rows_of_presets_are_what_history_chose():
                 model = build(c)
             assert (sum(p.numel() for p in model.parameters()), c.block_size) == sizes[row], row
 
-
 def refusal(**values):
     """The one line with which Config refuses these values."""
     with pytest.raises(ValueError) as error:
         Config(**values)
     return one_line(error)
-
 
 @pytest.mark.parametrize('field', [f for f in dataclasses.fields(Config)
                                    if type(f.default) in (int, float)], ids=lambda f: f.name)
@@ -154,7 +143,6 @@ def test_a_value_beyond_the_bounds_of_its_field_is_refused(field, beyond):
     more = dict(arch='lstm') if name == 'n_embd' else {}
     assert getattr(Config(**{name: kind(low)}, **more), name) == low  # is fine
 
-
 @pytest.mark.parametrize('field', dataclasses.fields(Config), ids=lambda f: f.name)
 def test_a_value_of_another_type_or_an_unknown_choice_is_refused(field):
     """True is no number and 1 is not True; whole numbers serve as fractions; choices are listed."""
@@ -169,7 +157,6 @@ def test_a_value_of_another_type_or_an_unknown_choice_is_refused(field):
     for value in choices:
         assert getattr(replace(Config(n_labels=3), **{name: value}), name) == value
     assert field.metadata['help'] and type(Config(dropout=0).dropout) is float
-
 
 @pytest.mark.parametrize('values, words', [
     (dict(n_head=5), 'n_embd=128 n_head=5'), (dict(n_kv_head=3), 'n_head=4 n_kv_head=3'),
@@ -196,14 +183,12 @@ def test_fields_that_do_not_fit_together_are_refused(values, words):
 # -----------------------------------------------------------------------------
 # Positions
 
-
 @given(st.integers(1, 40), st.integers(1, 8))
 def test_sinusoids_follow_the_formula_of_the_paper(length, pairs):
     """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same), one by one."""
     by_hand = [[f(pos / 10000 ** (2 * i / (2 * pairs))) for i in range(pairs)
                 for f in (math.sin, math.cos)] for pos in range(length)]
     close(sinusoids(length, 2 * pairs), torch.tensor(by_hand))
-
 
 @given(st.integers(1, 6), st.integers(0, 30), st.integers(0, 30), st.integers(0, 30),
        st.sampled_from([100.0, 10000.0, 5e5]))
@@ -220,7 +205,6 @@ def test_rotary_products_depend_on_the_distance_only(pairs, i, j, shift, theta):
     by_hand = [math.cos(5), 2 * math.cos(0.05), math.sin(5), 2 * math.sin(0.05)]
     close(rotate(x, angles.cos(), angles.sin()), torch.tensor(by_hand), 1e-6)
 
-
 @given(st.sampled_from([100.0, 10000.0, 5e5]), st.integers(1, 64), st.integers(1, 4),
        st.integers(1, 8), st.integers(16, 10 ** 5))
 def test_llama3_scaling_follows_its_formula(theta, factor, low, gap, length):
@@ -234,7 +218,6 @@ def test_llama3_scaling_follows_its_formula(theta, factor, low, gap, length):
     stack = build(tiny('palm', head_dim=12, rope_theta=theta, rope_scaling=scaling)).decoder
     close(stack.rotary[:, 8], torch.stack([by_hand.cos(), by_hand.sin()]))
 
-
 def bucket(distance, both_sides, buckets=32, max_distance=128):
     """The rule of T5 for one distance, key - query, in plain numbers."""
     right = buckets // 2 if both_sides and distance > 0 else 0
@@ -244,7 +227,6 @@ def bucket(distance, both_sides, buckets=32, max_distance=128):
     ratio = math.log(max(n, near) / near) / math.log(max_distance / near)
     far = min(share - 1, near + int(ratio * (share - near) + 1e-6))
     return right + (n if n < near else far)
-
 
 @pytest.mark.parametrize('both_sides, known', [
     (True, {0: 0, -1: 1, -7: 7, -8: 8, -11: 8, -12: 9, -15: 9, -16: 10, -90: 14, -91: 15, -500: 15,
@@ -260,7 +242,6 @@ def test_distances_fall_into_the_buckets_of_t5(both_sides, known):
         ours = distance_buckets(distance, both_sides, *sizes)[0].tolist()
         assert ours == [bucket(d, both_sides, *sizes) for d in range(-300, 301)], sizes
 
-
 @pytest.mark.parametrize('positions', Config.__dataclass_fields__['positions'].metadata['choices'])
 def test_every_kind_of_positions_tells_the_order_and_none_does_not(positions):
     """Shuffled tokens give shuffled outputs in an encoder only where it has no positions."""
@@ -271,7 +252,6 @@ def test_every_kind_of_positions_tells_the_order_and_none_does_not(positions):
 
 # -----------------------------------------------------------------------------
 # Attention
-
 
 @given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 4), st.booleans(), st.booleans())
 def test_a_mask_says_exactly_which_keys_a_query_may_see(past, new, window, causal, padded):
@@ -286,7 +266,6 @@ def test_a_mask_says_exactly_which_keys_a_query_may_see(past, new, window, causa
             allowed = [bool(real[b, j]) and not (causal and j > i) and not 0 < window <= abs(i - j)
                        for j in range(S)]
             assert row == (allowed if any(allowed) else [True] * S), (b, i)
-
 
 @settings(max_examples=60)
 @given(*[st.integers(1, 3)] * 3, *[st.integers(1, 9)] * 3,
@@ -311,7 +290,6 @@ def test_the_formula_equals_the_fused_kernel(B, G, groups, D, length, S, kind, s
             y = attention(*half, Dropout(0.0), mask, causal, scale)
         assert y.dtype == torch.bfloat16 and (y.double() - truth).abs().max() < 0.08
 
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('S, gradients', [(9, True), (9, False), (516, True)])
 def test_dropped_attention_weights_are_those_of_the_formula(dtype, S, gradients):
@@ -329,7 +307,6 @@ def test_dropped_attention_weights_are_those_of_the_formula(dtype, S, gradients)
     assert abs(zeroed.mean() - 0.25) < 4.5 * math.sqrt(0.25 * 0.75 / len(zeroed)), zeroed.mean()
     assert not torch.equal(y[:, :3] == 0, y[:, 3:] == 0), 'two heads lose the same weights'
 
-
 @pytest.mark.parametrize('name', ['gpt2', 'palm', 'llama windows', 't5', 'encdec rotary', 'bert'])
 def test_recorded_weights_are_those_that_attention_used(name):
     """The values of each head, mixed by the recorded weights and projected, are the output."""
@@ -346,7 +323,6 @@ def test_recorded_weights_are_those_that_attention_used(name):
         mixed = weights @ v.repeat_interleave(weights.size(1) // v.size(1), dim=1)
         close(layer.proj(mixed.transpose(1, 2).flatten(2)), outputs[layer])
 
-
 @pytest.mark.parametrize('name', ['gpt2', 'llama', 'encdec rotary'])
 @pytest.mark.parametrize('G', [1, 2])
 def test_grouped_heads_equal_repeated_heads(name, G):
@@ -359,7 +335,6 @@ def test_grouped_heads_equal_repeated_heads(name, G):
     batch = inputs(make_batch(grouped.config))
     close(grouped(**batch)[0], repeated(**batch)[0])
 
-
 @pytest.mark.parametrize('cross', [False, True])
 def test_qk_norm_bounds_the_scores(cross):
     """|q k| / sqrt(D) stays below sqrt(D) for inputs of any size; without qk_norm it does not."""
@@ -371,7 +346,6 @@ def test_qk_norm_bounds_the_scores(cross):
         weights = layer.recorded[0]
         spread[qk_norm] = (weights.amax(dim=-1) / weights.amin(dim=-1)).log().max().item()
     assert 0.1 < spread[True] <= 2 * 8 ** 0.5 < spread[False], spread
-
 
 @given(st.sampled_from([1e-3, 1.0, 100.0]), st.sampled_from([1e-5, 1e-1]), st.booleans())
 def test_norms_are_the_formulas_of_the_papers(size, eps, bias):
@@ -387,7 +361,6 @@ def test_norms_are_the_formulas_of_the_papers(size, eps, bias):
     close(bare(x), y, 1e-9)
     assert (layer.bias is not None) == bias and not list(bare.parameters())
 
-
 # GELU(1) = 1/2 (1 + tanh(sqrt(2/pi) 1.044715)) = 0.841192; the exact one is 0.841345 (b16)
 @pytest.mark.parametrize('activation, x, y', [
     ('gelu_tanh', 1, 0.841192), ('gelu', 1, 0.841345), ('relu', 3, 3), ('relu', -3, 0),
@@ -399,7 +372,6 @@ def test_each_activation_gives_the_number_worked_out_by_hand(activation, x, y):
     for name, p in mlp.named_parameters():
         nn.init.constant_(p, 2.0 if mlp.gate is not None and name == 'fc.weight' else 1.0)
     assert abs(mlp(torch.tensor([[float(x)]])).item() - y) < 2e-6
-
 
 def copy_torch_layer(layer, block):
     """The weights of nn.TransformerEncoderLayer or nn.TransformerDecoderLayer into our Block."""
@@ -415,7 +387,6 @@ def copy_torch_layer(layer, block):
                 getattr(ours, part).load_state_dict({'weight': w, 'bias': b})
     for ours, theirs in pairs:
         ours.load_state_dict(theirs.state_dict())
-
 
 @settings(max_examples=12)
 @given(st.booleans(), st.sampled_from(['relu', 'gelu']), st.integers(1, 9), st.integers(1, 9))
@@ -446,7 +417,6 @@ def test_the_transformer_equals_torchs_own(norm_first, activation, S, length):
         loss, F.cross_entropy(y.flatten(0, 1), targets.flatten())))
     close(a / b.abs().max(), b / b.abs().max(), 1e-4)
 
-
 @few
 @given(st.integers(1, T))
 def test_bert_equals_torchs_own_encoder_between_its_embedding_and_its_head(length):
@@ -466,7 +436,6 @@ def test_bert_equals_torchs_own_encoder_between_its_embedding_and_its_head(lengt
     logits = norm(h, 'transform_norm') @ w['tokens.weight'].T + w['output.bias']
     close(model(ids, segments, real)[0][real], logits, 1e-4)
     same(model(ids)[0], model(ids, torch.zeros_like(ids))[0])  # no segments: all are 0
-
 
 def t5_by_hand(model, ids, real, decoder_ids):
     """The logits of T5 from its weights, with a bias for each distance and head."""
@@ -497,7 +466,6 @@ def t5_by_hand(model, ids, real, decoder_ids):
     memory = run('encoder', ids, ~real[:, None, None])
     return run('decoder', decoder_ids, future, memory) * C ** -0.5 @ w['tokens.weight'].T
 
-
 @pytest.mark.parametrize('S, length, buckets, max_distance', [
     (40, 40, 8, 20), (1, 9, 32, 128), (17, 1, 16, 33), (12, 23, 5, 3)])
 def test_t5_equals_the_formula_written_out(S, length, buckets, max_distance):
@@ -506,7 +474,6 @@ def test_t5_equals_the_formula_written_out(S, length, buckets, max_distance):
     model, ids, decoder_ids = model.double(), some(2, S), some(2, length)
     real = torch.arange(S) < torch.tensor([[S], [S // 2 + 1]])
     close(model(ids, real, decoder_ids)[0], t5_by_hand(model, ids, real, decoder_ids), 1e-9)
-
 
 @pytest.mark.parametrize('norm_first', [True, False])
 def test_a_parallel_block_adds_attention_and_mlp_at_once(norm_first):
@@ -517,7 +484,6 @@ def test_a_parallel_block_adds_attention_and_mlp_at_once(norm_first):
     y = x + block.attn(h, causal=True) + block.mlp(h)
     close(block(x, {'causal': True}, {}), y if norm_first else norm(y), 1e-6)
 
-
 @given(st.booleans(), st.booleans())
 def test_logits_are_scaled_by_the_formula(scale, tied):
     model = awake(build(tiny('gpt2', scale_output=scale, tied=tied)))
@@ -527,12 +493,10 @@ def test_logits_are_scaled_by_the_formula(scale, tied):
 # -----------------------------------------------------------------------------
 # What holds for every model: what may see what
 
-
 SEEN = {name: c for name, c in MODELS.items() if not c.task} | {
     f'{preset} {n_layer}: {window}': tiny(preset, window=window, n_layer=n_layer, positions=kind)
     for preset in ('gpt2', 'bert') for kind in ('learned', 'rotary', 'relative')
     for window, n_layer in [('1', 2), ('3', 1), ('2 3', 3), ('2 0', 1), ('2 0', 2), ('8', 1)]}
-
 
 @pytest.mark.parametrize('name', SEEN)
 def test_a_prediction_depends_on_the_tokens_it_may_see_and_no_others(name):
@@ -560,7 +524,6 @@ def test_a_prediction_depends_on_the_tokens_it_may_see_and_no_others(name):
         same(logits[:, :4], after[:, :4])
         assert not torch.equal(logits[:, 4], after[:, 4])
 
-
 @every_model
 @few
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=4), st.integers(0, 4))
@@ -582,7 +545,6 @@ def test_padding_is_invisible(name, lengths, more):
     changed = model(**other, attention_mask=real)[0]
     same(*(t[real] if has_targets else t for t in (logits, changed)))
 
-
 @every_model
 @pytest.mark.parametrize('half', [False, True])
 def test_a_row_of_padding_poisons_nothing(name, half):
@@ -600,7 +562,6 @@ def test_a_row_of_padding_poisons_nothing(name, half):
     assert loss.dtype == torch.float32
     assert all(g.isfinite().all() for g in (loss, *gradients(model).values()))
 
-
 @given(st.sets(st.integers(0, 5)), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([None, 1, 7]))
 def test_cross_entropy_by_hand(ignored, smoothing, num_targets):
     """-log softmax at the targets there are, smoothed, over num_targets (b1, b4, b13)."""
@@ -612,7 +573,6 @@ def test_cross_entropy_by_hand(ignored, smoothing, num_targets):
     close(loss, nats.sum() / (num_targets or max(1, len(nats))))
     if len(nats) and not num_targets:
         close(loss, F.cross_entropy(logits.mT, targets, label_smoothing=smoothing))
-
 
 @every_model
 @pytest.mark.parametrize('training', [True, False])
@@ -627,7 +587,6 @@ def test_the_loss_of_a_model_is_that_of_its_logits_against_the_targets(name, tra
     close(model(**batch)[1], theirs, 1e-4)
     close(model(**batch, num_targets=40)[1], theirs * counts(batch)['num_targets'] / 40, 1e-4)
 
-
 @every_model
 def test_a_batch_without_targets_costs_nothing(name):
     """A loss of 0, gradients of 0, no NaN (b7, b13); with targets every weight has a gradient."""
@@ -641,7 +600,6 @@ def test_a_batch_without_targets_costs_nothing(name):
     for key, p in model.named_parameters():
         if not task or not any(part in key for part in unused):
             assert p.grad.isfinite().all() and p.grad.any(), f'{key} was forgotten in the wiring'
-
 
 @every_model
 @few
@@ -659,7 +617,6 @@ def test_micro_batches_add_up_to_one_batch(name, size, seed):
         results.append([loss.detach(), *gradients(model).values()])
     for whole, parts in zip(*results, strict=True):
         close(parts, whole, 1e-4)
-
 
 @given(st.integers(1, 4), st.integers(1, T), st.booleans())
 def test_the_loss_of_bert_is_the_sum_of_two(B, length, counted):
@@ -686,7 +643,6 @@ def test_the_loss_of_bert_is_the_sum_of_two(B, length, counted):
         gradient, = torch.autograd.grad(loss, model.nsp_head.bias)
         assert gradient[label] < 0 < gradient[1 - label]
 
-
 @pytest.mark.parametrize('name', [name for name in MODELS if MODELS[name].task])
 def test_a_head_reads_what_its_task_says(name):
     """One linear layer: at [CLS] or the last real token, at every token, or two places (b3)."""
@@ -702,7 +658,6 @@ def test_a_head_reads_what_its_task_says(name):
         assert (ours * 1000).softmax(dim=-1).transpose(1, 2)[~real].eq(0).all()
         logits, ours = logits[real], ours.transpose(1, 2)[real]
     close(ours, logits)
-
 
 @every_writer
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
@@ -726,7 +681,6 @@ def test_a_cache_changes_nothing(name, dtype, tolerance, cuts, length, fixed):
         assert cache.length == end and {k.dtype for k, _ in cache.layers.values()} <= {torch.float}
         cache.memory = None if cache.memory is None else cache.memory * math.nan
 
-
 @every_writer
 @pytest.mark.parametrize('shared_source', [False, True])
 @torch.no_grad()
@@ -744,7 +698,6 @@ def test_reordered_rows_go_on_as_the_rows_they_became(name, shared_source):
     for i in range(2):
         close(model.decode(new[:, i:i + 1], cache), logits[:, 5 + i], 1e-4)
     assert cache.memory is memory or not shared_source, 'the source was copied'
-
 
 @pytest.mark.parametrize('name', [name for name, c in MODELS.items() if c.arch != 'lstm'])
 @torch.no_grad()
@@ -764,7 +717,6 @@ def test_a_sequence_beyond_block_size_is_refused(name):
     if name in WRITERS:
         close(model.decode(ids[:, T - 1:T], cache), write(ids[:, :T])[:, -1], 1e-4)
 
-
 @every_model
 @torch.no_grad()
 def test_a_new_model_knows_nothing_yet(name):
@@ -779,7 +731,6 @@ def test_a_new_model_knows_nothing_yet(name):
         assert abs(excess) < 1e-4, excess
     else:  # with fan_in logits have size 1 at most
         assert -0.2 < excess < (1.5 if config.init in ('fan_in', 'zero') else 0.2), excess
-
 
 @pytest.mark.parametrize('init, sizes', [
     ('gpt2', (0.02, 0.02, 0.005, 0.005, 0.02)), ('normal', (0.02,) * 5),
@@ -799,7 +750,6 @@ def test_initial_weights_have_the_size_that_their_kind_says(init, sizes, scale_a
     for kind, size in zip(('tokens', 'attn.k', 'attn.proj', 'mlp.proj', 'output', 'attn.q'), sizes):
         assert abs(torch.cat(found[2, kind]).std().item() - size) <= 0.04 * size, kind
 
-
 @every_model
 def test_dropout_acts_in_training_only(name):
     """Evaluated it is as if there were none, bit for bit; in training a seed decides (b2)."""
@@ -813,7 +763,6 @@ def test_dropout_acts_in_training_only(name):
         runs.append(model.train()(**batch)[0])
     same(runs[0], runs[1])
     assert (runs[1] - runs[2]).abs().max() > 1e-2
-
 
 @pytest.mark.parametrize('name, layers, calls', [
     ('gpt2', 5, 7), ('bert', 5, 7), ('lstm', 1, 2), ('bert tag', 6, 8), ('transformer', 12, 18)])
@@ -832,7 +781,6 @@ def test_dropout_is_where_the_papers_have_it(name, layers, calls):
     model(**inputs(make_batch(model.config, 16, 9)))
     assert (len(drops), len(zeros)) == (layers, calls) and all(0.4 < z < 0.6 for z in zeros), zeros
 
-
 @pytest.mark.parametrize('p, zeroed', [(0.001, 1), (0.1, 26), (0.5, 128), (0.9, 230), (1e-9, 1)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_dropout_zeroes_its_share_independently_at_each_place(p, zeroed, dtype):
@@ -850,7 +798,6 @@ def test_dropout_zeroes_its_share_independently_at_each_place(p, zeroed, dtype):
     for lag in (1, 8, 64, 1024):
         r = ((gone[lag:] - q) * (gone[:-lag] - q)).mean().item() / (q * (1 - q))
         assert abs(r) * math.sqrt(8 * n) < 4.5, lag
-
 
 @every_model
 def test_optimizer_groups_hold_each_weight_once(name):
@@ -873,7 +820,6 @@ def test_optimizer_groups_hold_each_weight_once(name):
 # -----------------------------------------------------------------------------
 # Files
 
-
 @every_model
 def test_a_model_comes_back_from_its_file_as_it_was(name, tmp_path):
     """Configuration, weights, loss, gradients, and whatever else was stored with them."""
@@ -892,7 +838,6 @@ def test_a_model_comes_back_from_its_file_as_it_was(name, tmp_path):
     assert found[0].keys() == found[1].keys() and os.listdir(tmp_path) == [path.name]
     for key, t in found[0].items():
         same(t, found[1][key])
-
 
 @every_model
 @few
@@ -916,7 +861,6 @@ def test_more_tokens_and_fewer_positions_change_nothing_that_was_there(name, add
     batch['ids'][:, 3] = V + added - 1
     assert other(**batch)[0].isfinite().all()
 
-
 def test_a_folder_means_its_best_checkpoint_else_its_latest(tmp_path):
     """best.pt before ckpt.pt; nothing there is an error that says how to train a model."""
     for path in (tmp_path, tmp_path / 'ckpt.pt', tmp_path / 'nowhere'):
@@ -931,7 +875,6 @@ def test_a_folder_means_its_best_checkpoint_else_its_latest(tmp_path):
     for changes, words in (dict(block_size=17), 'the 16 that'), (dict(dropout=2.0), 'dropout=2'):
         with pytest.raises(ValueError, match=words):
             load(tmp_path, **changes)
-
 
 @pytest.mark.parametrize('fault, raised', [
     (ValueError('half'), ValueError), (KeyboardInterrupt(), KeyboardInterrupt),
@@ -955,7 +898,6 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(fault, raised, tm
             save(bad, model)
     assert load(path)[1]['step'] == 1 and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'folder']
 
-
 def refused_file(path, content):
     """The line with which load refuses a file of these bytes."""
     path.write_bytes(content)
@@ -963,7 +905,6 @@ def refused_file(path, content):
         load(path)
     assert str(path) in one_line(error)
     return one_line(error)
-
 
 @given(st.floats(0, 0.999), st.integers(0, 999), st.binary(max_size=60))
 def test_a_damaged_file_is_refused(tmp_path, part, place, content):
@@ -975,7 +916,6 @@ def test_a_damaged_file_is_refused(tmp_path, part, place, content):
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
     for damaged in (whole[:int(part * len(whole))], flipped, content, 'a poem 小猫'.encode()):
         refused_file(path, damaged)
-
 
 @pytest.mark.parametrize('damage, words', [
     (lambda c: [1, 2, 3], ''), (lambda c: c['model'], 'config'),
@@ -996,7 +936,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(damage, words, tmp_path):
     changed = damage(checkpoint)
     torch.save(changed if isinstance(changed, (dict, list)) else checkpoint, path)
     assert words in refused_file(path, path.read_bytes())
-
 
 def test_the_examples_in_the_docstrings_are_true():
     """What model.py shows at a prompt is what it answers."""

@@ -34,7 +34,6 @@ SHORTER = {  # flags behind those of the README: the last one counts
                 '--sample_tokens 5 --warmup_iters 1',
     'out-en-de --score': '--max_new_tokens 5'}
 
-
 def commands(path):
     """(command, why it is not run, or '') of every command of a README, in order."""
     found, inside, reason = [], False, ''
@@ -51,13 +50,11 @@ def commands(path):
             reason = marked[1] if marked else reason if not line.strip() else ''
     return found
 
-
 def shortened(command):
     """The command, ended soon."""
     if any(flag in command for flag in ('--help', '--dry_run', '--eval_only', '--quick')):
         return command
     return ' '.join([command, *[flags for name, flags in SHORTER.items() if name in command][:1]])
-
 
 def names_in(path):
     """The functions, classes and constants that a source file defines."""
@@ -68,7 +65,6 @@ def names_in(path):
         elif isinstance(node, ast.Assign):
             found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return found
-
 
 def test_the_map_from_theory_to_code_names_what_is_there():
     """Each name of the column `where` stands in a source file."""
@@ -81,7 +77,6 @@ def test_the_map_from_theory_to_code_names_what_is_there():
         concept, where, _ = row.strip('| ').split(' | ', 2)
         for name in re.findall('`([^`]+)`', where):
             assert name in ours, f'{concept}: there is no {name}'
-
 
 def test_every_flag_that_is_named_exists():
     """In either language, also in prose."""
@@ -101,7 +96,6 @@ def test_every_flag_that_is_named_exists():
             assert plain in known or plain.removeprefix('no_') in known or flag in others, \
                 f'{path.name}: --{flag}'
 
-
 def test_the_family_is_the_table_of_the_code():
     """A row for each preset of a small size."""
     import model
@@ -110,12 +104,10 @@ def test_the_family_is_the_table_of_the_code():
         assert {name for name, _ in rows} == {name for name in model.PRESETS if '-' not in name}
         assert rows[0] == ('lstm', '1997') and rows[-1] == ('nano', '2026')
 
-
 def test_readmes_are_short():
     """A newcomer decides in a minute: 300 lines in English, 240 in Chinese."""
     for path, most in zip(READMES, (300, 240)):
         assert len(path.read_text(encoding='utf-8').splitlines()) <= most, path.name
-
 
 @pytest.mark.parametrize('text, found', [
     ('```\n$ python a.py --x \\\n    1  # why\nout\n```', [('python a.py --x      1', '')]),
@@ -127,7 +119,6 @@ def test_commands_are_found_with_the_reason_not_to_run_them(tmp_path, text, foun
     """In blocks and in tables, over several lines, with or without a prompt."""
     (tmp_path / 'R.md').write_text(text, encoding='utf-8')
     assert commands(tmp_path / 'R.md') == found
-
 
 def main():
     shared = Path(os.environ.get('PLAINFORMER_SHARED', ROOT.parent / 'shared'))
@@ -158,7 +149,6 @@ def main():
     print('\nnot run here:', *(f'    {command}    ({why})' for command, why in left_out), sep='\n')
     if failed:
         sys.exit('\n'.join(['these commands failed:', *failed]))
-
 
 if __name__ == '__main__':
     main()

@@ -9,7 +9,6 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-
 def command(script, *flags, cwd):
     """Run a script of the project as a user would: (seconds of the whole process, what it printed)."""
     began = time.perf_counter()
@@ -21,7 +20,6 @@ def command(script, *flags, cwd):
         sys.exit(f"{script} {' '.join(map(str, flags))} failed:\n{done.stderr}")
     return time.perf_counter() - began, done.stdout
 
-
 def alternate(functions, rounds):
     """{name: function} -> {name: median of what it returns}, each called once a round, so that noise hits all alike."""
     found = {name: [] for name in functions}
@@ -29,7 +27,6 @@ def alternate(functions, rounds):
         for name, function in functions.items():
             found[name].append(function())
     return {name: statistics.median(values) for name, values in found.items()}
-
 
 def table(header, rows):
     """Print rows of cells in columns."""

@@ -21,7 +21,6 @@ import sample
 
 NEW = 128
 
-
 def ours(net, ids):
     def run():
         began = time.perf_counter()
@@ -30,7 +29,6 @@ def ours(net, ids):
 
     run()
     return run
-
 
 def theirs(net, ids, **how):
     def run():
@@ -42,7 +40,6 @@ def theirs(net, ids, **how):
 
     run()
     return run
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +64,6 @@ def main():
                 found = alternate(runs, args.rounds)
                 rows.append([f'{batch} x {length}', str(dtype)[6:], *found.values(), found['ours'] / found['transformers']])
     table(['batch x prompt', 'dtype', 'tokens/s', *[*runs][1:], 'times as fast'], rows)
-
 
 if __name__ == '__main__':
     main()

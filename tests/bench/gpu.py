@@ -31,7 +31,6 @@ import train
 BASE = '--dataset data --preset gpt2-124m --vocab_size 50257 --batch_size 32 --gradient_accumulation_steps 1 --device auto'
 TINY = ' --n_layer 1 --n_embd 32 --n_head 4 --block_size 64 --batch_size 2 --vocab_size 5000'
 
-
 def adamw_by_formula(self, lr, decay, good, weights, gradients, m, v, t):
     """AdamW, one weight and one operation after the other."""
     for p, g, first, second, steps in zip(weights, gradients, m, v, t):
@@ -40,7 +39,6 @@ def adamw_by_formula(self, lr, decay, good, weights, gradients, m, v, t):
         second.lerp_(g * g, 1 - self.beta2)
         scaled = first / (1 - self.beta1 ** steps) / ((second / (1 - self.beta2 ** steps)).sqrt() + 1e-8)
         p -= lr * (scaled + decay * p)
-
 
 LADDER = [  # (what comes on top, flags, the precision of float32 products, functions that are not fused)
     ('float32, eager', '--batch_size 8 --dtype float32 --no-compile', 'highest', 'attention adamw'),
@@ -52,7 +50,6 @@ LADDER = [  # (what comes on top, flags, the precision of float32 products, func
     ('vocabulary of a multiple of 64', '--vocab_size 50304', 'high', ''),
     ('batch of 32', '--batch_size 32', 'high', ''),
 ]
-
 
 def train_speed(flags, steps, precision='high', by_hand=''):
     """Tokens a second of training, and GB of the device at most."""
@@ -76,18 +73,15 @@ def train_speed(flags, steps, precision='high', by_hand=''):
     model.attention, train.AdamW.update = kernels
     return rate, rate * train.flops_per_token(net), gigabytes
 
-
 def wait():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
 
-
 def product_speed(n):
     """FLOP/s of a large bfloat16 product."""
     a = torch.randn(n, n, device=sample.find_device('auto'), dtype=torch.bfloat16)
     return 2 * n ** 3 / Timer('a @ a', globals={'a': a}).timeit(10).mean
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +114,6 @@ def main():
                 rows.append(["nanoGPT's bench.py", 32 * 1024 / ms * 1000, '', ''])
             table(['training, 124M', 'tokens/s', 'MFU, %', 'GB'], rows)
         os.chdir(here)
-
 
 if __name__ == '__main__':
     main()

@@ -33,7 +33,6 @@ import train
 
 PRESETS = ('lstm', 'gpt2', 'nano')
 
-
 class KneserNey:
     """
     P(w | h) = (max(c(h w) - d, 0) + d N(h) P(w | h without its first token)) / c(h)
@@ -80,7 +79,6 @@ class KneserNey:
             if abs(total - 1) > 1e-6:
                 raise ValueError(f'the probabilities after {context} sum to {total}')
 
-
 def count_ngrams(order, data, val):
     """A row of the table."""
     began = time.perf_counter()
@@ -91,11 +89,9 @@ def count_ngrams(order, data, val):
     size = sum(len(counts) for counts, *_ in model.levels)
     return [f'{order}-gram', f'{size:,} counts', '', seconds, *shown(scores.values())]
 
-
 def shown(scores):
     """Loss, perplexity and bits per byte as cells."""
     return [f'{float(value):.{digits}f}' for value, digits in zip(scores, (4, 2, 3))]
-
 
 def train_for(seconds, preset, flags, trial, folder):
     """A row of the table: a few steps to see how fast they are, then as many as fit."""
@@ -112,7 +108,6 @@ def train_for(seconds, preset, flags, trial, folder):
     _, scores = command('train.py', '--eval_only', '--out_dir', f'out-{preset}', cwd=folder)
     return [preset, re.search(r'[\d,]+ parameters', said)[0].replace('parameters', 'weights'), f'{steps:,}', last['seconds'],
             *shown(re.findall(r'\d+\.\d+', scores))]
-
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,7 +140,6 @@ def main(argv):
             rows.append(train_for(args.seconds, preset, flags, trial, folder))
     prepare_data.progress('')
     table(['model', 'size', 'steps', 'seconds', 'loss', 'perplexity', 'bits per byte'], rows)
-
 
 if __name__ == '__main__':
     prepare_data.run(main)

@@ -29,14 +29,12 @@ from common import command, table
 
 import prepare_data
 
-
 def steps_for(n):
     """
     Steps of 32 texts for n labels: 64 epochs of 100, 13 of 1,000, and for many the number of the recipe of small models.
     More of them take time, and would only learn by heart what is known already.
     """
     return 200 if n <= 100 else 400 if n <= 1000 else 1000
-
 
 def few(lines, n, seed):
     """n of the lines, from each label in turn, in an order drawn from the seed: a larger n adds to a smaller one."""
@@ -46,7 +44,6 @@ def few(lines, n, seed):
     in_turn = itertools.zip_longest(*(kinds[label] for label in sorted(kinds)))
     return [line for group in in_turn for line in group if line is not None][:n]
 
-
 def read_files(train, val):
     """The lines of both files; without files, docstrings. Raises ValueError or OSError."""
     if bool(train) != bool(val):
@@ -55,7 +52,6 @@ def read_files(train, val):
         lines = prepare_data.pytopics()[0].splitlines()  # sorted by hash, so that any tenth is like any other
         return lines[len(lines) // 10:], lines[:len(lines) // 10]
     return tuple([line for _, line in prepare_data.read_lines(path) if line.strip()] for path in (train, val))
-
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +120,6 @@ def main(argv):
         ['steps', *(f'{tuning(n):,}' for n in sizes), '']])
     print(f'The seconds of the second row hold {reading:.0f} of pre-training, {args.reading_steps:,} steps.'
           + ('' if args.encoder else ' What others have trained is left out: give an --encoder.'))
-
 
 if __name__ == '__main__':
     prepare_data.run(main)

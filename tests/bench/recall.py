@@ -33,7 +33,6 @@ MODELS = {'nano': '--preset nano', 'far': '--preset nano --window 0',
           'lstm': '--preset lstm --n_embd 214'}  # 0.8 M weights each
 SHOWN = (0, 1, 2, 4, 8, 16, 29)
 
-
 def in_context_accuracy(model, data):
     """{pairs before: how often the digit behind a letter is predicted}, over documents of `recall`."""
     end = np.flatnonzero(data.tokens == data.tokenizer.end_id)
@@ -46,7 +45,6 @@ def in_context_accuracy(model, data):
     right = (guesses == ids[:, 2::2]).float().mean(dim=0).tolist()
     return {n: right[n] for n in SHOWN}
 
-
 class Recorder(train.Trainer):
     """Notes the accuracy at each evaluation: [(step, {pairs: accuracy})]."""
 
@@ -54,7 +52,6 @@ class Recorder(train.Trainer):
         self.found = [*getattr(self, 'found', []),
                       (self.at.step, in_context_accuracy(self.model, self.val))]
         return super().evaluate()
-
 
 def train_one(flags, folder):
     """(number of weights, what a Recorder found)."""
@@ -65,7 +62,6 @@ def train_one(flags, folder):
     trainer = Recorder(model, data, val, s, runtime)
     trainer.run()
     return sum(p.numel() for p in model.parameters()), trainer.found
-
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -108,7 +104,6 @@ def main(argv):
         right.set(xlabel='step', title='after 29 pairs')
         left.legend()
         left.figure.savefig(os.path.abspath(args.plot), dpi=100)
-
 
 if __name__ == '__main__':
     prepare_data.run(main)

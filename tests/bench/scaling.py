@@ -34,7 +34,6 @@ import prepare_data
 
 BATCH, BLOCK = 32, 64
 
-
 def power_law(size, loss):
     """
     (E, A, alpha, whether E is at an end of its range) of L = E + A size^-alpha, by least squares. For each E of a grid
@@ -51,16 +50,13 @@ def power_law(size, loss):
     i = ((E + np.exp(log_A - alpha * x) - loss) ** 2).sum(axis=1).argmin()
     return E[i, 0], np.exp(log_A[i, 0]), alpha[i, 0], i in (0, len(E) - 1)
 
-
 def parabola(size, loss):
     """(a, b, c, whether there is no lowest point between the sizes) of L = a log(size)^2 + b log(size) + c."""
     a, b, c = np.polyfit(np.log(size), loss, 2)
     return a, b, c, not (a > 0 and np.log(size.min()) < -b / (2 * a) < np.log(size.max()))
 
-
 def curve(law, size, fitted):
     return fitted[0] + fitted[1] * size ** -fitted[2] if law is power_law else np.polyval(fitted[:3], np.log(size))
-
 
 def describe(what, law, size, loss, figures):
     """
@@ -84,7 +80,6 @@ def describe(what, law, size, loss, figures):
                                   for name, of in figures.items()))
     return fitted
 
-
 def draw_picture(path, panels, fits):
     from matplotlib.figure import Figure
     axes = Figure(figsize=(5 * len(panels), 4), layout='constrained').subplots(1, len(panels), sharey=True)
@@ -99,7 +94,6 @@ def draw_picture(path, panels, fits):
     axes[0].set_ylabel('validation loss (nats a byte)')
     axes[0].figure.savefig(path, dpi=120)
 
-
 def check_fits():
     """Losses that are made up must give back what they were made of."""
     size, noise = np.geomspace(1e5, 1e7, 8), np.random.default_rng(0).normal(0, 1e-3, 8)
@@ -109,7 +103,6 @@ def check_fits():
                     {'log N': lambda fit: -fit[1] / (2 * fit[0])})
     if not law or not best or not np.allclose([law[0], law[2], -best[1] / (2 * best[0])], [1.2, 0.4, 14], rtol=0.1):
         raise ValueError(f'the fits are wrong: {law}, {best}')
-
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,7 +169,6 @@ def main(argv):
               'of [2], whose own is 0.46; 0.73 in [1].')
     if args.plot:
         draw_picture(args.plot, panels, fits)
-
 
 if __name__ == '__main__':
     prepare_data.run(main)

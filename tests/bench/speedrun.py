@@ -38,7 +38,6 @@ NANOGPT = ('train.py config/train_shakespeare_char.py --device=cpu --compile=Fal
            '--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 '
            '--dropout=0.0')  # as its README has it
 
-
 def ours(name, seed, folder):
     """Seconds of a training, and the loss of its best checkpoint."""
     out = f'out-{name}-{seed}'.replace(' ', '-')
@@ -48,14 +47,12 @@ def ours(name, seed, folder):
     _, said = command('train.py', '--eval_only', '--out_dir', out, cwd=folder)
     return seconds, float(re.search(r'loss ([\d.]+)', said)[1])
 
-
 def theirs(seed, folder, quick):
     """The same of nanoGPT's own code, in a copy that `main` has made."""
     flags = [*shlex.split(NANOGPT), f'--out_dir=out-{seed}', *(['--max_iters=3', '--eval_interval=3'] if quick else [])]
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *flags], cwd=folder, text=True, capture_output=True, check=True)
     return time.perf_counter() - began, float(re.findall(r'val loss ([\d.]+)', done.stdout)[-1])
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +85,6 @@ def main():
         losses = sorted(loss for _, loss in found)
         rows.append([name, median[name], median[first] / median[name], f'{losses[0]:.4f} to {losses[-1]:.4f}'])
     table(['recipe', 'seconds', f'times as fast as {first}', 'loss, best to worst'], rows)
-
 
 if __name__ == '__main__':
     main()
