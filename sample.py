@@ -331,8 +331,8 @@ class TextStream:
 
 def suppressed_tokens(model, tokenizer, ends=True):
     """(V,) bool: special tokens, which are never text, and rows that no token has; but no ends."""
-    hidden, kept = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
-    suppressed = [i not in kept and (i >= tokenizer.n_vocab or i in hidden)
+    hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
+    suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
     return torch.tensor(suppressed, device=device_of(model))
 
