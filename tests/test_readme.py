@@ -104,6 +104,15 @@ def test_the_family_is_the_table_of_the_code():
         assert {name for name, _ in rows} == {name for name in model.PRESETS if '-' not in name}
         assert rows[0] == ('lstm', '1997') and rows[-1] == ('nano', '2026')
 
+def test_known_bugs_and_exercises_have_their_places():
+    """The old text of a change occurs once, or putting it in would mean nothing."""
+    from exercises import SOLUTIONS
+    from known_bugs import BUGS
+    places = [(file, old) for _, _, file, old, *_ in BUGS]
+    places += [place[:2] for _, changes in SOLUTIONS.values() for place in changes]
+    for file, old in places:
+        assert (ROOT / file).read_text(encoding='utf-8').count(old) == 1, old
+
 def test_readmes_are_short():
     """A newcomer decides in a minute: 300 lines in English, 240 in Chinese."""
     for path, most in zip(READMES, (300, 240)):
