@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from test_sample import DECODER_ONLY, tiny
-from test_train import ALL, SMALL_PRESETS, WIDE, fit, folders, log_of  # noqa: F401
+from conftest import ALL, DECODER_ONLY, SMALL_PRESETS, WIDE, awake, fit, log_of, tiny
 
 import sample
-from model import PRESETS
+from model import PRESETS, build
 from train import OBJECTIVES
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +19,8 @@ LEARNED = [(preset, dataset, objective) for preset in SMALL_PRESETS for dataset,
 def test_a_graph_writes_what_a_cpu_writes(preset, how):
     """Beyond block_size, too, and in rows that end at different steps."""
     name, *window = preset.split()
-    model = tiny(name, 30, block_size=16, **{'window': '3 0'} if window else {})
+    windows = {'window': '3 0'} if window else {}
+    model = awake(build(tiny(name, vocab_size=30, **windows)))
     ids, texts = torch.randint(30, (3, 5)), []
     for device in ('cpu', 'cuda'):
         net, prompt, length, cache = model.to(device), ids.to(device), 40, None
@@ -32,7 +32,7 @@ def test_a_graph_writes_what_a_cpu_writes(preset, how):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('preset, dataset, objective', LEARNED)
-def test_every_objective_trains_in_half_precision(folders, tmp_path, preset, dataset, objective,  # noqa: F811
+def test_every_objective_trains_in_half_precision(folders, tmp_path, preset, dataset, objective,
                                                   dtype):
     fit(tmp_path, folders / dataset, **{**WIDE, 'preset': preset, 'objective': objective,
                                         'max_iters': 20, 'device': 'cuda', 'dtype': dtype,
@@ -40,7 +40,7 @@ def test_every_objective_trains_in_half_precision(folders, tmp_path, preset, dat
     assert all(math.isfinite(float(row['val_loss'])) for row in log_of(tmp_path))
 
 @pytest.mark.parametrize('preset, dataset', [('gpt2', 'd'), ('nano', 'd'), ('bert', 'text')])
-def test_what_is_compiled_learns_the_same(folders, tmp_path, preset, dataset):  # noqa: F811
+def test_what_is_compiled_learns_the_same(folders, tmp_path, preset, dataset):
     flags = {**WIDE, 'preset': preset, 'max_iters': 20, 'device': 'cuda', 'dtype': 'float32'}
     losses = []
     for compile in (False, True):
@@ -48,7 +48,7 @@ def test_what_is_compiled_learns_the_same(folders, tmp_path, preset, dataset):  
         losses.append(float(log_of(tmp_path / str(compile))[-1]['val_loss']))
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
 
-def test_a_resumed_run_is_the_unbroken_one(folders, tmp_path):  # noqa: F811
+def test_a_resumed_run_is_the_unbroken_one(folders, tmp_path):
     flags = {**WIDE, 'device': 'cuda', 'dtype': 'bfloat16', 'dropout': 0.1, 'optimizer': 'muon'}
     whole = fit(tmp_path / 'whole', folders / 'd', **flags)
     fit(tmp_path / 'cut', folders / 'd', **{**flags, 'max_iters': 3, 'lr_decay_iters': 6})

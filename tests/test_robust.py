@@ -1,4 +1,3 @@
-# ruff: noqa: F401, F811 - fixtures of test_train.py
 """
 What a training survives, each promise once: it is killed, interrupted, out of disk or without a
 reader, and goes on bit for bit; and what a user can get wrong is one line, with status 2.
@@ -23,9 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command
-from test_train import (TINY, WIDE, alone, as_words, d, different, fit, folders, log_of,
-                        prepared, read)
+from conftest import (ROOT, TINY, WIDE, as_words, command, different, fit, log_of, prepared,
+                      read)
 
 import prepare_data
 import train

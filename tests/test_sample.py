@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from conftest import ROOT, close, command, one_line, refused
+from conftest import DECODER_ONLY, ROOT, close, command, one_line, refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -39,7 +39,6 @@ from prepare_data import (bpe_tokenizer, byte_tokenizer, char_tokenizer, encode_
 from sample import (DECODERS, SCORES, Settings, TextStream, beam_search, collate, generate,
                     predict, sample_token, suppressed_tokens, task_scores)
 
-DECODER_ONLY = ['gpt2', 'palm', 'llama', 'nano', 'lstm']
 WRITERS = [*DECODER_ONLY, 'transformer', 't5']
 VERSE = '人之初，性本善。\n性相近，习相远。\n'
 STORY = VERSE + 'Once upon a time, a café: 😀👍🏽 e\u0301 👨‍👩‍👧.\n'

@@ -6,7 +6,6 @@ which files a run leaves. Under torchrun this file is itself one of two processe
 The ids b1 to b17 stand for bugs that really happened in code of this kind.
 """
 
-import csv
 import inspect
 import json
 import math
@@ -22,106 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import pytest
 import torch
+from conftest import (ALL, DOCUMENTS, ROWS, SMALL_PRESETS, WIDE, different, fit,
+                      log_of, main, prepared, read)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import model as models
-import prepare_data
 import train
 from model import IGNORE_INDEX, PRESETS, Config, build, optimizer_groups
 from train import OBJECTIVES, Data, Runtime, Settings, get_batch
-
-TINY = dict(preset='gpt2', n_layer=1, n_embd=16, n_head=2, mlp_dim=32, block_size=8, dropout=0.0,
-            device='cpu', dtype='float32', batch_size=4, max_iters=6, warmup_iters=2, eval_iters=2,
-            eval_interval=1000, log_interval=1000, sample_tokens=0, optimizer='adamw',
-            learning_rate=2e-3, seed=5)
-WIDE = dict(TINY, block_size=40)  # labelled examples and pairs of sentences fit into it
-SMALL_PRESETS = ('transformer', 'bert', 'gpt2', 't5', 'palm', 'llama', 'nano', 'lstm')
-
-# Documents A to H of sentences like 'C07 fox.', one a line: each tells where it is from
-SENTENCES = {name: [f'{name}{i:02} fox.\n' for i in range(3 + 4 * k)]
-             for k, name in enumerate('ABCDEFGH')}
-DOCUMENTS = [''.join(sentences) for sentences in SENTENCES.values()]
-CHARS = ''.join(f'{i}. 狐狸 jumps, e\u0301t 🦊 {i * i}\n' for i in range(60))
-NAMES = ('Ann', 'Lee 春')
-ROWS = {
-    'classify': '\n'.join(f'{["bad", "好"][i % 2]}\t{i} {"x" * (i * 7 % 30)}' for i in range(42)),
-    'tag': '\n\n'.join(f'{i}{"x" * (i % 7)} O\nAnn B-name\n{["naps O", "Lee I-name"][i % 2]}\n犬 O'
-                       for i in range(24)),
-    'qa': json.dumps({'data': [{'paragraphs': [{'context': f'{i} {name} 犬', 'qas': [
-        {'id': str(i), 'question': 'who', 'answers': [{'text': name, 'answer_start': len(f'{i} ')}]}
-    ]}]} for i, name in enumerate(NAMES * 8)]}),
-    'seq2seq': '\n'.join(f'{"x" * (i * 5 % 20)} {i}\t{i} {i * i}' for i in range(42)), }
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """No pictures, which cost the most time here; and the signals of the tests stay theirs."""
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
-
-def prepared(folder, text, val=None, **flags):
-    """A data folder of a text, validated on the same text where there is no other."""
-    for split, content in (('train', text), ('val', text if val is None else val)):
-        Path(f'{folder}.{split}.txt').write_text(content, encoding='utf-8', newline='\n')
-    prepare_data.prepare(prepare_data.Settings(
-        input=[f'{folder}.train.txt'], val=[f'{folder}.val.txt'], out_dir=str(folder), **flags))
-    return str(folder)
-
-def prepare_all(root):
-    """d: characters of one document; text: bytes of several; and one folder for each task."""
-    prepared(root / 'd', CHARS, CHARS[:400], tokenizer='char')
-    train_text, val_text = map('<|endoftext|>\n'.join, (DOCUMENTS, DOCUMENTS[:3]))
-    prepared(root / 'text', train_text, val_text, tokenizer='byte')
-    for task, rows in ROWS.items():
-        prepared(root / task, rows, task=task, tokenizer='byte', block_size=40)
-
-@pytest.fixture(scope='session')
-def folders(tmp_path_factory):
-    prepare_all(root := tmp_path_factory.mktemp('data'))
-    return root
-
-@pytest.fixture(scope='session')
-def d(folders):
-    return str(folders / 'd')
-
-def as_words(flags):
-    return [f'--{name}={value}' for name, value in flags.items()]
-
-def main(flags, status=0):
-    """The command, in this process."""
-    try:
-        train.main(as_words(flags))
-    except SystemExit as e:
-        assert e.code == status
-
-def fit(out, dataset=None, **flags):
-    """Train as the command does; on resume with no flags but these. Returns ckpt.pt."""
-    base = {} if flags.get('init_from') in ('resume', 'auto') else {**TINY, 'dataset': dataset}
-    main({**base, 'out_dir': out, **flags})
-    return read(out)
-
-def read(out, name='ckpt.pt'):
-    return torch.load(Path(out, name), weights_only=True)
-
-def log_of(out):
-    with open(Path(out, 'log.csv'), encoding='utf-8') as f:
-        return list(csv.DictReader(f))
-
-def different(a, b):
-    """The names of the weights of two checkpoints that are not equal bit for bit."""
-    a, b = a['model'], b['model']
-    return {name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])}
 
 def only(cls, values):
     return {name: values[name] for name in values.keys() & cls.__dataclass_fields__.keys()}
@@ -356,10 +268,6 @@ def test_an_epoch_takes_every_row_once_in_batches_of_about_one_length(folders, b
             whole += 1
     if whole and 4 * batch_size <= n:
         assert np.mean(spread) < 1 + 36 * batch_size / n, (spread, batch_size)
-
-ALL = [('d', 'causal_lm'), ('text', 'masked_lm'), ('classify', 'masked_lm'),
-       ('text', 'span_corruption'), ('classify', 'supervised'), ('tag', 'supervised'),
-       ('qa', 'supervised'), ('seq2seq', 'text_to_text'), ('seq2seq', 'completion')]
 
 @pytest.mark.parametrize('dataset, objective', ALL)
 def test_a_batch_is_the_same_however_its_examples_are_shared(folders, dataset, objective):
