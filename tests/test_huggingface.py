@@ -679,9 +679,12 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
 def test_a_t5_folder_is_tuned_by_command(folders, tmp_path):
     """Its scores change in the last digit each time `tokenizers` reads them, and it is the same."""
     put(tmp_path, 'rows.tsv', 'the cat\tthe\ncat\tcat\n' * 9)
+    folder = shutil.copytree(folders['t5'], tmp_path / 'copy')
+    about = json.loads((folder / 'tokenizer_config.json').read_text())
+    put(folder, 'tokenizer_config.json', about | {'tokenizer_class': 'T5Tokenizer'})
     command('prepare_data.py', '--task', 'seq2seq', '--input', 'rows.tsv', '--tokenizer',
-            folders['t5'], '--out_dir', 'rows', cwd=tmp_path)
-    command('train.py', '--init_from', folders['t5'], '--dataset', 'rows', '--max_iters', 2,
+            folder, '--out_dir', 'rows', cwd=tmp_path)
+    command('train.py', '--init_from', folder, '--dataset', 'rows', '--max_iters', 2,
             '--device', 'cpu', cwd=tmp_path)
     command('sample.py', '--start', 'the cat', cwd=tmp_path)
 
