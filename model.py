@@ -533,7 +533,7 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             x = x + self.sinusoids[positions]
         if self.segments is not None:
-            known = self.segments.num_embeddings                           # 1: all are 0
+            known = self.segments.num_embeddings  # where it is 1, a second text has 0 as well
             x = x + self.segments(ids * 0 if segments is None else segments.clamp(max=known - 1))
         return self.drop(self.norm(x))
 
@@ -1096,9 +1096,10 @@ def config_from(theirs):
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
     family, values, not_read = FAMILIES[kind], {}, []
+    fields = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
     rope = {**(theirs.get('rope_scaling') or theirs.get('rope_parameters') or {})}
     for name, value in (theirs | rope).items():
-        ours = (USUAL_FIELDS | family.fields).get(name)  # GPT-2's and T5's may be called so, too
+        ours = fields.get(name)
         if ours == 'window':
             value = str(value or 0)
         if value is None:

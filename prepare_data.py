@@ -163,13 +163,15 @@ def write_config(values):
     return ''.join(f'{name} = {json.dumps(value, ensure_ascii=False)}\n'
                    for name, value in values.items() if value is not None)
 
+STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+         if hasattr(signal, name)]                                         # Windows has no SIGHUP
+
 def run(main):
     """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
-    for name in ('SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP, and nohup ignores it
-        number = getattr(signal, name, signal.SIGTERM)
-        if signal.getsignal(number) == signal.SIG_DFL:
+    for number in STOPS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not Ctrl-C, nor what nohup ignores
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # clean up, end
     try:
         main(sys.argv[1:])
@@ -182,7 +184,7 @@ def run(main):
         if isinstance(e, OSError) and e.strerror:
             message = (f"{e.filename}: {e.strerror}: choose another file or folder" if e.filename
                        else f"{e.strerror}: make room, or choose another folder")
-        if 'out of range in self' in message:  # how an embedding says so
+        elif 'out of range in self' in message:  # how an embedding says so
             message = ("the tokenizer has a token for which the model has no row: add one to the "
                        "model (resize_token_embeddings)")
         elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
@@ -576,8 +578,8 @@ def open_huggingface(folder):
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
     engine, named, config = theirs.backend_tokenizer, theirs.special_tokens_map, read('config.json')
-    vocab = {text: i for text, i in engine.get_vocab().items()  # a model may lack rows for some
-             if i < config.get('vocab_size', math.inf)}
+    rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
+    vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
     special = {f'<extra_{i}>': vocab[f'<extra_id_{i}>'] for i in range(100)
                if f'<extra_id_{i}>' in vocab}
     for name, keys in ROLES.items():
@@ -602,7 +604,7 @@ def open_huggingface(folder):
     for name in SPECIALS[:4]:  # all but [MASK]
         special.setdefault(name, ends[0])
     if start is not None:
-        if start not in range(config.get('vocab_size', 2 ** 31)):
+        if start not in rows:
             raise ValueError(f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
     if theirs.unk_token in vocab:

@@ -330,7 +330,10 @@ class TextStream:
         return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: special tokens, which are never text, and rows that no token has; but no ends."""
+    """
+    (V,) bool: special tokens, which are never text, and rows that no token has; but not the ends of
+    a text, where it may end: ends=False hides them, too.
+    """
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -401,7 +404,7 @@ def write_targets(model, tokenizer, examples, settings):
 def decode_label(examples, logits, labels):
     """(L,) -> the likeliest label."""
     p = logits[0].softmax(dim=-1).tolist()
-    best = max(range(len(p)), key=p.__getitem__)
+    best = p.index(max(p))
     return {'label': labels[best], 'probability': p[best], 'probabilities': dict(zip(labels, p))}
 
 def entities(tags):
@@ -846,14 +849,16 @@ def check_use(given, settings, kind, arch):
 
 def open_model(path, device='cpu', **changes):
     """`load` of model.py, and the tokenizer where a Hugging Face folder has one: a third value."""
-    model, checkpoint = load(path, device, **changes)
+    (model, checkpoint), tokenizer = load(path, device, **changes), None
     if 'folder' in checkpoint:  # a Hugging Face model
         with contextlib.suppress(FileNotFoundError):
-            checkpoint['tokenizer'] = load_tokenizer(checkpoint['folder']).to_dict()
+            tokenizer = load_tokenizer(checkpoint['folder'])
+            checkpoint['tokenizer'] = tokenizer.to_dict()
+    elif checkpoint.get('tokenizer'):
+        tokenizer = Tokenizer.from_dict(checkpoint['tokenizer'])
     if checkpoint.get('not_read'):
         print(f"{path}: not read: {', '.join(checkpoint['not_read'])}", file=sys.stderr)
-    saved = checkpoint.get('tokenizer')
-    return model, checkpoint, Tokenizer.from_dict(saved) if saved else None
+    return model, checkpoint, tokenizer
 
 def export(model, tokenizer, labels, folder):
     """Write model and tokenizer as a Hugging Face folder, without rows that were added to GPT-2."""

@@ -40,7 +40,7 @@ import prepare_data
 import sample
 from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
                    optimizer_groups, reading, resize, save, write_file)
-from prepare_data import (add_special_tokens, check_flags, flag, load_tokenizer, progress,
+from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, progress,
                           read_flags, read_json, run, write_config)
 
 # -----------------------------------------------------------------------------
@@ -709,9 +709,6 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
 
 # -----------------------------------------------------------------------------
 # The loop
-
-STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-         if hasattr(signal, name)]                                         # Windows has no SIGHUP
 
 @dataclass
 class Progress:
