@@ -856,7 +856,8 @@ def read_tagged(path):
     row, columns = None, 0
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if not line.strip(' \t') or line.startswith('-DOCSTART-'):
-            if row and columns > 2 and row['tokens'] == [*map(str, range(1, 1 + len(row['tags'])))]:
+            tokens = row['tokens'] if row else []
+            if columns > 2 and tokens[1:] and tokens == [str(i + 1) for i in range(len(tokens))]:
                 raise ValueError(f"{row['where']}: the first column counts: leave it out")
             if row:
                 yield row

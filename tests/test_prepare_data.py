@@ -568,8 +568,10 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
     write(tmp_path / 'a.conll',
-        '-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\n10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC')
+        '-DOCSTART- -X- O O\n\n1 CD O O\n\nEU NNP I-NP B-ORG\n'
+        '10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC')
     assert rows_of('tag', tmp_path / 'a.conll') == [
+        {'tokens': ['1'], 'tags': ['O']},  # a text of its own, no column that counts
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
         {'tokens': ['Bonn'], 'tags': ['B-LOC']}]
 
