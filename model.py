@@ -419,10 +419,11 @@ class Attention(nn.Module):
         """source (B, S, C) -> keys and values, 2 x (B, G, S, D)."""
         return self.k_norm(self.split_heads(self.k(source))), self.split_heads(self.v(source))
 
-    def forward(self, x, memory=None, mask=None, causal=False, rotary=None, cache=None):
+    def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
         """
-        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; rotary: (cos, sin) of the
-        positions of x. With a cache, x holds only the new tokens.
+        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; newest: only so many keys
+        are seen, the last ones; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
+        holds only the new tokens.
         """
         q = self.q_norm(self.split_heads(self.q(x)))                       # (B, H, T, D)
         if cache is not None and memory is not None:
@@ -432,7 +433,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None and memory is None:
-            k, v = cache.append(self.layer, k, v)
+            k, v = (t[:, :, -newest:] for t in cache.append(self.layer, k, v))
         dtype, q = q.dtype, q.type_as(k)
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
@@ -593,14 +594,16 @@ class Stack(nn.Module):
         return self.norm(x)
 
     def mask_arguments(self, positions, key_positions, window, real, fixed):
-        """The arguments mask and causal of attention, the same for all blocks of one window."""
+        """The arguments of attention about who sees whom, for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
-        # Kernels are faster without a mask. T queries and T keys need none, since is_causal means
-        # their triangle, nor does one new token, which sees all keys. Several new tokens behind a
-        # cache do: is_causal would align query 0 with key 0.
-        if (real is None and not relative and not fixed and not 0 < window < S
-                and (not self.causal or T in (1, S))):
-            return {'causal': self.causal and T > 1}
+        # Kernels are faster without a mask. One new token needs none, since it sees the newest
+        # keys, nor do T queries and T keys, since is_causal means their triangle. Several new
+        # tokens behind a cache do: is_causal would align query 0 with key 0.
+        if real is None and not relative and not fixed:
+            if T == 1:
+                return {'newest': window}
+            if not 0 < window < S and (not self.causal or T == S):
+                return {'causal': self.causal}
         mask = attention_mask(positions, key_positions, self.causal, window, real)
         if relative:
             distance = key_positions - positions[:, None]                  # (T, S)

@@ -67,7 +67,7 @@ def names_in(path):
     return found
 
 def test_the_map_from_theory_to_code_names_what_is_there():
-    """Each name of the column `where` stands in a source file."""
+    """Each name of the column `where`, and each `Class.method`, stands in a source file."""
     text = READMES[0].read_text(encoding='utf-8')
     rows = re.search(r'## From theory to code\n.*?\n(\|.*?)\n\n', text, re.S)[1].splitlines()[2:]
     ours = set().union(*(names_in(f'{name}.py') for name in SCRIPTS),
@@ -77,6 +77,9 @@ def test_the_map_from_theory_to_code_names_what_is_there():
         concept, where, _ = row.strip('| ').split(' | ', 2)
         for name in re.findall('`([^`]+)`', where):
             assert name in ours, f'{concept}: there is no {name}'
+    for path in READMES:
+        for name in re.findall(r'`[A-Z]\w+\.(\w+)`', path.read_text(encoding='utf-8')):
+            assert name in ours, f'{path.name}: there is no {name}'
 
 def test_every_flag_that_is_named_exists():
     """In either language, also in prose."""
