@@ -366,9 +366,13 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
         return [[TextStream(tokenizer, prompt, settings.stop, *text)
                  for text in texts[:settings.num_samples]] for prompt, texts in zip(prompts, found)]
     streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in prompts]
-    for tokens in generate(model, ids, length, settings.temperature, settings.top_k, settings.top_p,
-                           settings.seed, rows, **how):
-        texts = [stream.add(token) for stream, token in zip(streams, tokens.tolist())]
+    chosen = generate(model, ids, length, settings.temperature, settings.top_k, settings.top_p,
+                      settings.seed, rows, **how)
+    if not (settings.stop or settings.stream):  # nobody looks before the end
+        chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
+    for tokens in chosen:
+        texts = [stream.add(*new) for stream, new in
+                 zip(streams, tokens.view(len(streams), -1).tolist())]
         show(texts[0])
         if all(stream.done for stream in streams):
             break
