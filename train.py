@@ -28,7 +28,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ import prepare_data
 import sample
 from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
                    optimizer_groups, reading, resize, save, write_file)
-from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, progress,
-                          read_flags, read_json, run, write_config)
+from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
+                          progress, read_flags, read_json, run, write_config)
 
 # -----------------------------------------------------------------------------
 # Data
@@ -928,7 +928,7 @@ def find_dataset(name, runtime):
 
 def make(cls, values):
     """A dataclass of flags, from those values that it has fields for."""
-    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+    return cls(**pick(values, *cls.__dataclass_fields__))
 
 def new_model(s, values, data, runtime):
     """A model with random weights, of the preset and the flags."""
@@ -1025,7 +1025,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     old = checkpoint.get('settings', {})
     fixed = asdict(config) | {'preset': old.get('preset', s.preset), 'n_labels': len(data.labels)}
     if resume:
-        fixed |= {name: (checkpoint['config'] | old)[name] for name in FIXED}
+        fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
         if value != fixed.get(name, value):
             raise ValueError(f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the "
@@ -1051,9 +1051,10 @@ def start(given):
     is_new = not (path and (resume or s.eval_only))
     if path:
         model, checkpoint, _ = sample.open_model(path)
-    values = {name: value for name, value in checkpoint.get('settings', {}).items()
-              if not is_new or name in ('preset', 'dataset')}
-    values |= {'out_dir': s.out_dir} | given
+    values = checkpoint.get('settings', {})
+    if is_new:
+        values = pick(values, 'preset', 'dataset')
+    values = values | {'out_dir': s.out_dir} | given
     s = make(Settings, values)
     runtime = Runtime(s)
     folder = find_dataset(s.dataset, runtime)
@@ -1067,9 +1068,7 @@ def start(given):
         values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
         model = model or new_model(s, values, data, runtime)
         model = adapt_model(model, checkpoint, path, data, runtime)
-    changes = {name: values[name] for name in ('dropout', 'block_size')
-               if values.get(name) not in (None, getattr(model.config, name))}
-    model = resize(model, path, **changes)
+    model = resize(model, path, **pick(values, 'dropout', 'block_size'))
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size
