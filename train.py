@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare_data
 import sample
 from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
-                   optimizer_groups, reading, resize, save, write_file)
+                   optimizer_groups, reading, require, resize, save, write_file)
 from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
                           progress, read_flags, read_json, run, write_config)
 
@@ -76,8 +76,8 @@ class Data:
         self.tokenizer, self.rows = load_tokenizer(folder), []
         meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
         with reading(path, "prepare the data again"):
-            if meta['format'] != 'plainformer data 2':
-                raise ValueError("its format is that of another version")
+            require(meta['format'] == 'plainformer data 2',
+                    "its format is that of another version")
             self.task = meta['task'].replace('lm', '')                     # '': text
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
@@ -93,9 +93,9 @@ class Data:
             else:
                 self.tokens = np.memmap(f'{path}.bin', meta['dtype'], mode='r')
             self.highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
-            if self.highest >= self.vocab_size or len(self.tokens) != n:
-                raise ValueError(f"it holds {len(self.tokens)} ids up to {self.highest}, and "
-                                 f"should hold {n} below {self.vocab_size}")
+            require(self.highest < self.vocab_size and len(self.tokens) == n,
+                    f"it holds {len(self.tokens)} ids up to {self.highest}, and should hold {n} "
+                    f"below {self.vocab_size}")
 
     def rng(self, *numbers):
         """A generator that draws the same numbers whenever it is made."""
@@ -632,9 +632,9 @@ def micro_batches(step, s, runtime):
     Whole micro-batches where they can be shared evenly, else each of them is cut into equal parts.
     """
     k, n, world = s.gradient_accumulation_steps, s.batch_size, runtime.world_size
-    if k % world and n % world:
-        raise ValueError(f"--gradient_accumulation_steps {k} and --batch_size {n} cannot be shared "
-                         f"by {world} processes: make one of the two a multiple of {world}")
+    require(k % world == 0 or n % world == 0,
+            f"--gradient_accumulation_steps {k} and --batch_size {n} cannot be shared by {world} "
+            f"processes: make one of the two a multiple of {world}")
     if k % world:
         k, n = k * world, n // world
     return [((step * k + i) * n, n) for i in range(runtime.rank, k, world)]
@@ -967,21 +967,19 @@ def freeze(model, s):
     for name, p in model.named_parameters():
         if any(word in name for word in s.freeze.split()):
             p.requires_grad_(False)
-    if s.freeze and len({p.requires_grad for p in model.parameters()}) == 1:
-        raise ValueError(f"--freeze {s.freeze}: all of the weights have such names, or none")
-    if s.adversarial and not getattr(model, 'trunk', model).tokens.weight.requires_grad:
-        raise ValueError(f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: "
-                         "leave one out")
+    require(not s.freeze or len({p.requires_grad for p in model.parameters()}) == 2,
+            f"--freeze {s.freeze}: all of the weights have such names, or none")
+    require(not s.adversarial or getattr(model, 'trunk', model).tokens.weight.requires_grad,
+            f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: leave one out")
 
 def find_objective(s, arch, task):
     """The objective of the flags, else the first that fits the model and the data ('': text)."""
     fitting = [name for name, objective in OBJECTIVES.items()
                if arch in objective.archs and task in objective.tasks]
-    if not fitting or s.objective not in ('', *fitting):
-        raise ValueError(f"--objective {s.objective or '(none given)'}: a {arch} learns "
-                         f"{task or 'text'} by {' or '.join(fitting) or 'none of them'}: choose "
-                         "another one, or --preset")
-    return s.objective or fitting[0]
+    chosen = s.objective or next(iter(fitting), '(none given)')
+    require(chosen in fitting, f"--objective {chosen}: a {arch} learns {task or 'text'} by "
+            f"{' or '.join(fitting) or 'none of them'}: choose another one, or --preset")
+    return chosen
 
 # What a run that goes on has to keep: its weights, its examples or its best.pt depend on it.
 FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
@@ -990,9 +988,8 @@ FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulati
 def check(given, s, config, data, val, checkpoint, path, resume):
     """Raise ValueError for what would fail later, before anything is written."""
     folder, longest, objective = data.folder, 0, OBJECTIVES[s.objective]
-    if config.block_size < objective.shortest:
-        raise ValueError(f"--block_size {config.block_size}: {s.objective} needs at least "
-                         f"{objective.shortest}")
+    require(config.block_size >= objective.shortest,
+            f"--block_size {config.block_size}: {s.objective} needs at least {objective.shortest}")
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
         objective.example(split, 0, config.block_size)
@@ -1001,28 +998,25 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         else:
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP], not two ends
             longest = max(longest, split.longest if config.arch == 'encdec' else joined)
-    for holds, message in [
-        (s.best_by in ('', 'loss') or data.task == 'seq2seq',
-         f"--best_by {s.best_by}: only text to text has that score"),
-        (checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
-         f"{folder} was encoded with another tokenizer than {path}: prepare it with that one"),
-        (not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
-         f"{path} has no optimizer, or learned from other data than {folder} has now: start a new "
-         f"run with --init_from {path}"),
-        (not s.eval_only or (config.task, checkpoint.get('labels', []))
-         == (data.task.replace('seq2seq', ''), data.labels),               # that needs no head
-         f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
-         f"{config.task or 'text'} with {checkpoint.get('labels', [])[:10]}"),
-        # the vocabulary of others may end before that of their tokenizer
-        ((data.highest if path else data.vocab_size - 1) < config.vocab_size,
-         f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} allows"),
-        (longest <= config.block_size,
-         f"{folder} has an example of {longest} tokens, more than block_size={config.block_size}: "
-         "raise --block_size, or prepare the data with a lower one"),
-    ]:
-        if not holds:
-            raise ValueError(message)
-    old = checkpoint.get('settings', {})
+    require(s.best_by in ('', 'loss') or data.task == 'seq2seq',
+            f"--best_by {s.best_by}: only text to text has that score")
+    require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
+            f"{folder} was encoded with another tokenizer than {path}: prepare it with that one")
+    require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
+            f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
+            f"new run with --init_from {path}")
+    old_labels, old = checkpoint.get('labels', []), checkpoint.get('settings', {})
+    task = data.task.replace('seq2seq', '')                                # that needs no head
+    require(not s.eval_only or (config.task, old_labels) == (task, data.labels),
+            f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
+            f"{config.task or 'text'} with {old_labels[:10]}")
+    # the vocabulary of others may end before that of their tokenizer
+    require((data.highest if path else data.vocab_size - 1) < config.vocab_size,
+            f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} "
+            "allows")
+    require(longest <= config.block_size,
+            f"{folder} has an example of {longest} tokens, more than block_size="
+            f"{config.block_size}: raise --block_size, or prepare the data with a lower one")
     fixed = asdict(config) | {'preset': old.get('preset', s.preset), 'n_labels': len(data.labels)}
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
