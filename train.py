@@ -1103,32 +1103,27 @@ def claim_folder(s, config, resumed, runtime):
     write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
     return f
 
-def train(model, s, data, val, checkpoint, runtime):
-    """Train, and say what. Returns the exit status: 0, or 128 + a signal."""
-    if runtime.is_main:
-        _lock = claim_folder(s, model.config, checkpoint, runtime)
-    n, world = num_parameters(model), runtime.world_size
-    runtime.print0(
-        f"{s.preset}: {n:,} parameters, {str(runtime.dtype)[6:]} on {runtime.device}"
-        f"{f', {world} processes' * (world > 1)}; {data.folder}: {data.counts['tokens']:,} tokens, "
-        f"vocabulary of {data.vocab_size:,}")
-    if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
-        runtime.print0(f"{data.folder} has no two documents with sentences that follow each other: "
-                       "no next sentence prediction")
-    return Trainer(model, data, val, s, runtime, checkpoint).run()
-
 def main(argv):
     groups = {'training': Settings, "architecture (defaults: the preset's)": Config}
     model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
-    status = 0
+    world, status = runtime.world_size, 0
     if s.dry_run:
         dry_run(model, s, data, runtime)
     elif s.eval_only:
         scores = evaluate(model.to(runtime.device), val, s, runtime)
         runtime.print0('val ' + sample.format_scores(scores))
     else:
-        status = train(model, s, data, val, checkpoint, runtime)
-    if runtime.world_size > 1:
+        if runtime.is_main:
+            _lock = claim_folder(s, model.config, checkpoint, runtime)
+        runtime.print0(
+            f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
+            f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
+            f"{data.counts['tokens']:,} tokens, vocabulary of {data.vocab_size:,}")
+        if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
+            runtime.print0(f"{data.folder} has no two documents with sentences that follow each "
+                           "other: no next sentence prediction")
+        status = Trainer(model, data, val, s, runtime, checkpoint).run()
+    if world > 1:
         dist.destroy_process_group()
     sys.exit(status)
 
