@@ -482,12 +482,19 @@ class Settings:
         check_flags(self)
 
 # Good values where they differ from the defaults: by what is trained, then by preset ('': any).
-# Large pre-trained models need small steps, few of them, and AdamW: appendix A.3 of BERT's paper.
 MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
 PAIRS = dict(MUON, max_iters=2000, learning_rate=3e-3, muon_learning_rate=0.01, eval_interval=250)
 SMALL = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3)
-LARGE = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
-             beta2=0.999, weight_decay=0.01, dropout=0.1)
+
+def large(**changes):
+    """
+    Rows for models that others have pre-trained: small steps, few of them, and AdamW, as in
+    appendix A.3 of BERT's paper.
+    """
+    usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
+                 beta2=0.999, weight_decay=0.01, dropout=0.1)
+    return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
+
 RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
@@ -504,17 +511,13 @@ RECIPES = {
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),
     },
-    'classify': {'': dict(SMALL, dropout=0.3)},
-    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1)},
-    'qa': {'': dict(SMALL, dropout=0.1)},
-    'seq2seq': {'': dict(PAIRS, batch_size=64)},
+    'classify': {'': dict(SMALL, dropout=0.3), **large()},
+    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1),
+            **large(max_iters=600, learning_rate=2e-4)},
+    'qa': {'': dict(SMALL, dropout=0.1), **large()},
+    'seq2seq': {'': dict(PAIRS, batch_size=64), **large(learning_rate=3e-4)},
 }
-RECIPES['more text'] = RECIPES['pretrain']
-for kind, changes in {'classify': {}, 'qa': {}, 'tag': dict(max_iters=600, learning_rate=2e-4),
-                      'seq2seq': dict(learning_rate=3e-4),
-                      'more text': dict(max_iters=400, batch_size=8, learning_rate=3e-5)}.items():
-    presets = 'gpt2-124m', 'bert-base', 't5-small', 'llama-7b'             # the weights of others
-    RECIPES[kind] = RECIPES[kind] | dict.fromkeys(presets, LARGE | changes)
+RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
 
 # -----------------------------------------------------------------------------
 # Runtime: device, precision, processes
