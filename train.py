@@ -740,6 +740,12 @@ def plot(log, path):
         axes.legend()
         axes.figure.savefig(path)
 
+def on_signal(handler):
+    """What Ctrl-C, SIGTERM and SIGHUP do from now on, but for those that nohup ignores."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
 class Trainer:
     """
     A run: the model and data, its optimizers, how far it has come (`at` and the rows of log.csv,
@@ -770,11 +776,9 @@ class Trainer:
                                                    find_unused_parameters=True)
 
     def catch(self, number, frame):
-        """The first Ctrl-C, SIGTERM or SIGHUP is noted, a second one ends at once."""
+        """The first signal is noted, a second one ends at once."""
         self.signal = number
-        for each in STOPS:
-            if signal.getsignal(each) == self.catch:
-                signal.signal(each, signal.SIG_DFL)
+        on_signal(signal.SIG_DFL)
         progress('')
         with contextlib.suppress(OSError):
             print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
@@ -827,9 +831,7 @@ class Trainer:
     def run(self):
         """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:                 # nohup has said so
-                signal.signal(number, self.catch)
+        on_signal(self.catch)
         while True:
             at.due = at.due or at.step % s.eval_interval == 0 or at.step == s.max_iters
             stopped = runtime.sum(self.signal)[0]
