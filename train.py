@@ -1038,17 +1038,15 @@ def start(given):
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
-    if s.eval_only and path in ('scratch', 'auto'):
-        path = s.out_dir
-    resume = path == 'resume' or (path == 'auto' and latest.exists())
+    resume = path == 'resume' or (path == 'auto' and latest.exists() and not s.eval_only)
     if resume:
         path = latest
         if not path.exists():
             raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
-        path = None
-    is_new = not (path and (resume or s.eval_only))
-    if path:
+        path = Path(s.out_dir) if s.eval_only else None
+    is_new = not (resume or s.eval_only)
+    if path is not None:
         model, checkpoint, _ = sample.open_model(path)
     values = checkpoint.get('settings', {})
     if is_new:
