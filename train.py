@@ -191,15 +191,15 @@ def masked_lm(data, index, T):
     """
     rng, example = data.rng(1, index), {}
     if data.rows:
-        row = data.row(index)
-        ids, segments = row['ids'], row.get('segments', [0] * len(row['ids']))
+        example = pick(data.row(index), 'ids', 'segments')
     elif data.has_pairs:
         a, b, example['next_targets'] = sentence_pair(data, rng, T - 3)
-        ids, segments = add_special_tokens(data.tokenizer, a, b)
+        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, a, b)
     else:
-        ids, segments = add_special_tokens(data.tokenizer, data.window(index, T - 2)[:-1].tolist())
-    ids, targets = hide_tokens(np.array(ids), data, rng)
-    return {'ids': ids, 'segments': segments, 'targets': targets, **example}
+        text = data.window(index, T - 2)[:-1].tolist()
+        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, text)
+    example['ids'], example['targets'] = hide_tokens(np.array(example['ids']), data, rng)
+    return example
 
 def sentence_pair(data, rng, room):
     """
