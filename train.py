@@ -209,7 +209,7 @@ def sentence_pair(data, rng, room):
     B, so that the two still touch.
     """
     starts, document, followed = data.sentences
-    first = followed[rng.integers(len(followed))]                          # A's first sentence
+    first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
@@ -304,8 +304,8 @@ OBJECTIVES = {
 
 def get_batch(data, objective, T, first, n):
     """The examples first, first + 1, ..., first + n - 1 since the start of training, as a batch."""
-    make = OBJECTIVES[objective].example
-    examples = [make(data, i, T) for i in range(first, first + n)]
+    example = OBJECTIVES[objective].example
+    examples = [example(data, i, T) for i in range(first, first + n)]
     return sample.collate(examples, data.tokenizer.pad_id)
 
 # -----------------------------------------------------------------------------
