@@ -68,7 +68,8 @@ def row_order(data, epoch):
 class Data:
     """
     One split of a folder that prepare_data.py made. `tokens` is one long row of ids; of labelled
-    data, `rows` are the examples besides. batch_size: so many rows should be of about one length.
+    data, `rows` are the examples besides. batch_size: of so many rows that follow each other, the
+    lengths should be about the same.
     """
 
     def __init__(self, folder, split, seed=0, batch_size=1):
@@ -81,7 +82,7 @@ class Data:
             self.task = meta['task'].replace('lm', '')                     # '': text
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
-            self.fingerprint = [meta['sha256'], meta['counts']]            # of no other data
+            self.fingerprint = [meta['sha256'], meta['counts']]            # other data: another one
             self.is_text = np.ones(self.vocab_size, bool)                  # no special token
             self.is_text[[*self.tokenizer.special.values()]] = False
             if self.task:
@@ -1001,7 +1002,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         if not split.rows:
             split.windows(config.block_size)
         else:
-            joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP], not two ends
+            joined = max(split.lengths) - (data.task == 'seq2seq')         # [SEP] for two ends
             longest = max(longest, split.longest if config.arch == 'encdec' else joined)
     require(s.best_by in ('', 'loss') or data.task == 'seq2seq',
             f"--best_by {s.best_by}: only text to text has that score")
@@ -1011,7 +1012,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
     old_labels, old = checkpoint.get('labels', []), checkpoint.get('settings', {})
-    task = data.task.replace('seq2seq', '')                                # that needs no head
+    task = data.task.replace('seq2seq', '')                                # which needs no head
     require(not s.eval_only or (config.task, old_labels) == (task, data.labels),
             f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
             f"{config.task or 'text'} with {old_labels[:10]}")
@@ -1027,8 +1028,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
         if value != fixed.get(name, value):
-            raise ValueError(f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the "
-                             "flag out")
+            raise ValueError(
+                f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the flag out")
 
 def start(given):
     """
