@@ -28,7 +28,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,9 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare_data
 import sample
 from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
-                   optimizer_groups, reading, resize, save, write_file)
-from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, progress,
-                          read_flags, read_json, run, write_config)
+                   optimizer_groups, reading, require, resize, save, write_file)
+from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
+                          progress, read_flags, read_json, run, write_config)
 
 # -----------------------------------------------------------------------------
 # Data
@@ -68,7 +68,8 @@ def row_order(data, epoch):
 class Data:
     """
     One split of a folder that prepare_data.py made. `tokens` is one long row of ids; of labelled
-    data, `rows` are the examples besides. batch_size: so many rows should be of about one length.
+    data, `rows` are the examples besides. batch_size: of so many rows that follow each other, the
+    lengths should be about the same.
     """
 
     def __init__(self, folder, split, seed=0, batch_size=1):
@@ -76,12 +77,12 @@ class Data:
         self.tokenizer, self.rows = load_tokenizer(folder), []
         meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
         with reading(path, "prepare the data again"):
-            if meta['format'] != 'plainformer data 2':
-                raise ValueError("its format is that of another version")
+            require(meta['format'] == 'plainformer data 2',
+                    "its format is that of another version")
             self.task = meta['task'].replace('lm', '')                     # '': text
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
-            self.fingerprint = [meta['sha256'], meta['counts']]            # of no other data
+            self.fingerprint = [meta['sha256'], meta['counts']]            # other data: another one
             self.is_text = np.ones(self.vocab_size, bool)                  # no special token
             self.is_text[[*self.tokenizer.special.values()]] = False
             if self.task:
@@ -93,9 +94,9 @@ class Data:
             else:
                 self.tokens = np.memmap(f'{path}.bin', meta['dtype'], mode='r')
             self.highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
-            if self.highest >= self.vocab_size or len(self.tokens) != n:
-                raise ValueError(f"it holds {len(self.tokens)} ids up to {self.highest}, and "
-                                 f"should hold {n} below {self.vocab_size}")
+            require(self.highest < self.vocab_size and len(self.tokens) == n,
+                    f"it holds {len(self.tokens)} ids up to {self.highest}, and should hold {n} "
+                    f"below {self.vocab_size}")
 
     def rng(self, *numbers):
         """A generator that draws the same numbers whenever it is made."""
@@ -191,15 +192,15 @@ def masked_lm(data, index, T):
     """
     rng, example = data.rng(1, index), {}
     if data.rows:
-        row = data.row(index)
-        ids, segments = row['ids'], row.get('segments', [0] * len(row['ids']))
+        example = pick(data.row(index), 'ids', 'segments')
     elif data.has_pairs:
         a, b, example['next_targets'] = sentence_pair(data, rng, T - 3)
-        ids, segments = add_special_tokens(data.tokenizer, a, b)
+        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, a, b)
     else:
-        ids, segments = add_special_tokens(data.tokenizer, data.window(index, T - 2)[:-1].tolist())
-    ids, targets = hide_tokens(np.array(ids), data, rng)
-    return {'ids': ids, 'segments': segments, 'targets': targets, **example}
+        text = data.window(index, T - 2)[:-1].tolist()
+        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, text)
+    example['ids'], example['targets'] = hide_tokens(np.array(example['ids']), data, rng)
+    return example
 
 def sentence_pair(data, rng, room):
     """
@@ -209,7 +210,7 @@ def sentence_pair(data, rng, room):
     B, so that the two still touch.
     """
     starts, document, followed = data.sentences
-    first = followed[rng.integers(len(followed))]                          # A's first sentence
+    first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
@@ -304,8 +305,8 @@ OBJECTIVES = {
 
 def get_batch(data, objective, T, first, n):
     """The examples first, first + 1, ..., first + n - 1 since the start of training, as a batch."""
-    make = OBJECTIVES[objective].example
-    examples = [make(data, i, T) for i in range(first, first + n)]
+    example = OBJECTIVES[objective].example
+    examples = [example(data, i, T) for i in range(first, first + n)]
     return sample.collate(examples, data.tokenizer.pad_id)
 
 # -----------------------------------------------------------------------------
@@ -482,12 +483,19 @@ class Settings:
         check_flags(self)
 
 # Good values where they differ from the defaults: by what is trained, then by preset ('': any).
-# Large pre-trained models need small steps, few of them, and AdamW: appendix A.3 of BERT's paper.
 MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
 PAIRS = dict(MUON, max_iters=2000, learning_rate=3e-3, muon_learning_rate=0.01, eval_interval=250)
 SMALL = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3)
-LARGE = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
-             beta2=0.999, weight_decay=0.01, dropout=0.1)
+
+def large(**changes):
+    """
+    Rows for models that others have pre-trained: small steps, few of them, and AdamW, as in
+    appendix A.3 of BERT's paper.
+    """
+    usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
+                 beta2=0.999, weight_decay=0.01, dropout=0.1)
+    return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
+
 RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
@@ -504,17 +512,13 @@ RECIPES = {
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),
     },
-    'classify': {'': dict(SMALL, dropout=0.3)},
-    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1)},
-    'qa': {'': dict(SMALL, dropout=0.1)},
-    'seq2seq': {'': dict(PAIRS, batch_size=64)},
+    'classify': {'': dict(SMALL, dropout=0.3), **large()},
+    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1),
+            **large(max_iters=600, learning_rate=2e-4)},
+    'qa': {'': dict(SMALL, dropout=0.1), **large()},
+    'seq2seq': {'': dict(PAIRS, batch_size=64), **large(learning_rate=3e-4)},
 }
-RECIPES['more text'] = RECIPES['pretrain']
-for kind, changes in {'classify': {}, 'qa': {}, 'tag': dict(max_iters=600, learning_rate=2e-4),
-                      'seq2seq': dict(learning_rate=3e-4),
-                      'more text': dict(max_iters=400, batch_size=8, learning_rate=3e-5)}.items():
-    presets = 'gpt2-124m', 'bert-base', 't5-small', 'llama-7b'             # the weights of others
-    RECIPES[kind] = RECIPES[kind] | dict.fromkeys(presets, LARGE | changes)
+RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
 
 # -----------------------------------------------------------------------------
 # Runtime: device, precision, processes
@@ -632,9 +636,9 @@ def micro_batches(step, s, runtime):
     Whole micro-batches where they can be shared evenly, else each of them is cut into equal parts.
     """
     k, n, world = s.gradient_accumulation_steps, s.batch_size, runtime.world_size
-    if k % world and n % world:
-        raise ValueError(f"--gradient_accumulation_steps {k} and --batch_size {n} cannot be shared "
-                         f"by {world} processes: make one of the two a multiple of {world}")
+    require(k % world == 0 or n % world == 0,
+            f"--gradient_accumulation_steps {k} and --batch_size {n} cannot be shared by {world} "
+            f"processes: make one of the two a multiple of {world}")
     if k % world:
         k, n = k * world, n // world
     return [((step * k + i) * n, n) for i in range(runtime.rank, k, world)]
@@ -737,6 +741,12 @@ def plot(log, path):
         axes.legend()
         axes.figure.savefig(path)
 
+def on_signal(handler):
+    """What Ctrl-C, SIGTERM and SIGHUP do from now on, but for those that nohup ignores."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
 class Trainer:
     """
     A run: the model and data, its optimizers, how far it has come (`at` and the rows of log.csv,
@@ -767,11 +777,9 @@ class Trainer:
                                                    find_unused_parameters=True)
 
     def catch(self, number, frame):
-        """The first Ctrl-C, SIGTERM or SIGHUP is noted, a second one ends at once."""
+        """The first signal is noted, a second one ends at once."""
         self.signal = number
-        for each in STOPS:
-            if signal.getsignal(each) == self.catch:
-                signal.signal(each, signal.SIG_DFL)
+        on_signal(signal.SIG_DFL)
         progress('')
         with contextlib.suppress(OSError):
             print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
@@ -824,9 +832,7 @@ class Trainer:
     def run(self):
         """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:                 # nohup has said so
-                signal.signal(number, self.catch)
+        on_signal(self.catch)
         while True:
             at.due = at.due or at.step % s.eval_interval == 0 or at.step == s.max_iters
             stopped = runtime.sum(self.signal)[0]
@@ -928,7 +934,7 @@ def find_dataset(name, runtime):
 
 def make(cls, values):
     """A dataclass of flags, from those values that it has fields for."""
-    return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+    return cls(**pick(values, *cls.__dataclass_fields__))
 
 def new_model(s, values, data, runtime):
     """A model with random weights, of the preset and the flags."""
@@ -967,21 +973,19 @@ def freeze(model, s):
     for name, p in model.named_parameters():
         if any(word in name for word in s.freeze.split()):
             p.requires_grad_(False)
-    if s.freeze and len({p.requires_grad for p in model.parameters()}) == 1:
-        raise ValueError(f"--freeze {s.freeze}: all of the weights have such names, or none")
-    if s.adversarial and not getattr(model, 'trunk', model).tokens.weight.requires_grad:
-        raise ValueError(f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: "
-                         "leave one out")
+    require(not s.freeze or len({p.requires_grad for p in model.parameters()}) == 2,
+            f"--freeze {s.freeze}: all of the weights have such names, or none")
+    require(not s.adversarial or getattr(model, 'trunk', model).tokens.weight.requires_grad,
+            f"--adversarial moves the embedding, which --freeze {s.freeze} keeps: leave one out")
 
 def find_objective(s, arch, task):
     """The objective of the flags, else the first that fits the model and the data ('': text)."""
     fitting = [name for name, objective in OBJECTIVES.items()
                if arch in objective.archs and task in objective.tasks]
-    if not fitting or s.objective not in ('', *fitting):
-        raise ValueError(f"--objective {s.objective or '(none given)'}: a {arch} learns "
-                         f"{task or 'text'} by {' or '.join(fitting) or 'none of them'}: choose "
-                         "another one, or --preset")
-    return s.objective or fitting[0]
+    chosen = s.objective or next(iter(fitting), '(none given)')
+    require(chosen in fitting, f"--objective {chosen}: a {arch} learns {task or 'text'} by "
+            f"{' or '.join(fitting) or 'none of them'}: choose another one, or --preset")
+    return chosen
 
 # What a run that goes on has to keep: its weights, its examples or its best.pt depend on it.
 FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
@@ -990,46 +994,42 @@ FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulati
 def check(given, s, config, data, val, checkpoint, path, resume):
     """Raise ValueError for what would fail later, before anything is written."""
     folder, longest, objective = data.folder, 0, OBJECTIVES[s.objective]
-    if config.block_size < objective.shortest:
-        raise ValueError(f"--block_size {config.block_size}: {s.objective} needs at least "
-                         f"{objective.shortest}")
+    require(config.block_size >= objective.shortest,
+            f"--block_size {config.block_size}: {s.objective} needs at least {objective.shortest}")
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
         objective.example(split, 0, config.block_size)
         if not split.rows:
             split.windows(config.block_size)
         else:
-            joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP], not two ends
+            joined = max(split.lengths) - (data.task == 'seq2seq')         # [SEP] for two ends
             longest = max(longest, split.longest if config.arch == 'encdec' else joined)
-    for holds, message in [
-        (s.best_by in ('', 'loss') or data.task == 'seq2seq',
-         f"--best_by {s.best_by}: only text to text has that score"),
-        (checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
-         f"{folder} was encoded with another tokenizer than {path}: prepare it with that one"),
-        (not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
-         f"{path} has no optimizer, or learned from other data than {folder} has now: start a new "
-         f"run with --init_from {path}"),
-        (not s.eval_only or (config.task, checkpoint.get('labels', []))
-         == (data.task.replace('seq2seq', ''), data.labels),               # that needs no head
-         f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
-         f"{config.task or 'text'} with {checkpoint.get('labels', [])[:10]}"),
-        # the vocabulary of others may end before that of their tokenizer
-        ((data.highest if path else data.vocab_size - 1) < config.vocab_size,
-         f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} allows"),
-        (longest <= config.block_size,
-         f"{folder} has an example of {longest} tokens, more than block_size={config.block_size}: "
-         "raise --block_size, or prepare the data with a lower one"),
-    ]:
-        if not holds:
-            raise ValueError(message)
-    old = checkpoint.get('settings', {})
+    require(s.best_by in ('', 'loss') or data.task == 'seq2seq',
+            f"--best_by {s.best_by}: only text to text has that score")
+    require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
+            f"{folder} was encoded with another tokenizer than {path}: prepare it with that one")
+    require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
+            f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
+            f"new run with --init_from {path}")
+    old_labels, old = checkpoint.get('labels', []), checkpoint.get('settings', {})
+    task = data.task.replace('seq2seq', '')                                # which needs no head
+    require(not s.eval_only or (config.task, old_labels) == (task, data.labels),
+            f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
+            f"{config.task or 'text'} with {old_labels[:10]}")
+    # the vocabulary of others may end before that of their tokenizer
+    require((data.highest if path else data.vocab_size - 1) < config.vocab_size,
+            f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} "
+            "allows")
+    require(longest <= config.block_size,
+            f"{folder} has an example of {longest} tokens, more than block_size="
+            f"{config.block_size}: raise --block_size, or prepare the data with a lower one")
     fixed = asdict(config) | {'preset': old.get('preset', s.preset), 'n_labels': len(data.labels)}
     if resume:
-        fixed |= {name: (checkpoint['config'] | old)[name] for name in FIXED}
+        fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
         if value != fixed.get(name, value):
-            raise ValueError(f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the "
-                             "flag out")
+            raise ValueError(
+                f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the flag out")
 
 def start(given):
     """
@@ -1039,21 +1039,20 @@ def start(given):
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
-    if s.eval_only and path in ('scratch', 'auto'):
-        path = s.out_dir
-    resume = path == 'resume' or (path == 'auto' and latest.exists())
+    resume = path == 'resume' or (path == 'auto' and latest.exists() and not s.eval_only)
     if resume:
         path = latest
         if not path.exists():
             raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
-        path = None
-    is_new = not (path and (resume or s.eval_only))
-    if path:
+        path = Path(s.out_dir) if s.eval_only else None
+    is_new = not (resume or s.eval_only)
+    if path is not None:
         model, checkpoint, _ = sample.open_model(path)
-    values = {name: value for name, value in checkpoint.get('settings', {}).items()
-              if not is_new or name in ('preset', 'dataset')}
-    values |= {'out_dir': s.out_dir} | given
+    values = checkpoint.get('settings', {})
+    if is_new:
+        values = pick(values, 'preset', 'dataset')
+    values = values | {'out_dir': s.out_dir} | given
     s = make(Settings, values)
     runtime = Runtime(s)
     folder = find_dataset(s.dataset, runtime)
@@ -1067,9 +1066,7 @@ def start(given):
         values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
         model = model or new_model(s, values, data, runtime)
         model = adapt_model(model, checkpoint, path, data, runtime)
-    changes = {name: values[name] for name in ('dropout', 'block_size')
-               if values.get(name) not in (None, getattr(model.config, name))}
-    model = resize(model, path, **changes)
+    model = resize(model, path, **pick(values, 'dropout', 'block_size'))
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size
@@ -1110,32 +1107,27 @@ def claim_folder(s, config, resumed, runtime):
     write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
     return f
 
-def train(model, s, data, val, checkpoint, runtime):
-    """Train, and say what. Returns the exit status: 0, or 128 + a signal."""
-    if runtime.is_main:
-        _lock = claim_folder(s, model.config, checkpoint, runtime)
-    n, world = num_parameters(model), runtime.world_size
-    runtime.print0(
-        f"{s.preset}: {n:,} parameters, {str(runtime.dtype)[6:]} on {runtime.device}"
-        f"{f', {world} processes' * (world > 1)}; {data.folder}: {data.counts['tokens']:,} tokens, "
-        f"vocabulary of {data.vocab_size:,}")
-    if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
-        runtime.print0(f"{data.folder} has no two documents with sentences that follow each other: "
-                       "no next sentence prediction")
-    return Trainer(model, data, val, s, runtime, checkpoint).run()
-
 def main(argv):
     groups = {'training': Settings, "architecture (defaults: the preset's)": Config}
     model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
-    status = 0
+    world, status = runtime.world_size, 0
     if s.dry_run:
         dry_run(model, s, data, runtime)
     elif s.eval_only:
         scores = evaluate(model.to(runtime.device), val, s, runtime)
         runtime.print0('val ' + sample.format_scores(scores))
     else:
-        status = train(model, s, data, val, checkpoint, runtime)
-    if runtime.world_size > 1:
+        if runtime.is_main:
+            _lock = claim_folder(s, model.config, checkpoint, runtime)
+        runtime.print0(
+            f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
+            f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
+            f"{data.counts['tokens']:,} tokens, vocabulary of {data.vocab_size:,}")
+        if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
+            runtime.print0(f"{data.folder} has no two documents with sentences that follow each "
+                           "other: no next sentence prediction")
+        status = Trainer(model, data, val, s, runtime, checkpoint).run()
+    if world > 1:
         dist.destroy_process_group()
     sys.exit(status)
 
