@@ -119,7 +119,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     return results, totals
 
 def check_finite(finite):
-    """Raise ValueError unless all logits are finite: argmax of NaN would answer all the same."""
+    """Raise ValueError unless all are True: argmax of NaN would answer all the same."""
     if not finite.all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
                          "for --dtype")
@@ -128,15 +128,9 @@ def check_finite(finite):
 # Choosing tokens
 
 def next_logits(model, ids, cache, suppressed):
-    """
-    The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf; and
-    whether the model's logits of a row are finite (B,).
-    """
+    """The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf."""
     logits = model.decode(ids, cache)
-    finite = logits.isfinite().all(dim=-1)
-    if suppressed is not None:
-        logits = logits.masked_fill(suppressed, -math.inf)
-    return logits, finite
+    return logits if suppressed is None else logits.masked_fill(suppressed, -math.inf)
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
@@ -184,9 +178,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         uniforms = uniforms.to(device)
 
     def step(new, uniform):
-        logits, finite = next_logits(model, new, cache, suppressed)        # (B, V), (B,)
-        chosen = sample_token(logits.to(uniform.device), uniform, temperature, top_k, top_p)
-        return chosen.where(finite.to(chosen.device), -1)             # -1: NaN or infinity
+        logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
+        chosen = sample_token(logits, uniform, temperature, top_k, top_p)
+        return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1: NaN or infinity
 
     new = window = ids[:, -block_size:]
     cache = cache or KVCache(min(block_size, window.size(1) + max_new_tokens))
@@ -253,41 +247,40 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could beat its `beams`
     finished ones by ending now; after max_new_tokens a text counts as it is.
     """
-    cache, rows = cache or KVCache(ids.size(1) + max_new_tokens), list(range(len(ids)))
-    logits, finite = next_logits(model, ids, cache, suppressed)
-    logits = logits.repeat_interleave(beams, dim=0)
-    cache.reorder([row for row in rows for _ in range(beams)])
-    log_p = [0.0, *[-math.inf] * (beams - 1)] * len(ids)  # a row's beams begin equal: keep one
-    texts, finished = [[] for _ in log_p], [[(-math.inf, [])] * beams for _ in rows]
+    cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
+    # Of each row one text, which is empty, and then as many as there are, up to `beams`.
+    texts, log_p, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
-        check_finite(finite)
-        V, norm = logits.size(-1), length ** length_penalty
-        p = logits.float().log_softmax(dim=-1)                             # (B beams, V)
-        total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, beams V)
-        # Each beam may end with any of end_ids: so many leave enough that go on.
-        best, places = total.topk(min(1 + len(end_ids), V) * beams)
+        logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
+        check_finite(logits.amax(dim=-1).isfinite())
+        V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
+        p = logits.float().log_softmax(dim=-1)
+        total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, width V)
+        # Each text may end with any of end_ids: so many leave enough that go on.
+        best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
             unfinished = []                                                # (log P, beam, tokens)
             for rank, (score, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
-                beam, token = i * beams + place // V, place % V
+                beam, token = i * width + place // V, place % V
                 text = texts[beam] if token in end_ids else [*texts[beam], token]
                 if token not in end_ids and length < max_new_tokens:
                     unfinished.append((score, beam, text))
-                elif rank < beams:
+                elif rank < beams and score > -math.inf:
                     finished[row].append((score / norm, text))
             finished[row] = sorted(finished[row], reverse=True)[:beams]
-            if unfinished and unfinished[0][0] / norm > finished[row][-1][0]:
+            if unfinished and (len(finished[row]) < beams
+                               or unfinished[0][0] / norm > finished[row][-1][0]):
                 longer += unfinished[:beams]
                 rest.append(row)
         if not rest:
             break
+        # Where as many texts go on in all rows, those of a source only change places.
+        same = rest == rows and len(longer) == len(texts)
         log_p, parents, texts = zip(*longer)
-        # The beams of a source only change places among themselves, unless a row is done.
-        cache.reorder(ids.new_tensor(parents), source=rest != rows)
+        cache.reorder(ids.new_tensor(parents), source=not same)
         rows, newest = rest, ids.new_tensor([text[-1:] for text in texts])
-        logits, finite = next_logits(model, newest, cache, suppressed)
-    return [[text for text in row if text[0] > -math.inf] for row in finished]
+    return finished
 
 # -----------------------------------------------------------------------------
 # Text
