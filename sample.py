@@ -187,7 +187,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    tokens, ended, computed = ids[:, -1].tolist(), set(), [*range(len(ids))]
+    tokens, computed = [None] * len(ids), [*range(len(ids))]               # the newest; rows
     for i in range(max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2):]
@@ -199,13 +199,12 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             chosen = step(new, uniforms[i, computed]).cpu()
         check_finite(chosen >= 0)
         for row, token in zip(computed, chosen.tolist()):
-            tokens[row] = tokens[row] if row in ended else token
-            if token in end_ids:
-                ended.add(row)
+            if tokens[row] not in end_ids:
+                tokens[row] = token
         yield torch.tensor(tokens)
-        if len(ended) == len(tokens):
+        rest = [k for k, row in enumerate(computed) if tokens[row] not in end_ids]
+        if not rest:
             return
-        rest = [k for k, row in enumerate(computed) if row not in ended]
         if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
             computed, window = [computed[k] for k in rest], window[rest]
             cache.reorder(rest)
