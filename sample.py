@@ -144,7 +144,8 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, V = logits.double() if logits.is_cpu else logits.float(), logits.size(-1)
+    # In float32 a draw can round to 1, and no token would be above the threshold.
+    logits, V = logits.double(), logits.size(-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature    # cannot overflow
     order = None
     if top_k or top_p < 1:
@@ -153,7 +154,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
     cumulated = p.cumsum(dim=-1)
-    threshold = uniform[:, None].to(p) * cumulated[:, -1:]
+    threshold = uniform[:, None] * cumulated[:, -1:]
     index = (cumulated > threshold).int().argmax(dim=-1)                   # the first above it
     return index if order is None else order.gather(1, index[:, None])[:, 0]
 
