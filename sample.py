@@ -1013,9 +1013,9 @@ def main(argv):
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
-    # What is too long for an example of the training data is cut as it was there.
-    learned = checkpoint.get('block_size') if kind in DECODERS else None
-    block_size = min(learned or model.config.block_size, model.config.block_size)
+    block_size = model.config.block_size
+    if kind in DECODERS:  # what is too long for an example of the training data is cut as it was
+        block_size = min(block_size, checkpoint.get('block_size') or block_size)
     use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))
