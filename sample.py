@@ -119,7 +119,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     return results, totals
 
 def check_finite(finite):
-    """Raise ValueError unless all logits are finite: argmax of NaN would answer all the same."""
+    """Raise ValueError unless all are True: argmax of NaN would answer all the same."""
     if not finite.all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
                          "for --dtype")
@@ -128,15 +128,9 @@ def check_finite(finite):
 # Choosing tokens
 
 def next_logits(model, ids, cache, suppressed):
-    """
-    The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf; and
-    whether the model's logits of a row are finite (B,).
-    """
+    """The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf."""
     logits = model.decode(ids, cache)
-    finite = logits.isfinite().all(dim=-1)
-    if suppressed is not None:
-        logits = logits.masked_fill(suppressed, -math.inf)
-    return logits, finite
+    return logits if suppressed is None else logits.masked_fill(suppressed, -math.inf)
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
@@ -150,7 +144,8 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, V = logits.double() if logits.is_cpu else logits.float(), logits.size(-1)
+    # In float32 a draw can round to 1, and no token would be above the threshold.
+    logits, V = logits.double(), logits.size(-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature    # cannot overflow
     order = None
     if top_k or top_p < 1:
@@ -159,7 +154,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
     cumulated = p.cumsum(dim=-1)
-    threshold = uniform[:, None].to(p) * cumulated[:, -1:]
+    threshold = uniform[:, None] * cumulated[:, -1:]
     index = (cumulated > threshold).int().argmax(dim=-1)                   # the first above it
     return index if order is None else order.gather(1, index[:, None])[:, 0]
 
@@ -184,16 +179,16 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         uniforms = uniforms.to(device)
 
     def step(new, uniform):
-        logits, finite = next_logits(model, new, cache, suppressed)        # (B, V), (B,)
-        chosen = sample_token(logits.to(uniform.device), uniform, temperature, top_k, top_p)
-        return chosen.where(finite.to(chosen.device), -1)             # -1: NaN or infinity
+        logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
+        chosen = sample_token(logits, uniform, temperature, top_k, top_p)
+        return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1: NaN or infinity
 
     new = window = ids[:, -block_size:]
     cache = cache or KVCache(min(block_size, window.size(1) + max_new_tokens))
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    tokens, ended, computed = ids[:, -1].tolist(), set(), [*range(len(ids))]
+    tokens, computed = [None] * len(ids), [*range(len(ids))]               # the newest; rows
     for i in range(max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2):]
@@ -205,13 +200,12 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             chosen = step(new, uniforms[i, computed]).cpu()
         check_finite(chosen >= 0)
         for row, token in zip(computed, chosen.tolist()):
-            tokens[row] = tokens[row] if row in ended else token
-            if token in end_ids:
-                ended.add(row)
+            if tokens[row] not in end_ids:
+                tokens[row] = token
         yield torch.tensor(tokens)
-        if len(ended) == len(tokens):
+        rest = [k for k, row in enumerate(computed) if tokens[row] not in end_ids]
+        if not rest:
             return
-        rest = [k for k, row in enumerate(computed) if row not in ended]
         if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
             computed, window = [computed[k] for k in rest], window[rest]
             cache.reorder(rest)
@@ -253,41 +247,40 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could beat its `beams`
     finished ones by ending now; after max_new_tokens a text counts as it is.
     """
-    cache, rows = cache or KVCache(ids.size(1) + max_new_tokens), list(range(len(ids)))
-    logits, finite = next_logits(model, ids, cache, suppressed)
-    logits = logits.repeat_interleave(beams, dim=0)
-    cache.reorder([row for row in rows for _ in range(beams)])
-    log_p = [0.0, *[-math.inf] * (beams - 1)] * len(ids)  # a row's beams begin equal: keep one
-    texts, finished = [[] for _ in log_p], [[(-math.inf, [])] * beams for _ in rows]
+    cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
+    # Of each row one text, which is empty, and then as many as there are, up to `beams`.
+    texts, log_p, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
-        check_finite(finite)
-        V, norm = logits.size(-1), length ** length_penalty
-        p = logits.float().log_softmax(dim=-1)                             # (B beams, V)
-        total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, beams V)
-        # Each beam may end with any of end_ids: so many leave enough that go on.
-        best, places = total.topk(min(1 + len(end_ids), V) * beams)
+        logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
+        check_finite(logits.amax(dim=-1).isfinite())
+        V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
+        p = logits.float().log_softmax(dim=-1)
+        total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, width V)
+        # Each text may end with any of end_ids: so many leave enough that go on.
+        best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
             unfinished = []                                                # (log P, beam, tokens)
             for rank, (score, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
-                beam, token = i * beams + place // V, place % V
+                beam, token = i * width + place // V, place % V
                 text = texts[beam] if token in end_ids else [*texts[beam], token]
                 if token not in end_ids and length < max_new_tokens:
                     unfinished.append((score, beam, text))
-                elif rank < beams:
+                elif rank < beams and score > -math.inf:
                     finished[row].append((score / norm, text))
             finished[row] = sorted(finished[row], reverse=True)[:beams]
-            if unfinished and unfinished[0][0] / norm > finished[row][-1][0]:
+            if unfinished and (len(finished[row]) < beams
+                               or unfinished[0][0] / norm > finished[row][-1][0]):
                 longer += unfinished[:beams]
                 rest.append(row)
         if not rest:
             break
+        # Where as many texts go on in all rows, those of a source only change places.
+        same = rest == rows and len(longer) == len(texts)
         log_p, parents, texts = zip(*longer)
-        # The beams of a source only change places among themselves, unless a row is done.
-        cache.reorder(ids.new_tensor(parents), source=rest != rows)
+        cache.reorder(ids.new_tensor(parents), source=not same)
         rows, newest = rest, ids.new_tensor([text[-1:] for text in texts])
-        logits, finite = next_logits(model, newest, cache, suppressed)
-    return [[text for text in row if text[0] > -math.inf] for row in finished]
+    return finished
 
 # -----------------------------------------------------------------------------
 # Text
@@ -1024,9 +1017,9 @@ def main(argv):
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
-    # What is too long for an example of the training data is cut as it was there.
-    learned = checkpoint.get('block_size') if kind in DECODERS else None
-    block_size = min(learned or model.config.block_size, model.config.block_size)
+    block_size = model.config.block_size
+    if kind in DECODERS:  # what is too long for an example of the training data is cut as it was
+        block_size = min(block_size, checkpoint.get('block_size') or block_size)
     use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))
