@@ -77,8 +77,9 @@ def flag(default, help, choices=(), kind=None, **bounds):
     not. `kind` is its type, given where the default is None: a value that is derived or missing.
     """
     kind = kind or type(default)
-    limits = dict.fromkeys(BOUNDS) | {'high': 2 ** 63 - 1 if kind is int else None} | bounds
-    rules = dict(help=help, choices=choices, kind=kind, **limits)
+    if kind is int:
+        bounds.setdefault('high', 2 ** 63 - 1)
+    rules = dict(help=help, choices=choices, kind=kind, **bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -95,14 +96,12 @@ def check_flags(settings):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} {value}: must be finite")
         for bound, (words, holds) in BOUNDS.items():
-            if rules[bound] is not None and not holds(value, rules[bound]):
+            if bound in rules and not holds(value, rules[bound]):
                 raise ValueError(f"--{f.name} {value}: must be {words} {rules[bound]}")
 
 def boolean(text):
-    """--compile=False: what bool('False') gives is True."""
-    if text.lower() not in ('true', 'false'):
-        raise ValueError
-    return text.lower() == 'true'
+    """--compile=False, since bool('False') is True. Raises ValueError at any other word."""
+    return bool(['false', 'true'].index(text.lower()))
 
 def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
