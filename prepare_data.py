@@ -519,26 +519,18 @@ class HFTokenizer(Tokenizer):
         self.n_vocab = 1 + max(engine.get_vocab().values())
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
 
-    def encode_all(self, texts):
-        """Yield the ids and offsets of each text."""
-        try:
-            encoded = self.engine.encode_batch(texts, add_special_tokens=False)
+    def encode_with_offsets(self, text):
+        try:  # encode_batch, which is not encode, releases Python's lock
+            [encoded] = self.engine.encode_batch([text], add_special_tokens=False)
         except Exception as e:  # half of a surrogate pair, or a word that has no token
-            raise ValueError(f"{texts[0][:40]!r} cannot be encoded: {e}") from None
-        for text in encoded:
-            ids = np.array(text.ids, np.uint32)
-            if self.unknown is not None:  # SentencePiece finds its special tokens in a text
-                ids[np.isin(ids, [*self.special.values()])] = self.unknown
-            yield ids, np.array(text.offsets, np.int64).reshape(-1, 2)
-
-    def encode_batch(self, texts):
-        return [ids for ids, _ in self.encode_all(texts)]
+            raise ValueError(f"{text[:40]!r} cannot be encoded: {e}") from None
+        ids = np.array(encoded.ids, np.uint32)
+        if self.unknown is not None:  # SentencePiece finds its special tokens in a text
+            ids[np.isin(ids, [*self.special.values()])] = self.unknown
+        return ids, np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
     def encode(self, text):
-        return self.encode_batch([text])[0]
-
-    def encode_with_offsets(self, text):
-        return next(self.encode_all([text]))
+        return self.encode_with_offsets(text)[0]
 
     def decode(self, ids):
         return self.engine.decode(list(ids), skip_special_tokens=False)
