@@ -937,29 +937,32 @@ def tag_examples(tokenizer, row, labels, block_size):
     meta: `first` is the place of the first piece of each token, or -1 for a token without a piece
     of its own: some tokenizers drop characters such as U+200B.
     """
-    tokens, examples, begin = row['tokens'], [], 0
+    tokens, room, examples = row['tokens'], block_size - 2, []
     ids, offsets = tokenizer.encode_with_offsets(' '.join(tokens))
     ends = np.cumsum([len(token) + 1 for token in tokens])  # of each token and its space
-    owner = np.searchsorted(ends, offsets[:, 1])            # the token that a piece ends in
-    # The pieces of token i are first[i], ..., stop[i] - 1.
-    first = np.searchsorted(owner, np.arange(len(tokens)))
-    stop = np.searchsorted(owner, np.arange(len(tokens)), side='right')
-    while begin < len(tokens):
-        room = first[begin] + block_size - 2
-        end = max(begin + 1, int(np.searchsorted(stop, room, side='right')))
-        part = ids[first[begin]:min(stop[end - 1], room)].tolist()
+    pieces = [[] for _ in tokens]
+    for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
+        pieces[owner].append(i)                             # of the token that it ends in
+    cuts, size = [], math.inf
+    for i, piece in enumerate(pieces):
+        size += len(piece)
+        if size > room:
+            cuts.append(i)
+            size = len(piece)
+    for begin, end in itertools.pairwise([*cuts, len(tokens)]):
+        part, first = [], []
+        for piece in pieces[begin:end]:
+            first.append(len(part) + 1 if piece else -1)
+            part += piece[:room]
         part, _ = add_special_tokens(tokenizer, part)
-        starts = first[begin:end]
-        places = np.where(stop[begin:end] > starts, starts - starts[0] + 1, -1).tolist()
-        example = {'ids': part, 'meta': {'tokens': tokens[begin:end], 'first': places}}
+        example = {'ids': part, 'meta': {'tokens': tokens[begin:end], 'first': first}}
         if 'tags' in row:
             example['meta']['tags'] = row['tags'][begin:end]
             example['targets'] = [IGNORE_INDEX] * len(part)
-            for place, tag in zip(places, row['tags'][begin:end]):
+            for place, tag in zip(first, row['tags'][begin:end]):
                 if place >= 0:
                     example['targets'][place] = labels.index(tag)
         examples.append(example)
-        begin = end
     return examples
 
 def encode_parts(tokenizer, text, cuts):
