@@ -635,22 +635,28 @@ def load_tokenizer(folder):
 MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on its own line it ends a document
 
 def find_files(paths):
-    """Files as they are, folders as the files in them, sorted, hidden ones left out."""
-    found = {}
+    """Files as they are, folders as the files in them, sorted, hidden ones left out. Each once."""
+    found, wrong, seen = [], [], set()
+
+    def visit(path):
+        real = os.path.realpath(path)
+        if real in seen:  # links may lead in circles
+            return
+        seen.add(real)
+        if os.path.isdir(path):
+            for inside in sorted(Path(path).glob('[!.]*')):
+                visit(inside)
+        elif os.path.isfile(path):
+            found.append(str(path))
+        else:
+            wrong.append(path)
+
     for path in paths:
-        names, seen = [] if os.path.isdir(path) else [path], set()
-        for folder, folders, inside in os.walk(path, followlinks=True):
-            seen.add(os.path.realpath(folder))                             # links lead in circles
-            folders[:] = [name for name in folders if name[0] != '.'
-                          and os.path.realpath(os.path.join(folder, name)) not in seen]
-            names += [os.path.join(folder, name) for name in inside if name[0] != '.']
-        wrong = [name for name in names if not os.path.isfile(name)]
-        if wrong or not names:
-            raise ValueError(f"{(wrong or [path])[0]} is no file (save a pipe as one), nor a folder"
-                             " of files: leave it out")
-        for name in sorted(names, key=Path):
-            found.setdefault(os.path.realpath(name), str(name))            # each file once
-    return [*found.values()]
+        visit(path)
+    if wrong or (paths and not found):
+        raise ValueError(f"{(wrong or paths)[0]} is no file (save a pipe as one), nor a folder of "
+                         "files: leave it out")
+    return found
 
 @contextlib.contextmanager
 def open_text(path):
