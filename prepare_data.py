@@ -1201,7 +1201,7 @@ def library():
             yield module.removesuffix('.__init__'), path.read_bytes()
 
 def docstrings(node, title, prefix=''):
-    """(title, docstring) of a module or class, and of the classes and functions in it."""
+    """(title, docstring or None) of a module or class, and of the classes and functions in it."""
     yield title, ast.get_docstring(node)
     for child in node.body:
         name = prefix + getattr(child, 'name', '')
@@ -1214,8 +1214,8 @@ def documented_library():
     """(module, [(title, docstring), ...]) of Python's library; its own docstring may be None."""
     for module, source in library():
         with contextlib.suppress(SyntaxError, ValueError):
-            first, *others = docstrings(ast.parse(source), module)
-            yield module, [first, *((title, text) for title, text in others if text)]
+            found = docstrings(ast.parse(source), module)
+            yield module, [(title, text) for title, text in found if text or title == module]
 
 def pydoc():
     """
