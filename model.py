@@ -564,14 +564,15 @@ class Stack(nn.Module):
         """
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
-        holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size.
+        holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size,
+        but for relative positions, of which the last stands for all beyond.
         """
         past = 0
         if cache is not None:
             past, memory, memory_mask = cache.length, cache.memory, cache.memory_mask
         fixed = isinstance(past, torch.Tensor)                             # see KVCache
         end = cache.size if fixed else past + ids.size(1)
-        if end > self.config.block_size:
+        if end > self.config.block_size and self.config.positions != 'relative':
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
@@ -946,8 +947,9 @@ def resize(model, path, **changes):
     old, config = model.config, replace(model.config, **changes)
     if config == old:
         return model
-    require(config.block_size <= old.block_size, f"block_size={config.block_size} is longer than "
-            f"the {old.block_size} that {path} was trained with: choose at most that")
+    require(config.block_size <= old.block_size or config.positions == 'relative',
+            f"block_size={config.block_size} is longer than the {old.block_size} that {path} was "
+            "trained with: choose at most that")
     weights, model = model.state_dict(), build(config)
     for name, p in model.state_dict().items():
         rows = weights[name]
@@ -1126,7 +1128,7 @@ def config_from(theirs):
     task, labels = family.classes[architecture], []
     if task in ('classify', 'tag'):
         named = theirs.get('id2label') or {}
-        labels = [named[i] for i in sorted(named, key=int)]
+        labels = [str(named[i]) for i in sorted(named, key=int)]
         labels = labels or [f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))]
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
     config = replace(family.base, **values, task=task, n_labels=len(labels))
@@ -1170,7 +1172,11 @@ def hf_layout(name, t):
 
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
-    paths, tensors = sorted(Path(folder).glob('model*.safetensors')), {}
+    folder, index, tensors = Path(folder), Path(folder, 'model.safetensors.index.json'), {}
+    paths = [*folder.glob('model.safetensors')] or sorted(folder.glob('model-*.safetensors'))
+    if len(paths) != 1 and index.exists():  # there may be others, of an earlier save
+        with reading(index, "fetch it again"):
+            paths = [folder / name for name in {*read_json(index)['weight_map'].values()}]
     require(paths, f"there is no {folder}/model.safetensors: fetch it; pytorch_model.bin is not "
                    "read here, so save its weights as safetensors")
     for path in paths:
@@ -1185,6 +1191,9 @@ def read_tensors(folder, family):
                         tensors[name.replace('c_attn', f'c_attn.{part}')] = piece
     return tensors
 
+def read_json(path):
+    return json.loads(path.read_text(encoding='utf-8'))
+
 def from_huggingface(folder):
     """
     A Hugging Face folder -> (model, checkpoint), which lists the tensors that were `dropped`, the
@@ -1193,7 +1202,7 @@ def from_huggingface(folder):
     """
     path = Path(folder, 'config.json')
     with reading(path, "choose another model, or fetch it again"):
-        theirs = json.loads(path.read_text(encoding='utf-8'))
+        theirs = read_json(path)
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
@@ -1219,8 +1228,7 @@ def from_huggingface(folder):
     path = Path(folder, 'generation_config.json')
     if path.exists():  # how their text is chosen: our flags do that here
         with reading(path, "fetch it again"):
-            not_read += [name for name in json.loads(path.read_text(encoding='utf-8'))
-                         if not FAMILIAR.fullmatch(name)]
+            not_read += [name for name in read_json(path) if not FAMILIAR.fullmatch(name)]
     return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.size},
                    'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
 

@@ -71,15 +71,12 @@ import tiktoken
 BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
           'above': ('above', operator.gt), 'below': ('below', operator.lt)}
 
-def flag(default, help, choices=(), kind=None, **bounds):
+def flag(default, help, choices=(), **bounds):
     """
     A field that describes itself. `low` and `high` are allowed values, `above` and `below` are
-    not. `kind` is its type, given where the default is None: a value that is derived or missing.
+    not. A default of None stands for a value that is derived or missing.
     """
-    kind = kind or type(default)
-    if kind is int:
-        bounds.setdefault('high', 2 ** 63 - 1)
-    rules = dict(help=help, choices=choices, kind=kind, **bounds)
+    rules = dict(help=help, choices=choices, **bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -95,9 +92,10 @@ def check_flags(settings):
             raise ValueError(f"--{f.name} {value}: choose one of {known}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} {value}: must be finite")
+        limits = {'high': 2 ** 63 - 1, **rules} if f.type is int else rules
         for bound, (words, holds) in BOUNDS.items():
-            if bound in rules and not holds(value, rules[bound]):
-                raise ValueError(f"--{f.name} {value}: must be {words} {rules[bound]}")
+            if bound in limits and not holds(value, limits[bound]):
+                raise ValueError(f"--{f.name} {value}: must be {words} {limits[bound]}")
 
 def boolean(text):
     """--compile=False, since bool('False') is True. Raises ValueError at any other word."""
@@ -127,7 +125,7 @@ def read_flags(argv, description, groups):
     for title, cls in groups.items():
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            kind, about = f.metadata.get('kind', type(f.default)), f.metadata['help']
+            kind, about = f.type, f.metadata['help']
             if f.metadata['choices']:
                 about += ': ' + ' | '.join(filter(None, f.metadata['choices']))
             if f.default not in (None, '', dataclasses.MISSING):
@@ -696,7 +694,7 @@ def read_rows(path, names, optional=()):
             yield n, line.split('\t')
         elif line.strip():
             try:
-                row = json.loads(line)
+                row = {key: value for key, value in json.loads(line).items() if value is not None}
                 if isinstance(row.get('label'), (int, float)):
                     row['label'] = json.dumps(row['label'])
                 texts = [row[name] for name in names]
@@ -819,9 +817,11 @@ def write_ids(path, dtype, tokenizer, pieces):
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
 # names of columns, not rows
-HEADERS = '''answer answers category chinese class content de description en english fr french
-    german gold_label hypothesis input label labels output premise question review sentence
-    sentence1 sentence2 sentiment source src summary target text text_b texts tgt title'''.split()
+HEADERS = '''answer answers article category chinese class completion content de description
+    document en english fr french german gold_label highlights hypothesis input instruction label
+    labels output premise prompt question response review sentence sentence1 sentence2 sentiment
+    source spanish src src_text summary target text text_b texts tgt tgt_text title translation
+    '''.split()
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""
@@ -923,8 +923,9 @@ def classify_examples(tokenizer, row, labels, block_size):
         targets    1                           of the labels negative, positive
     """
     texts = [tokenizer.encode(text).tolist() for text in pick(row, 'text', 'text_b').values()]
+    by_length = sorted(texts, key=len)  # of equals, the one that was shorter goes on being so
     while sum(map(len, texts)) > block_size - 1 - len(texts):
-        max(texts, key=len).pop()
+        max(by_length, key=len).pop()
     ids, segments = add_special_tokens(tokenizer, *texts)
     example = {'ids': ids, 'segments': segments}
     if 'label' in row:

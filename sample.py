@@ -1018,6 +1018,8 @@ def main(argv):
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
     block_size = model.config.block_size
+    if (arch, model.config.positions) == ('encdec', 'relative'):  # reads a source of any length
+        block_size = sys.maxsize
     if kind in DECODERS:  # what is too long for an example of the training data is cut as it was
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
     use, dtype = check_use(given, settings, kind, arch), settings.dtype

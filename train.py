@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -461,9 +462,9 @@ class Settings:
     learning_rate: float = flag(2e-3, 'of AdamW, at its peak', above=0, high=1e6)
     muon_learning_rate: float = flag(0.02, 'of Muon, at its peak', above=0, high=1e6)
     muon_momentum: float = flag(0.95, 'of Muon: share of the old mean', low=0, below=1)
-    min_lr: float = flag(None, 'learning rate at the end [learning_rate / 10]', low=0, kind=float)
+    min_lr: float = flag(None, 'learning rate at the end [learning_rate / 10]', low=0)
     warmup_iters: int = flag(50, 'steps over which the learning rate rises', low=0)
-    lr_decay_iters: int = flag(None, 'step at which it reaches min_lr [max_iters]', low=1, kind=int)
+    lr_decay_iters: int = flag(None, 'step at which it reaches min_lr [max_iters]', low=1)
     lr_schedule: str = flag('cosine', 'how it falls', ('cosine', 'linear', 'constant'))
     weight_decay: float = flag(0.1, 'of matrices and embeddings', low=0, high=1e6)
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', low=0, below=1)
@@ -476,8 +477,7 @@ class Settings:
     device: str = flag('auto', 'where to compute', ('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of products [bfloat16 where it is fast]; weights are float32',
                       ('auto', 'float32', 'bfloat16', 'float16'))
-    compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]',
-                         kind=bool)
+    compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]')
 
     def __post_init__(self):
         check_flags(self)
@@ -864,7 +864,7 @@ class Trainer:
             reason = f"target loss {s.target_loss} not reached"
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
                        f"validation {self.best_by} {abs(at.best[0]):.4f}. Ask the model: python "
-                       f"sample.py --out_dir {s.out_dir} --start \"...\"")
+                       f"sample.py --out_dir {shlex.quote(s.out_dir)} --start \"...\"")
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return self.signal and 128 + self.signal
@@ -1095,6 +1095,8 @@ def claim_folder(s, config, resumed, runtime):
             raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
                              "another folder, or wait") from None
     path.write_text(str(os.getpid()))
+    for old in folder.glob('*.[0-9]*.tmp'):  # of a run that was killed while it wrote
+        old.unlink()
     if resumed:
         return f
     for name in ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml'):

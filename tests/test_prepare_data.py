@@ -560,8 +560,9 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(tmp_path / 'a.jsonl',
-          '{"label": 1, "text": "x", "at": 2}\n{"label": " b\\n c", "text": "y", "text_b": "z"}')
-    assert rows_of('classify', tmp_path / 'a.jsonl') == [
+          '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
+          '{"label": " b\\n c", "text": "y", "text_b": "z"}')
+    assert rows_of('classify', tmp_path / 'a.jsonl') == [  # null is nothing
         {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'}]
     assert capsys.readouterr().err == f"{tmp_path / 'a.jsonl'}: not read: at\n"
 
@@ -743,7 +744,7 @@ class Flags:
     n: int = flag(3, 'a number', low=1, high=9)
     x: float = flag(0.5, 'a share', above=0, below=1)
     kind: str = flag('a', 'a choice', choices=('a', 'b'))
-    compile: bool = flag(None, 'a switch', kind=bool)
+    compile: bool = flag(None, 'a switch')
     max_iters: int = flag(10, 'steps')
     paths: list = flag([], 'files')
     config: str = flag('', 'a file')

@@ -214,7 +214,9 @@ def test_a_folder_in_use_is_refused_and_the_lock_of_a_killed_run_does_not_count(
     assert not list((tmp_path / 'out').glob('*old*'))
     process.kill()
     process.join()
+    (tmp_path / f'out/ckpt.pt.{process.pid}.tmp').touch()  # it was killed while it saved
     assert fit(tmp_path / 'out', init_from='resume', max_iters=2)['progress']['step'] == 2
+    assert not list((tmp_path / 'out').glob('*.tmp'))
 
 def test_output_that_nobody_reads_ends_no_training(d, tmp_path, start):
     """F20: as in `python train.py | head -1`, the work is the checkpoint."""
@@ -285,7 +287,7 @@ def bad_values(f):
     if rules['choices']:
         return ['foo']
     values = {int: ['1e4', '1.5', 'x', ''], float: ['nan', 'inf', 'x'], bool: ['maybe']}.get(
-        rules.get('kind', type(f.default)), [])
+        f.type, [])
     for bound, beyond in (('low', -1), ('high', 1), ('above', 0), ('below', 0)):
         if rules.get(bound) is not None:
             values.append(rules[bound] + beyond)
