@@ -21,8 +21,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # behind & and nohup they are ignored
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile(
     'plain', deadline=None, derandomize=True, database=None, max_examples=25,
     suppress_health_check=list(hypothesis.HealthCheck))
@@ -39,8 +37,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in gpu]
 
 @pytest.fixture(autouse=True)
-def seeded():
+def afresh():
+    """Draws and signals as at the start: & and nohup ignore some signals, a run notes them."""
     torch.manual_seed(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 @pytest.fixture(scope='session')
 def shared():
