@@ -344,7 +344,7 @@ class KVCache:
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
         length          number of tokens read so far
-        layers[i]       keys and values of block i, each (B, G, size, D), filled up to length
+        layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
         cross           the KVCache of the source, for cross-attention
         state           of an LSTM, which has no keys: (h, c), each (n_layer, B, C)
@@ -363,20 +363,17 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Add keys and values (B, G, T, D) of the T new tokens; returns those of all tokens."""
+        new = torch.stack([k, v])                                          # (2, B, G, T, D)
         if layer not in self.layers:
-            shape = *k.shape[:2], self.size, k.size(3)
             widen = k.is_cpu and not torch.is_autocast_enabled('cpu')
-            dtype = torch.float32 if widen else k.dtype
-            self.layers[layer] = [t.new_zeros(shape, dtype=dtype) for t in (k, v)]
-        keys, values = self.layers[layer]
+            self.layers[layer] = new.new_zeros((*new.shape[:3], self.size, new.size(4)),
+                                               dtype=torch.float32 if widen else new.dtype)
+        both, T = self.layers[layer], k.size(2)                            # (2, B, G, size, D)
         if isinstance(self.length, torch.Tensor):
-            places = self.length + torch.arange(k.size(2), device=k.device)
-            keys.index_copy_(2, places, k.type_as(keys))
-            values.index_copy_(2, places, v.type_as(values))
-            return keys, values                                            # 2 x (B, G, size, D)
-        end = self.length + k.size(2)
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]                        # 2 x (B, G, S, D)
+            places = self.length + torch.arange(T, device=k.device)
+            return both.index_copy_(3, places, new.type_as(both))
+        both[..., self.length:self.length + T, :] = new
+        return both[..., :self.length + T, :]                              # (2, B, G, S, D)
 
     def clear(self):
         """Forget all tokens that were read, but not the source."""
@@ -388,7 +385,7 @@ class KVCache:
         Row i becomes what row rows[i] was. source=False leaves the source where it is, for the
         beams of one source, which only change places among themselves.
         """
-        self.layers = {i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()}
+        self.layers = {i: both[:, rows] for i, both in self.layers.items()}
         if self.state is not None:
             self.state = tuple(s[:, rows] for s in self.state)
         if source and self.memory is not None:
@@ -433,7 +430,7 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None and memory is None:
-            k, v = (t[:, :, -newest:] for t in cache.append(self.layer, k, v))
+            k, v = cache.append(self.layer, k, v)[..., -newest:, :]        # 2 x (B, G, S, D)
         dtype, q = q.dtype, q.type_as(k)
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))

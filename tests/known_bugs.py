@@ -50,7 +50,7 @@ BUGS = [
      'if end > self.config.block_size:', 'if ids.size(1) > self.config.block_size:',
      'test_model.py'),
     ('the cache is reordered without its values', 'many', MODEL,
-     'self.layers = {i: (k[rows], v[rows]) for', 'self.layers = {i: (k[rows], v) for',
+     '{i: both[:, rows] for', '{i: torch.stack([both[0, rows], both[1]]) for',
      'test_model.py'),
     ('a cropped model keeps its positions', 'nanoGPT#220', MODEL,
      'torch.cat([rows, more])[:len(p)]', 'torch.cat([rows, more])[-len(p):]', 'test_model.py'),
