@@ -346,7 +346,7 @@ class KVCache:
         length          number of tokens read so far
         layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
-        cross           the KVCache of the source, for cross-attention
+        cross           the KVCache of the source, which the first step of decoding fills
         state           of an LSTM, which has no keys: (h, c), each (n_layer, B, C)
 
     size is the most tokens it has room for. On a CPU keys and values are float32 whatever the
@@ -412,25 +412,23 @@ class Attention(nn.Module):
         self.split_heads = lambda t: t.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, T, HD->H, D)
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
-    def keys_values(self, source):
-        """source (B, S, C) -> keys and values, 2 x (B, G, S, D)."""
-        return self.k_norm(self.split_heads(self.k(source))), self.split_heads(self.v(source))
-
     def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
         """
         x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; newest: only so many keys
         are seen, the last ones; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
-        holds only the new tokens.
+        holds only the new tokens; that of a memory is filled by the first call.
         """
         q = self.q_norm(self.split_heads(self.q(x)))                       # (B, H, T, D)
-        if cache is not None and memory is not None:
-            k, v = cache.cross.layers[self.layer]
+        if memory is not None and cache is not None and self.layer in cache.layers:
+            k, v = cache.layers[self.layer]                                # of a source read before
         else:
-            k, v = self.keys_values(x if memory is None else memory)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None and memory is None:
-            k, v = cache.append(self.layer, k, v)[..., -newest:, :]        # 2 x (B, G, S, D)
+            source = x if memory is None else memory                       # (B, S, C)
+            k = self.k_norm(self.split_heads(self.k(source)))              # (B, G, S, D)
+            v = self.split_heads(self.v(source))
+            if rotary is not None:
+                q, k = rotate(q, *rotary), rotate(k, *rotary)
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)[..., -newest:, :]
         dtype, q = q.dtype, q.type_as(k)
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
@@ -563,9 +561,10 @@ class Stack(nn.Module):
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
         holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size.
         """
-        past = 0
+        past, source = 0, None
         if cache is not None:
-            past, memory, memory_mask = cache.length, cache.memory, cache.memory_mask
+            past, source = cache.length, cache.cross
+            memory, memory_mask = cache.memory, cache.memory_mask
         fixed = isinstance(past, torch.Tensor)                             # see KVCache
         end = cache.size if fixed else past + ids.size(1)
         if end > self.config.block_size:
@@ -573,7 +572,7 @@ class Stack(nn.Module):
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
-        shared, cross = {'cache': cache}, {'cache': cache, 'memory': memory}
+        shared, cross = {'cache': cache}, {'cache': source, 'memory': memory}
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
         inputs = {}
@@ -805,10 +804,7 @@ class EncoderDecoder(LanguageModel):
     def encode(self, ids, attention_mask=None, size=None):
         """Read the source once: a KVCache to decode `size` tokens with [block_size]."""
         memory = self.encoder(ids, attention_mask=attention_mask)
-        cache = KVCache(size or self.config.block_size, memory, attention_mask)
-        for i, block in enumerate(self.decoder.blocks):
-            cache.cross.append(i, *block.cross.keys_values(memory))
-        return cache
+        return KVCache(size or self.config.block_size, memory, attention_mask)
 
 MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
 
