@@ -670,7 +670,12 @@ class Output(nn.Module):
         return F.linear(x * self.scale, self.weight, self.bias)            # (..., C) -> (..., V)
 
 class LanguageModel(nn.Module):
-    """What models that write share: `hidden` reads the tokens, `output` predicts the next ones."""
+    """What all models share: `tokens` is their table, `hidden` reads, `output` predicts tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)       # (V, C)
 
     def hidden(self, ids, **inputs):
         """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
@@ -694,9 +699,7 @@ class GPT(LanguageModel):
     """A decoder-only Transformer [2]: P(x) = product over t of P(x_t given x_<t)."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        super().__init__(config)
         self.decoder = Stack(config, self.tokens, causal=True)
         self.output = Output(config, self.tokens)
         init_weights(self)
@@ -709,10 +712,9 @@ class LSTM(LanguageModel):
     """
 
     def __init__(self, config):
-        super().__init__()
-        C, self.config = config.n_embd, config
+        super().__init__(config)
+        C = config.n_embd
         between = config.dropout if config.n_layer > 1 else 0.0            # dropout between layers
-        self.tokens = nn.Embedding(config.vocab_size, C)
         self.lstm = nn.LSTM(C, C, config.n_layer, batch_first=True, dropout=between)
         self.drop = Dropout(config.dropout)
         self.output = Output(config, self.tokens)
@@ -726,7 +728,7 @@ class LSTM(LanguageModel):
             cache.state, cache.length = state, cache.length + ids.size(1)
         return self.drop(x)
 
-class BERT(nn.Module):
+class BERT(LanguageModel):
     """
     An encoder [3]: every token sees every other, so instead of the next token it predicts hidden
     ones (masked language model), and whether text B follows text A (next sentence prediction). It
@@ -734,9 +736,8 @@ class BERT(nn.Module):
     """
 
     def __init__(self, config):
-        super().__init__()
-        C, self.config = config.n_embd, config
-        self.tokens = nn.Embedding(config.vocab_size, C)
+        super().__init__(config)
+        C = config.n_embd
         self.encoder = Stack(config, self.tokens, causal=False)
         self.transform = nn.Linear(C, C)
         self.activation = ACTIVATIONS[config.activation]
@@ -783,9 +784,7 @@ class EncoderDecoder(LanguageModel):
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        super().__init__(config)
         self.encoder = Stack(config, self.tokens, causal=False)
         self.decoder = Stack(config, self.tokens, causal=True, cross=True)
         self.output = Output(config, self.tokens)
