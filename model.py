@@ -1185,7 +1185,7 @@ def from_huggingface(folder):
     """
     path = Path(folder, 'config.json')
     with reading(path, "choose another model, or fetch it again"):
-        theirs = json.loads(path.read_text(encoding='utf-8'))
+        theirs = json.loads(path.read_bytes())
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
@@ -1194,7 +1194,7 @@ def from_huggingface(folder):
         config.tied = head is None or head.equal(
             tensors.get(f"{family.names['tokens']}.weight", head))
     model, new = build(config), []
-    if 'cls.predictions.bias' in tensors:  # two names for one: files may hold both
+    if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))
     for ours, p in model.named_parameters():
         name = hf_name(family, config, ours)
@@ -1211,7 +1211,7 @@ def from_huggingface(folder):
     path = Path(folder, 'generation_config.json')
     if path.exists():  # how their text is chosen: our flags do that here
         with reading(path, "fetch it again"):
-            not_read += [name for name in json.loads(path.read_text(encoding='utf-8'))
+            not_read += [name for name in json.loads(path.read_bytes())
                          if not FAMILIAR.fullmatch(name)]
     return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.size},
                    'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
