@@ -805,8 +805,6 @@ class EncoderDecoder(LanguageModel):
         memory = self.encoder(ids, attention_mask=attention_mask)
         return KVCache(size or self.config.block_size, memory, attention_mask)
 
-MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
-
 class TaskModel(nn.Module):
     """
     A pre-trained trunk and one new linear layer: section 4 of [3].
@@ -817,10 +815,9 @@ class TaskModel(nn.Module):
     qa         two places in a text: where does the answer begin, where does it end?
     """
 
-    def __init__(self, config, trunk=None):
+    def __init__(self, config, trunk):
         super().__init__()
-        self.config = config
-        self.trunk = trunk or MODELS[config.arch](replace(config, task='', n_labels=0))
+        self.config, self.trunk = config, trunk
         self.drop = Dropout(config.dropout)
         self.head = nn.Linear(config.n_embd, 2 if config.task == 'qa' else config.n_labels)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -851,9 +848,12 @@ class TaskModel(nn.Module):
 # -----------------------------------------------------------------------------
 # From a configuration to a model, to a file, and back
 
+MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
+
 def build(config):
     """A new model with random weights."""
-    return TaskModel(config) if config.task else MODELS[config.arch](config)
+    trunk = MODELS[config.arch](replace(config, task='', n_labels=0))
+    return TaskModel(config, trunk) if config.task else trunk
 
 def num_parameters(model):
     return sum(p.numel() for p in model.parameters())  # a tied one comes once
