@@ -344,9 +344,9 @@ class KVCache:
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
         length          number of tokens read so far
-        layers[i]       keys and values of block i, each (B, G, size, D), filled up to length
+        layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
-        cross           the KVCache of the source, for cross-attention
+        cross           the KVCache of the source, which the first step of decoding fills
         state           of an LSTM, which has no keys: (h, c), each (n_layer, B, C)
 
     size is the most tokens it has room for. On a CPU keys and values are float32 whatever the
@@ -363,20 +363,17 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Add keys and values (B, G, T, D) of the T new tokens; returns those of all tokens."""
+        new = torch.stack([k, v])                                          # (2, B, G, T, D)
         if layer not in self.layers:
-            shape = *k.shape[:2], self.size, k.size(3)
             widen = k.is_cpu and not torch.is_autocast_enabled('cpu')
-            dtype = torch.float32 if widen else k.dtype
-            self.layers[layer] = [t.new_zeros(shape, dtype=dtype) for t in (k, v)]
-        keys, values = self.layers[layer]
+            self.layers[layer] = new.new_zeros((*new.shape[:3], self.size, new.size(4)),
+                                               dtype=torch.float32 if widen else new.dtype)
+        both, T = self.layers[layer], k.size(2)                            # (2, B, G, size, D)
         if isinstance(self.length, torch.Tensor):
-            places = self.length + torch.arange(k.size(2), device=k.device)
-            keys.index_copy_(2, places, k.type_as(keys))
-            values.index_copy_(2, places, v.type_as(values))
-            return keys, values                                            # 2 x (B, G, size, D)
-        end = self.length + k.size(2)
-        keys[:, :, self.length:end], values[:, :, self.length:end] = k, v
-        return keys[:, :, :end], values[:, :, :end]                        # 2 x (B, G, S, D)
+            places = self.length + torch.arange(T, device=k.device)
+            return both.index_copy_(3, places, new.type_as(both))
+        both[..., self.length:self.length + T, :] = new
+        return both[..., :self.length + T, :]                              # (2, B, G, S, D)
 
     def clear(self):
         """Forget all tokens that were read, but not the source."""
@@ -388,7 +385,7 @@ class KVCache:
         Row i becomes what row rows[i] was. source=False leaves the source where it is, for the
         beams of one source, which only change places among themselves.
         """
-        self.layers = {i: (k[rows], v[rows]) for i, (k, v) in self.layers.items()}
+        self.layers = {i: both[:, rows] for i, both in self.layers.items()}
         if self.state is not None:
             self.state = tuple(s[:, rows] for s in self.state)
         if source and self.memory is not None:
@@ -415,25 +412,23 @@ class Attention(nn.Module):
         self.split_heads = lambda t: t.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, T, HD->H, D)
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
-    def keys_values(self, source):
-        """source (B, S, C) -> keys and values, 2 x (B, G, S, D)."""
-        return self.k_norm(self.split_heads(self.k(source))), self.split_heads(self.v(source))
-
     def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
         """
         x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; newest: only so many keys
         are seen, the last ones; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
-        holds only the new tokens.
+        holds only the new tokens; that of a memory is filled by the first call.
         """
         q = self.q_norm(self.split_heads(self.q(x)))                       # (B, H, T, D)
-        if cache is not None and memory is not None:
-            k, v = cache.cross.layers[self.layer]
+        if memory is not None and cache is not None and self.layer in cache.layers:
+            k, v = cache.layers[self.layer]                                # of a source read before
         else:
-            k, v = self.keys_values(x if memory is None else memory)
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None and memory is None:
-            k, v = (t[:, :, -newest:] for t in cache.append(self.layer, k, v))
+            source = x if memory is None else memory                       # (B, S, C)
+            k = self.k_norm(self.split_heads(self.k(source)))              # (B, G, S, D)
+            v = self.split_heads(self.v(source))
+            if rotary is not None:
+                q, k = rotate(q, *rotary), rotate(k, *rotary)
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)[..., -newest:, :]
         dtype, q = q.dtype, q.type_as(k)
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
@@ -567,9 +562,10 @@ class Stack(nn.Module):
         holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size,
         but for relative positions, of which the last stands for all beyond.
         """
-        past = 0
+        past, source = 0, None
         if cache is not None:
-            past, memory, memory_mask = cache.length, cache.memory, cache.memory_mask
+            past, source = cache.length, cache.cross
+            memory, memory_mask = cache.memory, cache.memory_mask
         fixed = isinstance(past, torch.Tensor)                             # see KVCache
         end = cache.size if fixed else past + ids.size(1)
         if end > self.config.block_size and self.config.positions != 'relative':
@@ -577,7 +573,7 @@ class Stack(nn.Module):
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
-        shared, cross = {'cache': cache}, {'cache': cache, 'memory': memory}
+        shared, cross = {'cache': cache}, {'cache': source, 'memory': memory}
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
         inputs = {}
@@ -675,7 +671,12 @@ class Output(nn.Module):
         return F.linear(x * self.scale, self.weight, self.bias)            # (..., C) -> (..., V)
 
 class LanguageModel(nn.Module):
-    """What models that write share: `hidden` reads the tokens, `output` predicts the next ones."""
+    """What all models share: `tokens` is their table, `hidden` reads, `output` predicts tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)       # (V, C)
 
     def hidden(self, ids, **inputs):
         """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
@@ -699,9 +700,7 @@ class GPT(LanguageModel):
     """A decoder-only Transformer [2]: P(x) = product over t of P(x_t given x_<t)."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        super().__init__(config)
         self.decoder = Stack(config, self.tokens, causal=True)
         self.output = Output(config, self.tokens)
         init_weights(self)
@@ -714,10 +713,9 @@ class LSTM(LanguageModel):
     """
 
     def __init__(self, config):
-        super().__init__()
-        C, self.config = config.n_embd, config
+        super().__init__(config)
+        C = config.n_embd
         between = config.dropout if config.n_layer > 1 else 0.0            # dropout between layers
-        self.tokens = nn.Embedding(config.vocab_size, C)
         self.lstm = nn.LSTM(C, C, config.n_layer, batch_first=True, dropout=between)
         self.drop = Dropout(config.dropout)
         self.output = Output(config, self.tokens)
@@ -731,7 +729,7 @@ class LSTM(LanguageModel):
             cache.state, cache.length = state, cache.length + ids.size(1)
         return self.drop(x)
 
-class BERT(nn.Module):
+class BERT(LanguageModel):
     """
     An encoder [3]: every token sees every other, so instead of the next token it predicts hidden
     ones (masked language model), and whether text B follows text A (next sentence prediction). It
@@ -739,9 +737,8 @@ class BERT(nn.Module):
     """
 
     def __init__(self, config):
-        super().__init__()
-        C, self.config = config.n_embd, config
-        self.tokens = nn.Embedding(config.vocab_size, C)
+        super().__init__(config)
+        C = config.n_embd
         self.encoder = Stack(config, self.tokens, causal=False)
         self.transform = nn.Linear(C, C)
         self.activation = ACTIVATIONS[config.activation]
@@ -788,9 +785,7 @@ class EncoderDecoder(LanguageModel):
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        super().__init__(config)
         self.encoder = Stack(config, self.tokens, causal=False)
         self.decoder = Stack(config, self.tokens, causal=True, cross=True)
         self.output = Output(config, self.tokens)
@@ -809,12 +804,7 @@ class EncoderDecoder(LanguageModel):
     def encode(self, ids, attention_mask=None, size=None):
         """Read the source once: a KVCache to decode `size` tokens with [block_size]."""
         memory = self.encoder(ids, attention_mask=attention_mask)
-        cache = KVCache(size or self.config.block_size, memory, attention_mask)
-        for i, block in enumerate(self.decoder.blocks):
-            cache.cross.append(i, *block.cross.keys_values(memory))
-        return cache
-
-MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
+        return KVCache(size or self.config.block_size, memory, attention_mask)
 
 class TaskModel(nn.Module):
     """
@@ -826,10 +816,9 @@ class TaskModel(nn.Module):
     qa         two places in a text: where does the answer begin, where does it end?
     """
 
-    def __init__(self, config, trunk=None):
+    def __init__(self, config, trunk):
         super().__init__()
-        self.config = config
-        self.trunk = trunk or MODELS[config.arch](replace(config, task='', n_labels=0))
+        self.config, self.trunk = config, trunk
         self.drop = Dropout(config.dropout)
         self.head = nn.Linear(config.n_embd, 2 if config.task == 'qa' else config.n_labels)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -860,9 +849,12 @@ class TaskModel(nn.Module):
 # -----------------------------------------------------------------------------
 # From a configuration to a model, to a file, and back
 
+MODELS = {'gpt': GPT, 'bert': BERT, 'encdec': EncoderDecoder, 'lstm': LSTM}
+
 def build(config):
     """A new model with random weights."""
-    return TaskModel(config) if config.task else MODELS[config.arch](config)
+    trunk = MODELS[config.arch](replace(config, task='', n_labels=0))
+    return TaskModel(config, trunk) if config.task else trunk
 
 def num_parameters(model):
     return sum(p.numel() for p in model.parameters())  # a tied one comes once
@@ -1176,7 +1168,8 @@ def read_tensors(folder, family):
     paths = [*folder.glob('model.safetensors')] or sorted(folder.glob('model-*.safetensors'))
     if len(paths) != 1 and index.exists():  # there may be others, of an earlier save
         with reading(index, "fetch it again"):
-            paths = [folder / name for name in {*read_json(index)['weight_map'].values()}]
+            names = json.loads(index.read_bytes())['weight_map'].values()
+            paths = [folder / name for name in {*names}]
     require(paths, f"there is no {folder}/model.safetensors: fetch it; pytorch_model.bin is not "
                    "read here, so save its weights as safetensors")
     for path in paths:
@@ -1191,9 +1184,6 @@ def read_tensors(folder, family):
                         tensors[name.replace('c_attn', f'c_attn.{part}')] = piece
     return tensors
 
-def read_json(path):
-    return json.loads(path.read_text(encoding='utf-8'))
-
 def from_huggingface(folder):
     """
     A Hugging Face folder -> (model, checkpoint), which lists the tensors that were `dropped`, the
@@ -1202,7 +1192,7 @@ def from_huggingface(folder):
     """
     path = Path(folder, 'config.json')
     with reading(path, "choose another model, or fetch it again"):
-        theirs = read_json(path)
+        theirs = json.loads(path.read_bytes())
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
@@ -1211,7 +1201,7 @@ def from_huggingface(folder):
         config.tied = head is None or head.equal(
             tensors.get(f"{family.names['tokens']}.weight", head))
     model, new = build(config), []
-    if 'cls.predictions.bias' in tensors:  # two names for one: files may hold both
+    if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))
     for ours, p in model.named_parameters():
         name = hf_name(family, config, ours)
@@ -1228,7 +1218,8 @@ def from_huggingface(folder):
     path = Path(folder, 'generation_config.json')
     if path.exists():  # how their text is chosen: our flags do that here
         with reading(path, "fetch it again"):
-            not_read += [name for name in read_json(path) if not FAMILIAR.fullmatch(name)]
+            not_read += [name for name in json.loads(path.read_bytes())
+                         if not FAMILIAR.fullmatch(name)]
     return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.size},
                    'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
 
