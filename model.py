@@ -559,8 +559,7 @@ class Stack(nn.Module):
         """
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
-        holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size,
-        but for relative positions, of which the last stands for all beyond.
+        holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size.
         """
         past, source = 0, None
         if cache is not None:
@@ -568,7 +567,7 @@ class Stack(nn.Module):
             memory, memory_mask = cache.memory, cache.memory_mask
         fixed = isinstance(past, torch.Tensor)                             # see KVCache
         end = cache.size if fixed else past + ids.size(1)
-        if end > self.config.block_size and self.config.positions != 'relative':
+        if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)

@@ -1017,12 +1017,12 @@ def main(argv):
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
+    use, dtype = check_use(given, settings, kind, arch), settings.dtype
+    if use != 'export' and (arch, model.config.positions) == ('encdec', 'relative'):
+        model.config.block_size = 10 ** 9  # the last relative position stands for all beyond
     block_size = model.config.block_size
-    if (arch, model.config.positions) == ('encdec', 'relative'):  # reads a source of any length
-        block_size = sys.maxsize
     if kind in DECODERS:  # what is too long for an example of the training data is cut as it was
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
-    use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))
     if dtype == 'auto':

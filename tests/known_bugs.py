@@ -47,7 +47,7 @@ BUGS = [
      'positions = past + key_positions[:ids.size(1)]', 'positions = key_positions[:ids.size(1)]',
      'test_model.py'),
     ('the bound looks at the new tokens alone', 'nanochat#520', MODEL,
-     'if end > self.config.block_size and', 'if ids.size(1) > self.config.block_size and',
+     'if end > self.config.block_size:', 'if ids.size(1) > self.config.block_size:',
      'test_model.py'),
     ('the cache is reordered without its values', 'many', MODEL,
      '{i: both[:, rows] for', '{i: torch.stack([both[0, rows], both[1]]) for',
