@@ -1095,18 +1095,17 @@ def claim_folder(s, config, resumed, runtime):
             raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
                              "another folder, or wait") from None
     path.write_text(str(os.getpid()))
-    for old in folder.glob('*.[0-9]*.tmp'):  # of a run that was killed while it wrote
-        old.unlink()
-    if resumed:
-        return f
     for name in ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml'):
+        for half in folder.glob(f'{name}.*.tmp'):  # of a run that was killed while it saved
+            half.unlink()
         old = folder / name
-        if old.exists():
+        if old.exists() and not resumed:
             new = old.replace(old.with_stem(f'{old.stem}.old'))
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
-    derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))            # from the data
-    text = write_config(asdict(s) | asdict(config) | derived)
-    write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
+    if not resumed:
+        derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))        # from the data
+        text = write_config(asdict(s) | asdict(config) | derived)
+        write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
     return f
 
 def main(argv):
