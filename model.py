@@ -409,7 +409,7 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, D, config.qk_norm)
         self.drop, self.layer = Dropout(config.dropout), layer
         self.scale = None if config.scale_attention else 1.0
-        self.split_heads = lambda t: t.unflatten(-1, (-1, D)).transpose(1, 2)  # (B, T, HD->H, D)
+        self.split_heads = lambda t: t.unflatten(-1, (-1, D)).transpose(1, 2)  # -> (B, H, T, D)
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
@@ -428,8 +428,8 @@ class Attention(nn.Module):
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             if cache is not None:
-                k, v = cache.append(self.layer, k, v)[..., -newest:, :]
-        dtype, q = q.dtype, q.type_as(k)
+                k, v = cache.append(self.layer, k, v)[..., -newest:, :]      # -0: all
+        dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
         y = attention(q, k, v, self.drop, mask, causal, self.scale)        # (B, H, T, D)
@@ -543,7 +543,7 @@ class Stack(nn.Module):
     def __init__(self, config, tokens, causal, cross=False):
         super().__init__()
         self.causal, self.config = causal, config
-        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # blocks in turn
+        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # more than enough
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd, config.norm_first)
@@ -565,7 +565,7 @@ class Stack(nn.Module):
         if cache is not None:
             past, source = cache.length, cache.cross
             memory, memory_mask = cache.memory, cache.memory_mask
-        fixed = isinstance(past, torch.Tensor)                             # see KVCache
+        fixed = isinstance(past, torch.Tensor)                             # shapes: see KVCache
         end = cache.size if fixed else past + ids.size(1)
         if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
@@ -593,8 +593,8 @@ class Stack(nn.Module):
         """The arguments of attention about who sees whom, for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none, since it sees the newest
-        # keys, nor do T queries and T keys, since is_causal means their triangle. Several new
-        # tokens behind a cache do: is_causal would align query 0 with key 0.
+        # keys, nor do T queries and T keys (if the window hides none), since is_causal means their
+        # triangle. Several new tokens after a cache do: is_causal would align query 0 with key 0.
         if real is None and not relative and not fixed:
             if T == 1:
                 return {'newest': window}
@@ -634,8 +634,9 @@ def init_weights(model):
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
-    fan_in   1 / sqrt(inputs), and 1 for token embeddings as they enter the stream: section 5, [5]
-    zero     fan_in, but 0 where a layer writes to the stream or the logits: blocks do nothing yet
+    fan_in   1 / sqrt(inputs), and 1 for token embeddings, once they are scaled: section 5 of [5]
+    zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
+             nothing yet
     """
     config = model.config
     for name, p in model.named_parameters():
@@ -794,7 +795,7 @@ class EncoderDecoder(LanguageModel):
                 **inputs):
         """
         ids and attention_mask (B, S) of the source; decoder_ids (B, T), the target shifted to the
-        right behind a start token -> logits (B, T, V), and the loss where targets (B, T) are given.
+        right after a start token -> logits (B, T, V), and the loss where targets (B, T) are given.
         """
         memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
         return super().forward(decoder_ids, None, targets, num_targets, memory=memory,
@@ -1103,7 +1104,7 @@ def config_from(theirs):
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')
         if ours:
-            values[ours] = value or values.get(ours, value)  # one of Llama's two biases means both
+            values[ours] = value or values.get(ours, value)  # either of Llama's two biases: both
         elif name in UNSUPPORTED:
             require(value in (False, '', [], {}, UNSUPPORTED[name]),
                     f"{name}={value!r} is not supported here")
@@ -1137,12 +1138,12 @@ def config_to(kind, config):
     if kind == 'mistral':
         theirs['sliding_window'] = int(config.window.split()[0])
     if 'rope_theta' in theirs:
-        kind, *numbers = config.rope_scaling.split() or ['default']
-        theirs['rope_parameters'] = dict(zip(ROPE, [kind, *map(json.loads, numbers)]))
+        rope_type, *numbers = config.rope_scaling.split() or ['default']
+        theirs['rope_parameters'] = dict(zip(ROPE, [rope_type, *map(json.loads, numbers)]))
     return theirs
 
 def hf_name(family, config, name):
-    """The name of a weight of ours there, without the prefix."""
+    """Hugging Face's name of a weight of ours, without the prefix."""
     module, kind = name.removeprefix('trunk.').rsplit('.', 1)
     number = ''.join(re.findall(r'\d+', module))
     theirs = family.names[module.replace(f'.{number}.', '.N.')].replace('.N.', f'.{number}.')

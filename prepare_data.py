@@ -6,7 +6,7 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     data/NAME/train.bin, val.bin    to pre-train on: one long row of ids (uint16 or uint32), in
                                     which every document ends with <|endoftext|>
     data/NAME/train.jsonl, val.jsonl    to fine-tune on: one example a line, whose keys are the
-                                    arguments of model.forward()
+                                    arguments of model.forward(), and `meta`
 
     python prepare_data.py --dataset pydoc                       Python's documentation, offline
     python prepare_data.py --input book.txt notes/               text files, folders, JSON lines
@@ -16,8 +16,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task seq2seq --input en-de.tsv      source<TAB>target
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
-This is the first script that a user runs, so what all scripts share stands here too: flags, errors
-of one line, the progress line.
+This is the first script that a user runs, so what all scripts share stands here too: flags,
+one-line errors, the progress line.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
@@ -92,13 +92,13 @@ def check_flags(settings):
             raise ValueError(f"--{f.name} {value}: choose one of {known}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{f.name} {value}: must be finite")
-        limits = {'high': 2 ** 63 - 1, **rules} if f.type is int else rules
+        limits = {'high': 2 ** 63 - 1, **rules} if f.type is int else rules  # int64
         for bound, (words, holds) in BOUNDS.items():
             if bound in limits and not holds(value, limits[bound]):
                 raise ValueError(f"--{f.name} {value}: must be {words} {limits[bound]}")
 
 def boolean(text):
-    """--compile=False, since bool('False') is True. Raises ValueError at any other word."""
+    """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
     return bool(['false', 'true'].index(text.lower()))
 
 def normalize_flag(word):
@@ -164,7 +164,7 @@ STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
          if hasattr(signal, name)]                                         # Windows has no SIGHUP
 
 def run(main):
-    """Call main(argv). An error that the user can mend is one line, exit status 2, no traceback."""
+    """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
     for number in STOPS:
@@ -196,9 +196,9 @@ def run(main):
         sys.exit(130)
 
 def progress(text):
-    """The live line of long work, on a terminal only. An empty text clears it."""
+    """The live line of long work, on a terminal, by one process. An empty text clears it."""
     with contextlib.suppress(OSError):
-        if sys.stderr and sys.stderr.isatty():
+        if sys.stderr and sys.stderr.isatty() and os.environ.get('RANK', '0') == '0':
             width = shutil.get_terminal_size().columns - 1
             print('\r' + text[:width] + '\x1b[K', end='', file=sys.stderr, flush=True)
 
@@ -213,9 +213,9 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 FORMAT = 'plainformer tokenizer 2'
 
-# Where a long text may be cut, so that no token would cross the cut: before a line that begins with
-# no white space, or before a space (but not behind > : a piece that ends in <|endoftext|> would
-# look as if a document ended there). (?r) searches from the end.
+# Where a long text may be cut, so that no token of WORDS would cross the cut: after a line end, but
+# before the last of several; or before a space (but not after > : a piece that ends in
+# <|endoftext|> would look as if a document ended there). (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
@@ -244,7 +244,7 @@ class Tokenizer:
     """
 
     def __init__(self, name, pattern, ranks, special=()):
-        """special {text: id}: those that it lacks get the ids behind all others."""
+        """special {text: id}: those that it lacks get the ids after all others."""
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, dict(special)
         for text in SPECIALS:
             self.special.setdefault(text, len(ranks) + len(self.special))
@@ -254,7 +254,7 @@ class Tokenizer:
         self.end_ids = [self.special['<|endoftext|>']]
 
     def id(self, text):
-        """The id of a special token, by its name here."""
+        """The id of a special token, by our name for it."""
         if text not in self.special:
             raise ValueError(f"the tokenizer ({self.name}) has no token {text}: choose another")
         return self.special[text]
@@ -296,7 +296,7 @@ class Tokenizer:
         pieces = regex.split(f'({CJK.pattern})', text)
         ids = np.concatenate([self.encode(piece) for piece in pieces])
         ends = np.cumsum([0, *(len(self.token_bytes(i)) for i in ids.tolist())])
-        # The bytes of a character behind its first one are 10xxxxxx.
+        # The bytes of a character after its first one are 10xxxxxx.
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
         character = np.cumsum(is_first) - 1  # of each byte
         return ids, np.stack([character[ends[:-1]], character[ends[1:] - 1] + 1], axis=1)
@@ -369,7 +369,7 @@ def byte_tokenizer():
     return Tokenizer('byte', ONE, {bytes([b]): b for b in range(256)})
 
 def gpt2_tokenizer():
-    """That of GPT-2, with our special tokens behind its own 50,257."""
+    """That of GPT-2, with our special tokens after its own 50,257."""
     base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
@@ -494,8 +494,8 @@ def render_token(tokenizer, i):
 # The tokenizers of other models, as the package `transformers` reads them
 
 # GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
-others = itertools.count(256)
-VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
+unused = itertools.count(256)
+VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(unused)) for b in range(256)]
 
 def optional(package):
     """A package that only some folders need."""
@@ -534,7 +534,7 @@ class HFTokenizer(Tokenizer):
         return self.engine.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self, i):
-        """What one token adds behind itself: a word of WordPiece, the space before it."""
+        """What a token adds after another one: for a word of WordPiece, also the space."""
         return self.decode([i, i])[len(self.decode([i])):].encode()
 
     def to_dict(self):
@@ -590,7 +590,7 @@ def open_huggingface(folder):
     ends = [i for i in dict.fromkeys(ends) if i is not None]
     if not ends:
         raise ValueError("no token ends a text: it needs a tokenizer_config.json with eos_token")
-    for name in SPECIALS[:4]:  # all but [MASK]
+    for name in SPECIALS[:4]:  # not [MASK]
         special.setdefault(name, ends[0])
     if start is not None:
         if start not in rows:
@@ -598,7 +598,7 @@ def open_huggingface(folder):
         special['<|start|>'] = start
     if theirs.unk_token in vocab:
         special['unknown'] = vocab[theirs.unk_token]
-    # Added tokens without a role, such as [E1] or <|user|>, are words: they are read and written.
+    # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text.
     saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
     for token in saved['added_tokens']:
         token['special'] = token['id'] not in words
@@ -610,8 +610,8 @@ def load_tokenizer(folder):
     files = known & {*os.listdir(folder)}
     if not files:
         raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
-    for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):        # .json and .txt
-        with path.open('rb') as f:  # of which a folder of data has large ones
+    for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):
+        with path.open('rb') as f:  # only its start: it may be large
             if f.read(19) == b'version https://git':
                 raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself")
     try:
@@ -736,7 +736,7 @@ def part(pieces, begin, end):
         at += len(text)
         if last < 0:
             break
-        if at >= begin:
+        if at >= begin:  # =: an empty text may end a document
             yield text[first:last], ends and at <= end
 
 # -----------------------------------------------------------------------------
@@ -816,7 +816,7 @@ def write_ids(path, dtype, tokenizer, pieces):
 # arguments of model.forward(), and with `meta`, which holds what only scoring needs.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
-# names of columns, not rows
+# names of columns: a first line of these is no row
 HEADERS = '''answer answers article category chinese class completion content de description
     document en english fr french german gold_label highlights hypothesis input instruction label
     labels output premise prompt question response review sentence sentence1 sentence2 sentiment
@@ -923,7 +923,7 @@ def classify_examples(tokenizer, row, labels, block_size):
         targets    1                           of the labels negative, positive
     """
     texts = [tokenizer.encode(text).tolist() for text in pick(row, 'text', 'text_b').values()]
-    by_length = sorted(texts, key=len)  # of equals, the one that was shorter goes on being so
+    by_length = sorted(texts, key=len)  # a tie shortens the one that was shorter
     while sum(map(len, texts)) > block_size - 1 - len(texts):
         max(by_length, key=len).pop()
     ids, segments = add_special_tokens(tokenizer, *texts)
@@ -950,7 +950,7 @@ def tag_examples(tokenizer, row, labels, block_size):
     pieces = [[] for _ in tokens]
     for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
         pieces[owner].append(i)                             # of the token that it ends in
-    cuts, size = [], math.inf
+    cuts, size = [], math.inf  # so that the first cut is at 0
     for i, piece in enumerate(pieces):
         size += len(piece)
         if size > room:
@@ -1232,7 +1232,7 @@ def pydoc():
     return ['<|endoftext|>\n'.join(shuffled(documents))]
 
 def pytopics():
-    """Which package of Python's library is a docstring from? The twelve with the most of them."""
+    """Docstrings of Python's library and their package, of the twelve with the most of them."""
     texts = collections.defaultdict(set)
     for module, found in documented_library():
         for _, text in found:
@@ -1285,7 +1285,7 @@ def in_words(n):
             return f'{in_words(n // size)} {name} {in_words(n % size)}'.rstrip()
 
 def numbers():
-    """Number words to digits: all below 1,000, and about as many of 4, 5 and 6 digits."""
+    """Number words to digits: all below 1,000, and 19,001 up to a million."""
     rng, chosen = random.Random(0), set(range(1, 1000))
     while len(chosen) < 20_000:
         chosen.add(rng.randrange(1, 10 ** rng.randint(4, 6)))
@@ -1328,10 +1328,10 @@ class Settings:
     tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data or Hugging Face folder whose '
                                  'tokenizer is to be used')
     vocab_size: int = flag(4096, 'of bpe: all tokens, special ones included', low=1)
-    val_fraction: float = flag(0.1, 'share for validation: the end of the text; of a task any rows',
+    val_fraction: float = flag(0.1, 'share to validate: the end of a text; random rows of a task',
                                above=0, below=1)
-    block_size: int = flag(64, 'of a task: longest example, in tokens; what is longer is cut, or '
-                               'makes several', low=8)
+    block_size: int = flag(64, 'of a task: longest example, in tokens; longer ones are cut, split '
+                               'or refused', low=8)
     out_dir: str = flag('', 'folder to write, data/NAME if not given')
     show: str = flag('', 'a text: print how it becomes tokens, step by step, and do nothing else')
     mirror: str = flag('', f'URL or folder to download from, instead of {UPSTREAM}')
@@ -1359,7 +1359,7 @@ def prepare_text(settings, task, folder, files, val_files):
     pieces = lambda paths: itertools.chain.from_iterable(map(read_pieces, paths))
     size, characters, both = 0, set(), files + val_files
     for paths in (files, val_files):
-        cut = size  # of what came before: at last, where val_files begin
+        cut = size  # in the end: where val_files begin
         for text, _ in pieces(paths):
             size += len(text)
             characters.update(text)
@@ -1437,8 +1437,8 @@ def prepare(settings):
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
         held_out = {*map(os.path.realpath, val_files)}
-        files = [path for path in files  # all, where nothing else is given
-                 if os.path.realpath(path) not in held_out] or files
+        files = [path for path in files
+                 if os.path.realpath(path) not in held_out] or files       # where none is left
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

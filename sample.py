@@ -60,7 +60,7 @@ def collate(examples, pad_id, device='cpu'):
     """
     fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE_INDEX}
     batch = {}
-    for key in examples[0]:  # in the same order in all processes: they sum targets by kind
+    for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
         if key == 'meta':
             continue
         rows = [torch.as_tensor(example[key], dtype=torch.long) for example in examples]
@@ -107,7 +107,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
             check_finite(logits.isfinite())
             if kinds:
                 targets = batch[kind]
-                if logits.shape[:-1] != targets.shape:  # BERT: the tokens with a target only
+                if logits.shape[:-1] != targets.shape:  # BERT: logits only where there is a target
                     targets = targets[targets != IGNORE_INDEX]
                 right = (logits.argmax(dim=-1) == targets).sum().item()
                 number = (targets != IGNORE_INDEX).sum().item()
@@ -181,14 +181,14 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
         chosen = sample_token(logits, uniform, temperature, top_k, top_p)
-        return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1: NaN or infinity
+        return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # a graph cannot raise
 
     new = window = ids[:, -block_size:]
     cache = cache or KVCache(min(block_size, window.size(1) + max_new_tokens))
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    tokens, computed = [None] * len(ids), [*range(len(ids))]               # the newest; rows
+    tokens, computed = [None] * len(ids), [*range(len(ids))]               # newest; rows not ended
     for i in range(max_new_tokens):
         if window.size(1) > block_size:
             window = new = window[:, -max(1, block_size // 2):]
@@ -223,7 +223,7 @@ def capture(step, cache, *inputs):
     with torch.cuda.stream(stream):
         for _ in range(3):  # libraries set themselves up in the first calls
             step(*inputs)
-            cache.length.copy_(length)
+            cache.length.copy_(length)  # undo the step
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
         chosen = step(*inputs)
@@ -248,7 +248,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     finished ones by ending now; after max_new_tokens a text counts as it is.
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
-    # Of each row one text, which is empty, and then as many as there are, up to `beams`.
+    # Each row begins with one text, which is empty; later all have equally many, at most `beams`.
     texts, log_p, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
         logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
@@ -256,7 +256,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
         p = logits.float().log_softmax(dim=-1)
         total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, width V)
-        # Each text may end with any of end_ids: so many leave enough that go on.
+        # Any of end_ids may end each text: so many candidates leave `beams` that go on.
         best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
@@ -275,7 +275,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
                 rest.append(row)
         if not rest:
             break
-        # Where as many texts go on in all rows, those of a source only change places.
+        # If no row is done, and none has more texts, those of a source only change places.
         same = rest == rows and len(longer) == len(texts)
         log_p, parents, texts = zip(*longer)
         cache.reorder(ids.new_tensor(parents), source=not same)
@@ -337,13 +337,13 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
     """
     Continue prompts of one length; an encoder-decoder reads sources first. Returns for each a list
     of TextStream: the one drawn by (seed, row), or the best of its beams; show(text) is called with
-    what is new of the first. Beams, and texts behind a source, have to fit into one window of
+    what is new of the first. Beams, and texts after a source, have to fit into one window of
     block_size tokens: beams continue the newest part of a long prompt.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
     length, beams, block_size = settings.max_new_tokens, settings.num_beams, model.config.block_size
     if sources:
-        prompts = [()] * len(prompts)  # a target is a text of its own
+        prompts = [()] * len(prompts)  # they are no part of the target
     elif beams > 1:
         room = block_size - min(length, block_size // 2)
         ids = ids[:, -room:]
@@ -406,7 +406,7 @@ def decode_label(examples, logits, labels):
 
 def entities(tags):
     """
-    Tags -> [(kind, first, behind the last)]. As in CoNLL's script (Tjong Kim Sang and De Meulder
+    Tags -> [(kind, first, after the last)]. As in CoNLL's script (Tjong Kim Sang and De Meulder
     2003) and seqeval, an I-kind that does not continue an entity of its kind begins one. Tags of
     other people's models may be kinds alone.
 
@@ -502,7 +502,7 @@ def f1(hits, guessed, true):
     return 2 * hits / max(1, guessed + true)
 
 def label_scores(answers, golds):
-    """Accuracy, and the mean over all labels of the F1 of finding that label."""
+    """Accuracy, and the mean over the labels that occur of the F1 of finding them."""
     guesses, right = [a['label'] for a in answers], [g[0]['meta']['label'] for g in golds]
     pairs, guessed, true = map(collections.Counter, (zip(guesses, right), guesses, right))
     hits = {label: pairs[label, label] for label in guessed | true}
@@ -601,7 +601,7 @@ SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
 BEST_SCORE = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1', 'seq2seq': 'loss'}  # for best.pt
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
-    """Scores of labelled examples, with the loss; of text to text without it, decoded greedily."""
+    """Scores of labelled examples, and the loss, but not of text to text: decoded greedily."""
     settings = settings or Settings(temperature=0.0, seed=0)
     rows = itertools.groupby(examples, key=lambda example: example['meta']['row'])
     rows = [list(group) for _, group in rows]
@@ -647,6 +647,8 @@ def score_text(model, tokenizer, path, kind):
         raise ValueError(f"--score {path}: no text in it")
     if kind == 'masks':
         return masked_accuracy(model, tokenizer, ids[ids != tokenizer.end_id])
+    if '<|start|>' in tokenizer.special:
+        ids = np.append(tokenizer.start_id, ids)
     # Windows that do not overlap: every token but the first is predicted once.
     T, inputs, targets = model.config.block_size, ids[:-1], ids[1:]
     windows = [{'ids': inputs[i:i + T], 'targets': targets[i:i + T]}
@@ -662,7 +664,7 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size):
     check_labels(task, rows, labels)
     if task == 'qa':  # models of others do not say whether they know questions without an answer
         labels = labels or [label for row in rows for label in TASKS[task].labels_of(row)]
-    # Only scores, no loss; and the answers may not guide how a context is cut into tokens.
+    # No loss, and no answers (only qa has any) that guide how a context is cut into tokens.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)
     for example in examples:
@@ -793,8 +795,8 @@ class Settings:
     """The flags of this script."""
     start: str = flag('', 'the input: a text, FILE:path, or - for standard input')
     out_dir: str = flag('out', 'the folder that train.py wrote')
-    init_from: str = flag('', 'or a checkpoint, a Hugging Face folder, or a name on the hub')
-    num_samples: int = flag(1, 'how many texts; with beams, so many of the best', low=1)
+    init_from: str = flag('', 'instead: a checkpoint, a Hugging Face folder, or a name on the hub')
+    num_samples: int = flag(1, 'how many texts; with beams, that many of the best', low=1)
     max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
     temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
                                    'text to text 0 if not given', low=0, high=1e6)
@@ -845,7 +847,7 @@ def check_use(given, settings, kind, arch):
     return use
 
 def open_model(path, device='cpu', **changes):
-    """`load` of model.py, and the tokenizer where a Hugging Face folder has one: a third value."""
+    """As `load` of model.py, and a third value: the tokenizer, or None where there is none."""
     (model, checkpoint), tokenizer = load(path, device, **changes), None
     if 'folder' in checkpoint:  # a Hugging Face model
         with contextlib.suppress(FileNotFoundError):
@@ -921,7 +923,7 @@ def print_texts(model, tokenizer, prompt, settings):
         print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
     report(started, sum(len(text.ids) for text in texts), 'tokens', 'tok/s')
 
-# A CJK character, a word without the punctuation behind it, or another sign
+# A CJK character, a word without the punctuation after it, or another sign
 TOKEN = regex.compile(CJK.pattern + r'|[\p{L}\p{N}\p{M}_@#](?:(?!' + CJK.pattern
                       + r')\S)*(?<=[\p{L}\p{N}\p{M}_])|\S')
 
@@ -1021,7 +1023,7 @@ def main(argv):
     if use != 'export' and (arch, model.config.positions) == ('encdec', 'relative'):
         model.config.block_size = 10 ** 9  # the last relative position stands for all beyond
     block_size = model.config.block_size
-    if kind in DECODERS:  # what is too long for an example of the training data is cut as it was
+    if kind in DECODERS:  # long texts are cut as those of the training data were
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))

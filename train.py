@@ -60,7 +60,7 @@ def row_order(data, epoch):
     length, but for a batch that begins in one epoch and ends in the next.
     """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # ends the batch before
+    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # the rest of a batch
     middle = order[begin:begin + (n - begin) // size * size]               # the whole batches
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
@@ -69,8 +69,8 @@ def row_order(data, epoch):
 class Data:
     """
     One split of a folder that prepare_data.py made. `tokens` is one long row of ids; of labelled
-    data, `rows` are the examples besides. batch_size: of so many rows that follow each other, the
-    lengths should be about the same.
+    data, `rows` are the examples besides. batch_size: so many consecutive rows should have about
+    the same length.
     """
 
     def __init__(self, folder, split, seed=0, batch_size=1):
@@ -83,7 +83,7 @@ class Data:
             self.task = meta['task'].replace('lm', '')                     # '': text
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
-            self.fingerprint = [meta['sha256'], meta['counts']]            # other data: another one
+            self.fingerprint = [meta['sha256'], meta['counts']]            # differs for other data
             self.is_text = np.ones(self.vocab_size, bool)                  # no special token
             self.is_text[[*self.tokenizer.special.values()]] = False
             if self.task:
@@ -136,8 +136,8 @@ class Data:
     def sentences(self):
         """
         Start of each sentence, and the end of the text (S + 1,); the document of each (S,); the
-        numbers of those that are not the last of their document. A sentence ends behind . ! ?
-        before white space, behind 。！？ and at line ends; a document ends at <|endoftext|>.
+        numbers of those that are not the last of their document. A sentence ends after . ! ?
+        before white space, after 。！？ and at line ends; a document ends at <|endoftext|>.
 
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
             ^     ^      ^         ^                  ^
@@ -215,7 +215,7 @@ def sentence_pair(data, rng, room):
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    second = after = np.clip(fitting, first + 1, high - 1)                 # the first behind A
+    second = after = np.clip(fitting, first + 1, high - 1)                 # the first after A
     follows = rng.random() < 0.5
     if not follows:
         second = rng.integers(len(document) - (high - low))
@@ -326,7 +326,7 @@ class Optimizer:
     def step(self, rate=1.0, good=ONE):
         """
         Move the weights. rate: the learning rate as a share of its peak. good: 1, or 0 for a step
-        that moves nothing; a tensor on the device, so that nobody waits for it.
+        that moves nothing; a tensor on the device, so that the CPU need not wait for it.
         """
         for group in self.param_groups:
             weights = [p for p in group['params'] if p.grad is not None]
@@ -400,7 +400,8 @@ class Muon(Optimizer):
         return [torch.zeros_like(p)]
 
     def update(self, lr, decay, good, weights, gradients, means):
-        gradients = torch.stack(gradients).where(good > 0, 0.0)            # (n, rows, columns)
+        old = torch.stack(means)                                           # (n, rows, columns)
+        gradients = torch.stack(gradients).where(good > 0, old)            # old: means that stay
         torch._foreach_lerp_(means, list(gradients), 1 - self.momentum)
         ahead = gradients.lerp(torch.stack(means), self.momentum)          # Nesterov's momentum
         steps = orthogonal(ahead.to(self.dtype)).float()
@@ -544,7 +545,7 @@ class Runtime:
         if self.world_size > 1:
             if self.device == 'cuda':
                 torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # what `cuda` means
-            dist.init_process_group('nccl' if self.device == 'cuda' else 'gloo')
+            dist.init_process_group()  # gloo for tensors of a CPU, nccl for those of a GPU
         if self.device == 'cpu':
             keep_memory()
         if self.device == 'cuda' and s.dtype != 'float32':
@@ -572,10 +573,10 @@ class Runtime:
         return t.to(self.device, non_blocking=True)
 
     def sum(self, *values):
-        """Add numbers over all processes; each waits for the others."""
+        """Add numbers over all processes; each waits for the others, but not for its GPU."""
         if self.world_size == 1:
             return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
 
@@ -593,11 +594,11 @@ class Runtime:
 
 def evaluate(model, data, s, runtime, limit=None):
     """
-    Scores of a split: the loss and the share of targets that the model predicts, or what a task has
-    instead. limit: of so many examples, evenly spread. Labels are scored on the whole split.
+    Scores of a split: the loss and the share of targets that the model predicts, or the scores of
+    a task. limit: use so many examples, evenly spread; labels of val are scored on all of them.
     """
     T, scores = model.config.block_size, {}
-    decode = limit is None or s.best_by not in ('', 'loss')                # to write takes long
+    decode = limit is None or s.best_by not in ('', 'loss')                # generating is slow
     with runtime.precision():
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
@@ -694,14 +695,14 @@ def fgm_perturbation(model, distance):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. float16 overflows now and then, which only halves its scale. On a GPU
-    nothing here may wait for the device, so there only the steps of the log can raise.
+    then raise ValueError. float16 overflows now and then, which only halves its scale. A GPU is
+    not waited for but in the steps of the log: in the others a bad step is skipped in silence.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
     good = (loss + norm).isfinite().float()
-    if runtime.device != 'cuda' or step % s.log_interval == 0:  # else reading them would wait
+    if runtime.device != 'cuda' or step % s.log_interval == 0:  # reading them waits for it
         if not loss.isfinite() or not (norm.isfinite() or runtime.scaler.is_enabled()):
             raise ValueError(
                 f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: "
@@ -769,7 +770,8 @@ class Trainer:
         self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
         self.started = time.perf_counter() - self.at.seconds
         long = s.max_iters >= 1000 and not OBJECTIVES[s.objective].by_rows
-        if runtime.device == 'cuda' and long if s.compile is None else s.compile:
+        pays = runtime.device == 'cuda' and long
+        if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             self.forward = torch.compile(model)
         if runtime.world_size > 1:  # not every objective needs every layer of a trunk
@@ -846,7 +848,7 @@ class Trainer:
             if reason or at.step >= s.max_iters:
                 break
 
-            progress(f"step {at.step} of {s.max_iters}" if runtime.is_main else '')
+            progress(f"step {at.step} of {s.max_iters}")
             if at.due or not n:
                 began, n = time.perf_counter(), 0
             loss = backward(at.step, self.model, self.forward, self.data, s, runtime)
@@ -887,7 +889,7 @@ def flops_per_token(model):
 
 def dry_run(model, s, data, runtime):
     """
-    Print about what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
+    Estimate what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
     gradients and two moments; activations by equation 2 of Korthikanti et al. 2022,
     https://arxiv.org/abs/2205.05198, and the logits with their gradients.
     """
@@ -902,7 +904,7 @@ def dry_run(model, s, data, runtime):
     activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
     x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
     timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
-    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of its FLOP/s
+    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
     total = tokens * s.max_iters
     runtime.print0(
         f"parameters {n:,}: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}\n"
@@ -920,17 +922,19 @@ def dry_run(model, s, data, runtime):
 
 def find_dataset(name, runtime):
     """The folder of a data set. pydoc needs no network, so it is made where it is missing."""
-    for folder in (Path(name), Path('data', name)):
-        if Path(folder, 'meta.json').exists():
-            return folder
-    if name != 'pydoc':
-        raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
-                         f"prepare_data.py --dataset {name}, or --input FILE --out_dir {folder}")
-    if runtime.is_main:
+    folder = Path('data', name)
+
+    def find():
+        return next((path for path in (Path(name), folder) if Path(path, 'meta.json').exists()), '')
+
+    if name == 'pydoc' and runtime.is_main and not find():
         runtime.print0("preparing data/pydoc, the documentation of this Python")
         prepare_data.prepare(prepare_data.Settings(dataset=name))
     runtime.sum(0)  # the others wait
-    return folder
+    if not find():
+        raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
+                         f"prepare_data.py --dataset {name}, or --input FILE --out_dir {folder}")
+    return find()
 
 def make(cls, values):
     """A dataclass of flags, from those values that it has fields for."""
@@ -987,7 +991,7 @@ def find_objective(s, arch, task):
             f"{' or '.join(fitting) or 'none of them'}: choose another one, or --preset")
     return chosen
 
-# What a run that goes on has to keep: its weights, its examples or its best.pt depend on it.
+# What a resumed run has to keep: its weights, its examples or its best.pt depend on it.
 FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
          'objective', 'best_by')
 
@@ -1034,8 +1038,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
 def start(given):
     """
     Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
-    Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. Where its run
-    goes on or is scored, all settings of a checkpoint count, else only its preset and data set.
+    Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. Of a
+    checkpoint that is resumed or scored all settings count, else only its preset and data set.
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')

@@ -366,6 +366,20 @@ def test_muon_is_the_same_matrix_by_matrix():
     for p, q in zip(weights, slow):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize('make', [lambda groups: train.AdamW(groups, 0.1, (0.9, 0.99)),
+                                  lambda groups: train.Muon(groups, 0.1, 0.8, torch.float32)])
+def test_a_bad_step_changes_neither_weights_nor_means(make):
+    """As if it had not been: the next one is that of a run without it."""
+    weights, steps = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(2)], torch.randn(2, 4, 3)
+    optimizer = make([{'params': weights, 'weight_decay': 0.3}])
+    for good, value in ((1.0, 0.0), (0.0, math.nan), (0.0, math.inf), (1.0, 0.0)):
+        tensors = [*weights, *(t for p in weights for t in optimizer.state[p])]
+        before = [t.clone() for t in tensors]
+        for p, step in zip(weights, steps):
+            p.grad = step + value
+        optimizer.step(1.0, torch.tensor(good))
+        assert all(torch.equal(a, b) != bool(good) for a, b in zip(tensors, before))
+
 @pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
 @pytest.mark.parametrize('preset', ['gpt2', 't5'])
 def test_matrices_and_embeddings_decay_and_vectors_do_not(folders, optimizer, preset):
