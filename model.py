@@ -1165,11 +1165,12 @@ def hf_layout(name, t):
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
     folder, index, tensors = Path(folder), Path(folder, 'model.safetensors.index.json'), {}
-    paths = [*folder.glob('model.safetensors')] or sorted(folder.glob('model-*.safetensors'))
-    if len(paths) != 1 and index.exists():  # there may be others, of an earlier save
+    paths = [*folder.glob('model.safetensors')]
+    if not paths and index.exists():  # there may be other files, of an earlier save
         with reading(index, "fetch it again"):
             names = json.loads(index.read_bytes())['weight_map'].values()
             paths = [folder / name for name in {*names}]
+    paths = paths or [*folder.glob('model-*.safetensors')]
     require(paths, f"there is no {folder}/model.safetensors: fetch it; pytorch_model.bin is not "
                    "read here, so save its weights as safetensors")
     for path in paths:

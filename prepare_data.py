@@ -99,7 +99,9 @@ def check_flags(settings):
 
 def boolean(text):
     """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
-    return bool(['false', 'true'].index(text.lower()))
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
 
 def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
@@ -213,9 +215,10 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 FORMAT = 'plainformer tokenizer 2'
 
-# Where a long text may be cut, so that no token of WORDS would cross the cut: after a line end, but
-# before the last of several; or before a space (but not after > : a piece that ends in
-# <|endoftext|> would look as if a document ended there). (?r) searches from the end.
+# Where a long text may be cut, so that no token of WORDS would cross the cut: after a line end, or
+# before the last of several, if a line follows that begins with no white space; or before a space
+# (but not after > : a piece that ends in <|endoftext|> would look as if a document ended there).
+# (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
@@ -957,15 +960,15 @@ def tag_examples(tokenizer, row, labels, block_size):
             cuts.append(i)
             size = len(piece)
     for begin, end in itertools.pairwise([*cuts, len(tokens)]):
-        part, first = [], []
+        window, first = [], []
         for piece in pieces[begin:end]:
-            first.append(len(part) + 1 if piece else -1)
-            part += piece[:room]
-        part, _ = add_special_tokens(tokenizer, part)
-        example = {'ids': part, 'meta': {'tokens': tokens[begin:end], 'first': first}}
+            first.append(len(window) + 1 if piece else -1)
+            window += piece[:room]
+        framed, _ = add_special_tokens(tokenizer, window)
+        example = {'ids': framed, 'meta': {'tokens': tokens[begin:end], 'first': first}}
         if 'tags' in row:
             example['meta']['tags'] = row['tags'][begin:end]
-            example['targets'] = [IGNORE_INDEX] * len(part)
+            example['targets'] = [IGNORE_INDEX] * len(framed)
             for place, tag in zip(first, row['tags'][begin:end]):
                 if place >= 0:
                     example['targets'][place] = labels.index(tag)

@@ -931,10 +931,11 @@ def find_dataset(name, runtime):
         runtime.print0("preparing data/pydoc, the documentation of this Python")
         prepare_data.prepare(prepare_data.Settings(dataset=name))
     runtime.sum(0)  # the others wait
-    if not find():
+    found = find()
+    if not found:
         raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
                          f"prepare_data.py --dataset {name}, or --input FILE --out_dir {folder}")
-    return find()
+    return found
 
 def make(cls, values):
     """A dataclass of flags, from those values that it has fields for."""
@@ -1006,7 +1007,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         if not split.rows:
             split.windows(config.block_size)
         else:
-            joined = max(split.lengths) - (data.task == 'seq2seq')         # [SEP] for two ends
+            joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
             longest = max(longest, split.longest if config.arch == 'encdec' else joined)
     require(s.best_by in ('', 'loss') or data.task == 'seq2seq',
             f"--best_by {s.best_by}: only text to text has that score")

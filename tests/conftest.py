@@ -37,8 +37,12 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in gpu]
 
 @pytest.fixture(autouse=True)
-def afresh():
-    """Draws and signals as at the start: & and nohup ignore some signals, a run notes them."""
+def afresh(monkeypatch):
+    """
+    Draws and signals as at the start: & and nohup ignore some signals, a run notes them. And no
+    pictures, which cost the most time here.
+    """
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
     torch.manual_seed(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -135,16 +139,6 @@ ROWS = {
         {'id': str(i), 'question': 'who', 'answers': [{'text': name, 'answer_start': len(f'{i} ')}]}
     ]}]} for i, name in enumerate(NAMES * 8)]}),
     'seq2seq': '\n'.join(f'{"x" * (i * 5 % 20)} {i}\t{i} {i * i}' for i in range(42)), }
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """No pictures, which cost the most time here; and the signals of the tests stay theirs."""
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
 
 def prepared(folder, text, val=None, **flags):
     """A data folder of a text, validated on the same text where there is no other."""
