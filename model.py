@@ -773,9 +773,9 @@ class BERT(LanguageModel):
             logits = self.nsp_head(self.pool(x))                           # (B, 2)
             losses.append(cross_entropy(logits, next_targets, num_next_targets))
         if targets is not None:
-            has_target = targets != IGNORE_INDEX
-            logits = self.mlm_logits(x[has_target])                        # (N, V)
-            losses.append(cross_entropy(logits, targets[has_target], num_targets))
+            places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)      # N rows and columns
+            logits = self.mlm_logits(x[places])                            # (N, V)
+            losses.append(cross_entropy(logits, targets[places], num_targets))
         return (logits, sum(losses)) if losses else (self.mlm_logits(x), None)
 
 class EncoderDecoder(LanguageModel):

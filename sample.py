@@ -183,34 +183,38 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         chosen = sample_token(logits, uniform, temperature, top_k, top_p)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # a graph cannot raise
 
-    new = window = ids[:, -block_size:]
-    cache = cache or KVCache(min(block_size, window.size(1) + max_new_tokens))
+    new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
+    cache = cache or KVCache(min(block_size, new.size(1) + max_new_tokens))
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    tokens, computed = [None] * len(ids), [*range(len(ids))]               # newest; rows not ended
+    texts, tokens = ids.tolist(), [None] * len(ids)                        # all; the newest
+    computed = [*range(len(ids))]                                          # rows not ended
     for i in range(max_new_tokens):
-        if window.size(1) > block_size:
-            window = new = window[:, -max(1, block_size // 2):]
+        if read + new.size(1) > block_size:
+            newer = [texts[row][-max(1, block_size // 2):] for row in computed]
+            new, read = torch.tensor(newer, device=device), 0
             cache.clear()
+        read += new.size(1)
         if as_graph and new.size(1) == 1:
             step_one = step_one or capture(step, cache, new, uniforms[i])
-            chosen = step_one(new, uniforms[i]).cpu()
+            chosen = step_one(new, uniforms[i])
         else:
-            chosen = step(new, uniforms[i, computed]).cpu()
+            chosen = step(new, uniforms[i, computed])
+        new = chosen[:, None].to(device)                                   # without a detour
+        chosen = chosen.cpu()
         check_finite(chosen >= 0)
         for row, token in zip(computed, chosen.tolist()):
             if tokens[row] not in end_ids:
                 tokens[row] = token
+            texts[row].append(tokens[row])
         yield torch.tensor(tokens)
         rest = [k for k, row in enumerate(computed) if tokens[row] not in end_ids]
         if not rest:
             return
         if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
-            computed, window = [computed[k] for k in rest], window[rest]
+            computed, new = [computed[k] for k in rest], new[rest]
             cache.reorder(rest)
-        new = torch.tensor([tokens[row] for row in computed], device=device)[:, None]
-        window = torch.cat([window, new], dim=1)
 
 def capture(step, cache, *inputs):
     """

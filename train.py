@@ -93,7 +93,7 @@ class Data:
                 self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
             else:
-                self.tokens = np.memmap(f'{path}.bin', meta['dtype'], mode='r')
+                self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
             self.highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
             require(self.highest < self.vocab_size and len(self.tokens) == n,
                     f"it holds {len(self.tokens)} ids up to {self.highest}, and should hold {n} "
@@ -361,7 +361,7 @@ class AdamW(Optimizer):
         return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]
 
     def update(self, lr, decay, good, weights, gradients, m, v, t):
-        torch._foreach_add_(t, good)
+        torch._foreach_add_(t, [good] * len(t))
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
                             maximize=False, found_inf=1 - good)            # one pass over memory

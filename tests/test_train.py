@@ -29,6 +29,7 @@ from conftest import (ALL, DOCUMENTS, ROWS, SMALL_PRESETS, WIDE, different, fit,
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
@@ -510,6 +511,30 @@ def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale(d, tmp_path,
     t.run()
     moved = [name for name, p in t.model.state_dict().items() if not torch.equal(p, before[name])]
     assert len(moved) > 5 and t.runtime.scaler.get_scale() == 512
+
+class Reads(TorchDispatchMode):
+    """Notes operations with a number or a size as their result: the CPU has to wait for it."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.found.append(function)
+        return function(*args, **kwargs or {})
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('dataset, preset', [('d', 'gpt2'), ('d', 'nano'), ('d', 'lstm'),
+                                             ('text', 't5')])
+def test_the_steps_between_lines_of_the_log_read_nothing_from_a_gpu(folders, dataset, preset,
+                                                                     optimizer):
+    model, data, s, runtime = parts_of(folders / dataset, preset=preset, optimizer=optimizer)
+    optimizers = train.OPTIMIZERS[optimizer](optimizer_groups(model, 0.1), s, torch.float32)
+    runtime.device, runtime.scaler = 'cuda', torch.amp.GradScaler('cpu', init_scale=8.0)
+    batch = get_batch(data, s.objective, model.config.block_size, 0, 4)
+    for step, waits in ((1, False), (s.log_interval, True)):
+        with Reads() as reads:
+            reads.found = []
+            _, loss = model(**batch, num_targets=9)
+            runtime.scaler.scale(loss).backward()
+            train.optimizer_step(step, loss.detach(), model, optimizers, s, runtime)
+        assert bool(reads.found) == waits, reads.found
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_half_precision_trains(d, tmp_path, dtype, capsys):
