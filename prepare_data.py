@@ -552,7 +552,7 @@ ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
     '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
     '[SEP]': ('sep_token', '[SEP]', '</s>'), '[MASK]': ('mask_token', '[MASK]'),
-    '<|start|>': ('bos_token', '<s>'),
+    '<|start|>': ('bos_token', '<s>'), 'unknown': ('unk_token',),
 }
 
 def open_huggingface(folder):
@@ -599,8 +599,6 @@ def open_huggingface(folder):
         if start not in rows:
             raise ValueError(f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
-    if theirs.unk_token in vocab:
-        special['unknown'] = vocab[theirs.unk_token]
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text.
     saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
     for token in saved['added_tokens']:

@@ -678,7 +678,9 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
     found = ask(capsys, '--init_from', new := tmp_path / 'new', '--start', 'the cat')
     auto = transformers.AutoModelForSequenceClassification.from_pretrained(new)
     assert auto.config.label2id == {label: i for i, label in auto.config.id2label.items()}
-    inputs = transformers.AutoTokenizer.from_pretrained(new)('the cat', return_tensors='pt')
+    theirs = transformers.AutoTokenizer.from_pretrained(new)
+    inputs = theirs('the cat', return_tensors='pt')
+    assert (theirs.unk_token, theirs.mask_token) == ('[UNK]', '[MASK]')
     with torch.no_grad():
         p = auto(**inputs).logits[0].softmax(dim=-1)
     assert found['label'] == auto.config.id2label[p.argmax().item()] in ('yes', '不')
