@@ -74,7 +74,7 @@ class Config:
     mlp_dim: int = flag(0, 'width inside the MLP; 0: 4 * n_embd')
     # blocks
     norm: str = flag('layernorm', 'normalisation of a vector', ('layernorm', 'rmsnorm'))
-    norm_eps: float = flag(1e-5, 'added to the variance before its root', low=1e-20, high=1)
+    norm_eps: float = flag(1e-5, 'added to the mean square before its root', low=1e-20, high=1)
     norm_weight: bool = flag(True, 'norms scale each channel by a learned weight')
     norm_first: bool = flag(True, 'True: x + f(norm(x)); False: norm(x + f(x)), as in 2017')
     qk_norm: bool = flag(False, 'normalise queries and keys, which bounds the attention scores')
@@ -82,16 +82,16 @@ class Config:
     activation: str = flag('gelu_tanh', 'activation of the MLP; swiglu and geglu have a gate',
                            ('gelu_tanh', 'gelu', 'relu', 'relu2', 'swiglu', 'geglu'))
     scale_attention: bool = flag(True, 'divide scores by sqrt(D); T5 does not')
-    bias: bool = flag(True, 'biases in the linear layers and in LayerNorm')
+    bias: bool = flag(True, 'biases in the linear layers of blocks and in LayerNorm')
     # positions and windows
     positions: str = flag(
         'learned', 'how order is told', ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
     rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', low=1)
     rope_scaling: str = flag('', 'rotary, for longer texts: llama3 FACTOR LOW HIGH LENGTH')
     window: str = flag('0', 'how many tokens back a token sees, with itself; 0: all; "4 4 4 0": '
-                            'block by block')
+                            'block by block, over and over')
     buckets: int = flag(32, 'relative: number of learned distances', low=4)
-    max_distance: int = flag(128, 'relative: from here on, all distances are one', low=1)
+    max_distance: int = flag(128, 'relative: distances from here on share one bias', low=1)
     # input and output
     segments: int = flag(0, 'segment embeddings: BERT has 2, for sentences A and B')
     embedding_norm: bool = flag(False, 'normalise the input of the first block')
@@ -130,7 +130,7 @@ class Config:
                 "least 1 and LOW below HIGH")
         require(self.arch == 'bert' or not self.segments,
                 f"segments={self.segments}: only arch=bert reads segments")
-        require(self.n_labels or self.task not in ('classify', 'tag'),
+        require(self.n_labels or self.task in ('', 'qa'),
                 f"task={self.task} needs n_labels, the number of labels")
         require(self.arch != 'encdec' or not self.task,
                 f"task={self.task}: an encoder-decoder has no head: choose another arch")
@@ -145,7 +145,7 @@ class Config:
     def head_size(self):
         return self.head_dim or self.n_embd // self.n_head
 
-# Each row is a step of history. It fixes the choices, and leaves sizes at small defaults.
+# Each row is a step of history: its choices, at sizes for a laptop. Published sizes stand below.
 PRESETS = {
     'transformer': Config(arch='encdec', norm_first=False, positions='sinusoids', activation='relu',
                           scale_embedding=True, init='fan_in', dropout=0.1, label_smoothing=0.1),
@@ -344,6 +344,7 @@ class KVCache:
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
         length          number of tokens read so far
+        positions       those of the tokens that are read now, (T,)
         layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
         cross           the KVCache of the source, which the first step of decoding fills
@@ -358,6 +359,7 @@ class KVCache:
 
     def __init__(self, size, memory=None, memory_mask=None):
         self.size, self.length, self.layers, self.state = size, 0, {}, None
+        self.positions = None
         self.memory, self.memory_mask = memory, memory_mask
         self.cross = None if memory is None else KVCache(memory.size(1))
 
@@ -368,12 +370,12 @@ class KVCache:
             widen = k.is_cpu and not torch.is_autocast_enabled('cpu')
             self.layers[layer] = new.new_zeros((*new.shape[:3], self.size, new.size(4)),
                                                dtype=torch.float32 if widen else new.dtype)
-        both, T = self.layers[layer], k.size(2)                            # (2, B, G, size, D)
+        both = self.layers[layer]                                          # (2, B, G, size, D)
         if isinstance(self.length, torch.Tensor):
-            places = self.length + torch.arange(T, device=k.device)
-            return both.index_copy_(3, places, new.type_as(both))
-        both[..., self.length:self.length + T, :] = new
-        return both[..., :self.length + T, :]                              # (2, B, G, S, D)
+            return both.index_copy_(3, self.positions, new.type_as(both))
+        end = self.length + k.size(2)
+        both[..., self.length:end, :] = new
+        return both[..., :end, :]                                          # (2, B, G, S, D)
 
     def clear(self):
         """Forget all tokens that were read, but not the source."""
@@ -573,6 +575,8 @@ class Stack(nn.Module):
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
         shared, cross = {'cache': cache}, {'cache': source, 'memory': memory}
+        if cache is not None:
+            cache.positions = positions
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
         inputs = {}
@@ -607,6 +611,8 @@ class Stack(nn.Module):
                                        self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
             mask = bias.masked_fill(~mask, -math.inf)                      # (1 or B, H, T, S)
+        elif fixed:  # what kernels would make of it in every block
+            mask = torch.where(mask, 0.0, -math.inf).to(self.embed.tokens.weight.dtype)
         return {'mask': mask}
 
 # -----------------------------------------------------------------------------
@@ -831,11 +837,11 @@ class TaskModel(nn.Module):
         tag (B, T, L) against (B, T), qa (B, 2, T) against (B, 2), the places of the first and the
         last token of the answer.
         """
-        task = self.config.task
+        task, by_token = self.config.task, self.config.task in ('tag', 'qa')
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
-        if task == 'classify' and self.config.arch == 'bert':
+        if not by_token and self.config.arch == 'bert':
             x = self.trunk.pool(x)                                         # (B, C)
-        elif task == 'classify':
+        elif not by_token:
             real = torch.ones_like(ids) if attention_mask is None else attention_mask
             x = x[torch.arange(len(x), device=x.device), real.sum(dim=1) - 1]  # the last, (B, C)
         logits = self.head(self.drop(x))
@@ -939,13 +945,14 @@ def resize(model, path, **changes):
     old, config = model.config, replace(model.config, **changes)
     if config == old:
         return model
-    require(config.block_size <= old.block_size or config.positions == 'relative',
+    has_end = config.positions in ('learned', 'sinusoids', 'rotary')
+    require(config.block_size <= old.block_size or not has_end,
             f"block_size={config.block_size} is longer than the {old.block_size} that {path} was "
             "trained with: choose at most that")
     weights, model = model.state_dict(), build(config)
     for name, p in model.state_dict().items():
         rows = weights[name]
-        if len(rows) != len(p):
+        if rows.shape != p.shape:
             more = rows.mean(dim=0) + 0.01 * torch.randn_like(p)
             weights[name] = torch.cat([rows, more])[:len(p)]
     model.load_state_dict(weights)

@@ -63,7 +63,7 @@ def collate(examples, pad_id, device='cpu'):
     for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
         if key == 'meta':
             continue
-        rows = [torch.as_tensor(example[key], dtype=torch.long) for example in examples]
+        rows = [torch.as_tensor(np.asarray(example[key], np.int64)) for example in examples]
         batch[key] = torch.stack(rows) if not rows[0].dim() else pad_sequence(
             rows, batch_first=True, padding_value=fill.get(key, 0))
     lengths = torch.tensor([len(example['ids']) for example in examples])
@@ -184,7 +184,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # a graph cannot raise
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
-    cache = cache or KVCache(min(block_size, new.size(1) + max_new_tokens))
+    size = -(-(new.size(1) + max_new_tokens) // 16) * 16                   # as kernels like it
+    cache = cache or KVCache(min(block_size, size))
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
@@ -216,20 +217,20 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             computed, new = [computed[k] for k in rest], new[rest]
             cache.reorder(rest)
 
+capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory of its own
+
 def capture(step, cache, *inputs):
     """
     step(*inputs) as a CUDA graph: returns a function that runs it with other inputs. Launching the
     hundreds of small kernels of a step from Python takes longer than running them.
     """
     inputs, length = [t.clone() for t in inputs], cache.length.clone()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph = capture_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries set themselves up in the first calls
-            step(*inputs)
-            cache.length.copy_(length)  # undo the step
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph):
+        step(*inputs)  # libraries set themselves up in the first call
+        cache.length.copy_(length)  # undo the step
+    with torch.cuda.graph(graph, stream=stream):  # which begins by waiting for all streams
         chosen = step(*inputs)
 
     def replay(*values):
@@ -1014,6 +1015,7 @@ def main(argv):
     settings = Settings(**given)
     check_flags(settings)
     device, path = find_device(settings.device), settings.init_from or settings.out_dir
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape for 30 ms
     if not settings.init_from and not os.path.exists(path):  # do not seek it on the hub
         raise FileNotFoundError(f"there is no folder {path}: train a model first (python train.py)")
     model, checkpoint, tokenizer = open_model(path, device)

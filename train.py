@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import sample
-from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
-                   optimizer_groups, reading, require, resize, save, write_file)
+from model import (IGNORE_INDEX, PRESETS, TASKS, Config, TaskModel, build,
+                   num_parameters, optimizer_groups, reading, require, resize, save, write_file)
 from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
                           progress, read_flags, read_json, run, write_config)
 
@@ -80,7 +80,7 @@ class Data:
         with reading(path, "prepare the data again"):
             require(meta['format'] == 'plainformer data 2',
                     "its format is that of another version")
-            self.task = meta['task'].replace('lm', '')                     # '': text
+            self.task = '' if meta['task'] == 'lm' else meta['task']
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
             self.fingerprint = [meta['sha256'], meta['counts']]            # differs for other data
@@ -100,7 +100,10 @@ class Data:
                     f"below {self.vocab_size}")
 
     def rng(self, *numbers):
-        """A generator that draws the same numbers whenever it is made."""
+        """
+        A generator that draws the same numbers whenever it is made. numbers: what it is for (0: the
+        order of rows, 1: an example, 2: the offset of windows), and which.
+        """
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
@@ -215,7 +218,7 @@ def sentence_pair(data, rng, room):
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    second = after = np.clip(fitting, first + 1, high - 1)                 # the first after A
+    second = after = min(max(fitting, first + 1), high - 1)                # the first after A
     follows = rng.random() < 0.5
     if not follows:
         second = rng.integers(len(document) - (high - low))
@@ -299,7 +302,7 @@ OBJECTIVES = {
     'causal_lm': Objective(causal_lm, ('gpt', 'lstm'), by_rows=False),
     'masked_lm': Objective(masked_lm, ('bert',), shortest=5),
     'span_corruption': Objective(span_corruption, ('encdec',), by_rows=False, shortest=4),
-    'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), ('classify', 'tag', 'qa')),
+    'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), TASKS),
     'text_to_text': Objective(supervised, ('encdec',), ('seq2seq',)),
     'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',)),
 }
@@ -316,7 +319,11 @@ def get_batch(data, objective, T, first, n):
 ONE = torch.tensor(1.0)
 
 class Optimizer:
-    """Weights in groups, each with its own decay; `state` has the tensors kept for each weight."""
+    """
+    Weights in groups, each with its own decay; `state` has the tensors kept for each weight. A
+    subclass has new_state(p), a list of them, and update(lr, decay, good, weights, gradients, and
+    a list for each tensor of a state). Gradients may hold NaN where good is 0.
+    """
 
     def __init__(self, groups, peak_lr):
         self.param_groups, self.peak_lr = groups, peak_lr
@@ -446,7 +453,7 @@ class Settings:
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
     dry_run: bool = flag(False, 'print what the run would cost, and end')
     objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
-    best_by: str = flag('', 'score that chooses best.pt [that of the task]; of text to text',
+    best_by: str = flag('', 'score that chooses best.pt [that of the task]; text to text has all',
                         ('', 'loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
@@ -648,6 +655,7 @@ def backward(step, model, forward, data, s, runtime):
     """
     Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. The
     batches are made first, since each loss is divided by the number of targets in all of them.
+    forward: the model, which may be compiled, or one of several processes.
     """
     parts, T = micro_batches(step, s, runtime), model.config.block_size
     batches = [get_batch(data, s.objective, T, *part) for part in parts]
@@ -769,8 +777,9 @@ class Trainer:
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
         self.started = time.perf_counter() - self.at.seconds
-        long = s.max_iters >= 1000 and not OBJECTIVES[s.objective].by_rows
-        pays = runtime.device == 'cuda' and long
+        fixed = not OBJECTIVES[s.objective].by_rows                        # shapes
+        torch.backends.cuda.enable_cudnn_sdp(fixed)  # which plans each new shape for 30 ms
+        pays = runtime.device == 'cuda' and fixed and s.max_iters >= 1000
         if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             self.forward = torch.compile(model)
@@ -820,7 +829,8 @@ class Trainer:
             columns = 'step,train_loss,val_loss,lr,tokens,seconds'
             write_file(Path(s.out_dir, 'log.csv'), lambda f: np.savetxt(
                 f, self.log, '%.10g', ',', header=columns, comments=''))
-            if s.sample_tokens and s.objective == 'causal_lm':
+            writes = self.model.config.arch in ('gpt', 'lstm') and not self.data.task
+            if s.sample_tokens and writes:
                 print_sample(self.model, self.data.tokenizer, s, runtime)
         return reason
 
@@ -1067,7 +1077,8 @@ def start(given):
         data.labels = val.labels = []
     torch.manual_seed(s.seed)
     if is_new:
-        recipes = RECIPES[data.task or ('more text' if path else 'pretrain')]
+        kind = data.task or ('more text' if path else 'pretrain')
+        recipes = RECIPES.get(kind, RECIPES['classify'])
         values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
         model = model or new_model(s, values, data, runtime)
         model = adapt_model(model, checkpoint, path, data, runtime)

@@ -19,7 +19,7 @@ from common import alternate, table
 import model
 import sample
 
-NEW = 128
+NEW = 512 if torch.cuda.is_available() else 128
 
 def ours(net, ids):
     def run():
