@@ -1053,7 +1053,8 @@ FAMILIES = {
             cross.proj=1.EncDecAttention.o mlp_norm=2.layer_norm mlp.gate=2.DenseReluDense.wi_0
             mlp.fc=2.DenseReluDense.wi_1 mlp.proj=2.DenseReluDense.wo""",
                 'decoder.blocks.N.', 'decoder.block.N.layer.'),
-        r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight'),
+        r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight|'
+        r'lm_head\.weight'),
     'llama': Family(
         'llama-7b', replace(PRESETS['llama-7b'], n_kv_head=0),
         {'LlamaForCausalLM': '', 'LlamaModel': ''},
@@ -1117,6 +1118,9 @@ def config_from(theirs):
                     f"{name}={value!r} is not supported here")
         elif not FAMILIAR.fullmatch(name):
             not_read.append(name)
+    causal = kind != 'bert'
+    require(theirs.get('is_causal') in (None, causal),
+            f"is_causal={not causal} is not supported here")
     if kind == 't5':
         values.setdefault('scale_output', values.get('tied', True))
     rope.setdefault('rope_type', rope.get('type', 'default'))

@@ -354,13 +354,14 @@ class Tokenizer:
     def export_files(self, vocab_size, arch):
         """{file name: data} for transformers, with the special tokens below vocab_size."""
         special = {text: i for text, i in self.special.items() if i < vocab_size}
+        engine = self.hf_engine(special, arch)
         config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
         if arch == 'bert':
             config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
         for name, (key, *_) in ROLES.items():
             if name in special:
-                config[key] = self.decode([special[name]])
-        return {'tokenizer.json': json.loads(self.hf_engine(special, arch).to_str()),
+                config[key] = engine.id_to_token(special[name])
+        return {'tokenizer.json': json.loads(engine.to_str()),
                 'tokenizer_config.json': config}
 
 def char_tokenizer(characters):
