@@ -730,7 +730,8 @@ class LSTM(LanguageModel):
     def hidden(self, ids, cache=None, **inputs):
         """ids (B, T) -> (B, T, C)."""
         state = None if cache is None else cache.state                     # 2 x (n_layer, B, C)
-        x, state = self.lstm(self.drop(self.tokens(ids)), state)
+        with torch.autocast('cpu', enabled=False):  # most CPUs have no LSTM in half precision
+            x, state = self.lstm(self.drop(self.tokens(ids)), state)
         if cache is not None:
             cache.state, cache.length = state, cache.length + ids.size(1)
         return self.drop(x)
@@ -894,7 +895,7 @@ def reading(path, remedy):
     """The one boundary for files that may be damaged: what goes wrong becomes one line."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as e:
         with contextlib.suppress(OSError), open(path, 'rb') as f:

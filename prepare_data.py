@@ -374,7 +374,11 @@ def byte_tokenizer():
 
 def gpt2_tokenizer():
     """That of GPT-2, with our special tokens after its own 50,257."""
-    base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
+    try:
+        base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
+    except Exception:
+        raise ValueError("the tokenizer gpt2 cannot be downloaded: go online once, or choose "
+                         "another --tokenizer") from None
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
 def merge(tokens, pair, new):
@@ -573,8 +577,8 @@ def open_huggingface(folder):
     engine, named, config = theirs.backend_tokenizer, theirs.special_tokens_map, read('config.json')
     rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
     vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
-    special = {f'<extra_{i}>': vocab[f'<extra_id_{i}>'] for i in range(100)
-               if f'<extra_id_{i}>' in vocab}
+    special = {f'<extra_{i}>': vocab[text] for i in range(100)
+               for text in (f'<extra_id_{i}>', f'<extra_{i}>') if text in vocab}
     for name, keys in ROLES.items():
         for key in keys:
             text = named.get(key, key)
@@ -644,8 +648,9 @@ def find_files(paths):
             return
         seen.add(real)
         if os.path.isdir(path):
-            for inside in sorted(Path(path).glob('[!.]*')):
-                visit(inside)
+            for name in sorted(os.listdir(path)):
+                if not name.startswith('.'):
+                    visit(os.path.join(path, name))
         elif os.path.isfile(path):
             found.append(str(path))
         else:
@@ -840,8 +845,9 @@ def read_columns(path, names, optional=()):
         if filled != texts or not len(names) <= len(texts) <= len(names) + len(optional):
             raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
                              "empty")
-        if any(re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text) for text in texts):
-            raise ValueError(f"{where}: {texts[-1][:40]} is quoted, as in CSV: write it unquoted")
+        quoted = [text for text in texts if re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text)]
+        if quoted:
+            raise ValueError(f"{where}: {quoted[0][:40]} is quoted, as in CSV: write it unquoted")
         row = dict(zip((*names, *optional), texts))
         if 'label' in row:
             row['label'] = ' '.join(row['label'].split())
@@ -1466,8 +1472,10 @@ def main(argv):
     if meta['labels']:
         print(f"labels: {some_of(meta['labels'])}")
     name = out_dir.removeprefix('data' + os.sep)
+    if re.search(r'[^\w./\\-]', name):
+        name = shlex.quote(name)
     print(f"{out_dir}: {meta['tokenizer']} tokenizer, vocabulary of {meta['vocab_size']:,}. "
-          f"Next: python train.py --dataset {shlex.quote(name) if ' ' in name else name}")
+          f"Next: python train.py --dataset {name}")
 
 if __name__ == '__main__':
     run(main)

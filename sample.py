@@ -44,8 +44,8 @@ from torch.nn.utils.rnn import pad_sequence
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
                    write_file)
 from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, check_labels,
-                          encode_rows, find_files, flag, load_tokenizer, progress, read_flags,
-                          read_pieces, render_token, run, write_ids, write_json)
+                          encode_rows, find_files, flag, load_tokenizer, new_folder, progress,
+                          read_flags, read_pieces, render_token, run, write_ids, write_json)
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -878,9 +878,12 @@ def export(model, tokenizer, labels, folder):
     if labels:
         fields['id2label'] = dict(enumerate(labels))
         fields['label2id'] = {label: i for i, label in enumerate(labels)}
-    export_huggingface(model, folder, size, **fields)
-    for name, data in files.items():
-        write_json(os.path.join(folder, name), data)
+    if any(Path(folder).glob('*')):
+        raise ValueError(f"{folder} is not empty: choose another name")
+    with new_folder(folder) as temporary:
+        export_huggingface(model, temporary, size, **fields)
+        for name, data in files.items():
+            write_json(temporary / name, data)
 
 def find_device(name):
     """auto -> the best device there is. Raises ValueError where the machine lacks the one named."""

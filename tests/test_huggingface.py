@@ -654,6 +654,7 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     assert (theirs.pad_token_id, theirs.eos_token_id) == (tokenizer.pad_id, tokenizer.end_id)
     assert there.config.eos_token_id == again.end_id == tokenizer.end_id
     assert there.config.pad_token_id == tokenizer.pad_id
+    assert again.special.items() >= tokenizer.special.items()
     for name, p in model.state_dict().items():
         same(back.state_dict()[name], p)
     a, b = tokenizer.encode('the cat').tolist(), tokenizer.encode('床').tolist()
@@ -669,6 +670,17 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     right = theirs.decode(new_ids(there, theirs, a + end, {tokenizer.end_id}))
     text = found['targets'][0]['text'] if preset == 't5' else found['text']
     assert text.strip() == right.strip()
+
+def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
+    model, folder = build(dataclasses.replace(PRESETS['gpt2'], n_layer=1, vocab_size=420)), place()
+    monkeypatch.delattr(sample, 'write_json')
+    with pytest.raises(NameError):
+        sample.export(model, BPE, [], folder / 'new')
+    assert not [*folder.iterdir()]
+    monkeypatch.undo()
+    sample.export(model, BPE, [], folder / 'new')
+    with pytest.raises(ValueError, match='new is not empty'):
+        sample.export(model, BPE, [], folder / 'new')
 
 def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path, capsys):
     """prepare_data.py, train.py and sample.py: tokenizer and labels go all the way."""

@@ -536,10 +536,12 @@ def test_the_steps_between_lines_of_the_log_read_nothing_from_a_gpu(folders, dat
             train.optimizer_step(step, loss.detach(), model, optimizers, s, runtime)
         assert bool(reads.found) == waits, reads.found
 
+@pytest.mark.parametrize('preset', ['gpt2', 'lstm'])
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
-def test_half_precision_trains(d, tmp_path, dtype, capsys):
+def test_half_precision_trains(d, tmp_path, dtype, preset, capsys):
     """Weights stay float32, and the loss falls."""
-    end = fit(tmp_path, d, dtype=dtype, max_iters=30, learning_rate=1e-2, eval_interval=30)
+    end = fit(tmp_path, d, dtype=dtype, preset=preset, max_iters=30, learning_rate=1e-2,
+              eval_interval=30)
     assert {t.dtype for t in end['model'].values()} == {torch.float32}
     first, last = (float(row['val_loss']) for row in log_of(tmp_path))
     assert last < first - 0.3 and f'{dtype} on cpu' in capsys.readouterr().out
