@@ -189,8 +189,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    texts, tokens = ids.tolist(), [None] * len(ids)                        # all; the newest
-    computed = [*range(len(ids))]                                          # rows not ended
+    texts, computed = ids.tolist(), [*range(len(ids))]                     # rows not ended
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
             newer = [texts[row][-max(1, block_size // 2):] for row in computed]
@@ -206,11 +205,10 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         chosen = chosen.cpu()
         check_finite(chosen >= 0)
         for row, token in zip(computed, chosen.tolist()):
-            if tokens[row] not in end_ids:
-                tokens[row] = token
-            texts[row].append(tokens[row])
-        yield torch.tensor(tokens)
-        rest = [k for k, row in enumerate(computed) if tokens[row] not in end_ids]
+            last = texts[row][-1]
+            texts[row].append(last if i and last in end_ids else token)
+        yield torch.tensor([text[-1] for text in texts])
+        rest = [k for k, row in enumerate(computed) if texts[row][-1] not in end_ids]
         if not rest:
             return
         if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
