@@ -586,9 +586,11 @@ def open_huggingface(folder):
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: a Llama's tokenizer puts <s> there; T5's files name a token.
-    start = special.pop('<|start|>', None)
-    if engine.encode('').ids[:1] != [start]:
+    start, frame = special.pop('<|start|>', None), engine.encode('').ids
+    if frame[:1] != [start]:
         start = None
+    if config.get('model_type') == 't5' and engine.num_special_tokens_to_add(False) > 1:
+        special['<|source|>'] = frame[0]  # CodeT5 reads <s> source </s>
     for settings in (config, read('generation_config.json')):
         found = settings.get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
@@ -1043,7 +1045,7 @@ def qa_examples(tokenizer, row, labels, block_size):
 def seq2seq_examples(tokenizer, row, labels, block_size):
     """
     A text in, a text out. The decoder begins with <|endoftext|>, or with <|start|> where a model
-    has it, and is to end with <|endoftext|>.
+    has it, and is to end with <|endoftext|>. A source begins with <|source|> where a model has it.
 
         ids            twenty one <|endoftext|>
         decoder_ids    <|endoftext|> 2 1
@@ -1051,7 +1053,8 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
     """
     example = {'meta': pick(row, 'source', 'target')}
     for name, text in example['meta'].items():
-        ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
+        begin = pick(tokenizer.special, '<|source|>').values() if name == 'source' else ()
+        ids = [*begin, *tokenizer.encode(text).tolist(), tokenizer.end_id]
         if len(ids) > block_size:
             raise ValueError(f"the {name} {text[:40]!r} has {len(ids)} tokens, more than "
                              f"block_size={block_size}: prepare (and train) with a larger one")

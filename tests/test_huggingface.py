@@ -671,6 +671,22 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     text = found['targets'][0]['text'] if preset == 't5' else found['text']
     assert text.strip() == right.strip()
 
+def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
+    """CodeT5 is a T5 with the tokenizer of a RoBERTa: <s> text </s>."""
+    folder, specials = place(), ['<pad>', '<s>', '</s>', '<unk>']
+    engine = hf.ByteLevelBPETokenizer()
+    engine.train_from_iterator(LINES, 300, show_progress=False, special_tokens=specials)
+    engine.save_model(str(folder))
+    put(folder, 'config.json', {'model_type': 't5', 'decoder_start_token_id': 0})
+    put(folder, 'tokenizer_config.json', {'tokenizer_class': 'RobertaTokenizer', 'bos_token': '<s>',
+                                          'eos_token': '</s>', 'pad_token': '<pad>'})
+    ours = prepare_data.Tokenizer.from_dict(prepare_data.load_tokenizer(folder).to_dict())
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    [example] = prepare_data.seq2seq_examples(ours, {'source': 'the 床', 'target': 'the'}, [], 32)
+    assert example['ids'] == theirs('the 床')['input_ids']
+    assert example['decoder_ids'] == [0, *example['targets'][:-1]]
+    assert example['targets'] == theirs('the')['input_ids'][1:]
+
 def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
     model, folder = build(dataclasses.replace(PRESETS['gpt2'], n_layer=1, vocab_size=420)), place()
     monkeypatch.delattr(sample, 'write_json')
