@@ -65,6 +65,11 @@ def ids_of(folder, split):
 # -----------------------------------------------------------------------------
 # Tokenizers
 
+def test_gpt2_without_a_network_is_named(monkeypatch):
+    monkeypatch.setattr(prepare_data.tiktoken, 'get_encoding', None)
+    with pytest.raises(ValueError, match='gpt2 cannot be downloaded'):
+        prepare_data.gpt2_tokenizer()
+
 @given(st.text())
 @example('Hello, 世界! 😀 cafe\u0301\r\n\t\x00 <|endoftext|>[PAD]')
 @example('aaaa' * 50 + '👩\u200d👩\u200d👧 \u3000\ufeff')
@@ -592,6 +597,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'an unlisted header': ('classify', {'a.tsv': 'polarity\ttweet\n' + LABELS * 9}, [],
                            "line 1: the label 'polarity' is nowhere else"),
     'quoted as in CSV': ('classify', {'a.tsv': LABELS + '好\t"a ""b"" c"\n'}, [], 'line 3: "a ""b'),
+    'quoted on the left': ('seq2seq', {'a.tsv': '"a ""b"" c"\t"d"\n'}, [], 'line 1: "a ""b'),
     'counted tokens': ('tag', {'a.conll': '1 EU B-组织\n2 说 O\n'}, [], 'first column counts'),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
