@@ -946,6 +946,7 @@ def resize(model, path, **changes):
     old, config = model.config, replace(model.config, **changes)
     if config == old:
         return model
+    # what learned with one of these does not read well beyond it
     has_end = config.positions in ('learned', 'sinusoids', 'rotary')
     require(config.block_size <= old.block_size or not has_end,
             f"block_size={config.block_size} is longer than the {old.block_size} that {path} was "

@@ -184,7 +184,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # a graph cannot raise
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
-    size = -(-(new.size(1) + max_new_tokens) // 16) * 16                   # as kernels like it
+    size = -(-(new.size(1) + max_new_tokens) // 16) * 16                   # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
@@ -201,7 +201,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             chosen = step_one(new, uniforms[i])
         else:
             chosen = step(new, uniforms[i, computed])
-        new = chosen[:, None].to(device)                                   # without a detour
+        new = chosen[:, None].to(device)                                   # stays on the device
         chosen = chosen.cpu()
         check_finite(chosen >= 0)
         for row, token in zip(computed, chosen.tolist()):
@@ -1016,7 +1016,7 @@ def main(argv):
     settings = Settings(**given)
     check_flags(settings)
     device, path = find_device(settings.device), settings.init_from or settings.out_dir
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape for 30 ms
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans 30 ms for each new shape
     if not settings.init_from and not os.path.exists(path):  # do not seek it on the hub
         raise FileNotFoundError(f"there is no folder {path}: train a model first (python train.py)")
     model, checkpoint, tokenizer = open_model(path, device)

@@ -368,7 +368,7 @@ class AdamW(Optimizer):
         return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]
 
     def update(self, lr, decay, good, weights, gradients, m, v, t):
-        torch._foreach_add_(t, [good] * len(t))
+        torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read, and waited for
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
                             maximize=False, found_inf=1 - good)            # one pass over memory
@@ -655,7 +655,7 @@ def backward(step, model, forward, data, s, runtime):
     """
     Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. The
     batches are made first, since each loss is divided by the number of targets in all of them.
-    forward: the model, which may be compiled, or one of several processes.
+    forward: the model as it is called: compiled, or in DistributedDataParallel.
     """
     parts, T = micro_batches(step, s, runtime), model.config.block_size
     batches = [get_batch(data, s.objective, T, *part) for part in parts]
@@ -778,7 +778,7 @@ class Trainer:
         self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
         self.started = time.perf_counter() - self.at.seconds
         fixed = not OBJECTIVES[s.objective].by_rows                        # shapes
-        torch.backends.cuda.enable_cudnn_sdp(fixed)  # which plans each new shape for 30 ms
+        torch.backends.cuda.enable_cudnn_sdp(fixed)  # cuDNN plans 30 ms for each new shape
         pays = runtime.device == 'cuda' and fixed and s.max_iters >= 1000
         if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is

@@ -514,6 +514,10 @@ def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale(d, tmp_path,
 
 class Reads(TorchDispatchMode):
     """Notes operations with a number or a size as their result: the CPU has to wait for it."""
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
             self.found.append(function)
@@ -530,7 +534,6 @@ def test_the_steps_between_lines_of_the_log_read_nothing_from_a_gpu(folders, dat
     batch = get_batch(data, s.objective, model.config.block_size, 0, 4)
     for step, waits in ((1, False), (s.log_interval, True)):
         with Reads() as reads:
-            reads.found = []
             _, loss = model(**batch, num_targets=9)
             runtime.scaler.scale(loss).backward()
             train.optimizer_step(step, loss.detach(), model, optimizers, s, runtime)
