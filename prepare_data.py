@@ -1216,11 +1216,11 @@ def docstrings(node, title, prefix=''):
     """(title, docstring or None) of a module or class, and of the classes and functions in it."""
     yield title, ast.get_docstring(node)
     for child in node.body:
-        name = prefix + getattr(child, 'name', '')
         if isinstance(child, ast.ClassDef):
+            name = prefix + child.name
             yield from docstrings(child, f'class {name}', f'{name}.')
         elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield f'{name}({ast.unparse(child.args)})', ast.get_docstring(child)
+            yield f'{prefix}{child.name}({ast.unparse(child.args)})', ast.get_docstring(child)
 
 def documented_library():
     """(module, [(title, docstring), ...]) of Python's library; its own docstring may be None."""

@@ -3,6 +3,7 @@ Promises of prepare_data.py: text becomes ids and comes back unchanged, however 
 rows become examples that a model reads; a user's mistake is one clear line, and nothing is lost.
 """
 
+import ast
 import collections
 import dataclasses
 import doctest
@@ -720,6 +721,12 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
     for document in prepare_data.recall()[1].split('<|endoftext|>\n')[:50]:
         pairs = [document.strip()[i : i + 2] for i in range(0, 60, 2)]
         assert len(set(pairs)) == len({pair[0] for pair in pairs}) <= 8, document
+
+def test_what_has_no_text_as_its_name_has_no_docstring():
+    """`type X = int`, since Python 3.12; typing.py has such a line."""
+    module = ast.parse('def f(x):\n    "Say x."')
+    module.body.insert(0, type('', (), {'name': ast.Name('X')}))
+    assert [*prepare_data.docstrings(module, 'm')] == [('m', None), ('f(x)', 'Say x.')]
 
 WORDS_OF = dict(zip(
     'one two three four five six seven eight nine ten eleven twelve thirteen fourteen '
