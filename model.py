@@ -194,7 +194,7 @@ def rotary_angles(length, channels, theta, scaling=''):
     The angle of each pair of channels at each position, in radians (T, D/2): section 3.2 of [6].
     `llama3 FACTOR LOW HIGH LENGTH` is for texts longer than the LENGTH that a model was trained on:
     pairs that turn less than LOW times in LENGTH positions become FACTOR times slower, those that
-    turn more than HIGH times stay (Grattafiori et al. 2024, https://arxiv.org/abs/2407.21783).
+    turn more than HIGH times stay (from the code of Llama 3.1).
     """
     frequency = theta ** (-torch.arange(0, channels, 2) / channels)        # (D/2,)
     if scaling:
@@ -294,7 +294,7 @@ class Dropout(nn.Dropout):
     """
     Zero each value with probability p in training, and scale the others up so that the mean stays
     (Srivastava et al. 2014). On a CPU one random byte per value decides, so p is a multiple of
-    1/256 there; that takes a seventh of the time of F.dropout.
+    1/256 there; that is several times as fast as F.dropout.
     """
 
     def forward(self, x):
@@ -640,7 +640,7 @@ def init_weights(model):
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
-    fan_in   1 / sqrt(inputs), and 1 for token embeddings, once they are scaled: section 5 of [5]
+    fan_in   1 / sqrt(columns), and 1 for token embeddings, once they are scaled: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
              nothing yet
     """
@@ -713,9 +713,10 @@ class GPT(LanguageModel):
 
 class LSTM(LanguageModel):
     """
-    What language models were before (Hochreiter and Schmidhuber 1997): all of the past has to fit
-    into a state of fixed size. Gates i, f, o = sigmoid, g = tanh of W x_t + U h_(t-1) + b; then
-    c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Padding on the right needs no mask.
+    What language models were before (Hochreiter and Schmidhuber 1997; Gers et al. 2000 added f):
+    all of the past has to fit into a state of fixed size. Gates i, f, o = sigmoid, g = tanh of
+    W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Padding on the right
+    needs no mask.
     """
 
     def __init__(self, config):
@@ -772,7 +773,7 @@ class BERT(LanguageModel):
         """
         ids (B, T) -> logits (B, T, V), and no loss. With targets (B, T), logits (N, V) of the N
         tokens that have one: one in seven has, and V is large. With next_targets (B,) alone,
-        logits (B, 2). The loss is the sum of both losses: section 3.1 of [3].
+        logits (B, 2). The loss is the sum of both losses: appendix A.2 of [3].
         """
         x = self.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         losses = []

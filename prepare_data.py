@@ -1417,7 +1417,7 @@ def prepare_task(settings, task, folder, files, val_files):
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
     for split, rows in zip(('train', 'val'), splits):
         examples = encode_rows(tokenizer, task, rows, labels, settings.block_size)
-        sizes = [len(example['ids']) for example in examples]
+        sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
         counts[split] = {'tokens': sum(sizes), 'rows': len(rows), 'examples': len(examples),
                          'bytes': sum(len(text.encode()) for row in rows for text in texts_of(row))}
         lines = [json.dumps(example, ensure_ascii=False) + '\n' for example in examples]

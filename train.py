@@ -92,12 +92,14 @@ class Data:
                 sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
                 self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
+                n = self.lengths.sum()
             else:
                 self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
-            self.highest, n = self.tokens[:10 ** 8].max(), self.counts['tokens']
-            require(self.highest < self.vocab_size and len(self.tokens) == n,
-                    f"it holds {len(self.tokens)} ids up to {self.highest}, and should hold {n} "
-                    f"below {self.vocab_size}")
+                n = len(self.tokens)
+            self.highest = self.tokens[:10 ** 8].max()
+            require(self.highest < self.vocab_size and n == self.counts['tokens'],
+                    f"it holds {n} ids up to {self.highest}, and should hold "
+                    f"{self.counts['tokens']} below {self.vocab_size}")
 
     def rng(self, *numbers):
         """
@@ -247,13 +249,13 @@ def hide_tokens(ids, data, rng):
 def span_corruption(data, index, T):
     """
     Text to text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
-    https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average.
-    A sentinel stands for each, and the target says what stood there.
+    https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average
+    (section 3.3.4). A sentinel stands for each, and the target says what stood there.
 
         text           Thank you for inviting me to your party last week
-        ids            Thank you <extra_0> me to your party <extra_1> week <|endoftext|>
-        decoder_ids    <|endoftext|> <extra_0> for inviting <extra_1> last
-        targets        <extra_0> for inviting <extra_1> last <|endoftext|>
+        ids            Thank you <extra_0> me to your party <extra_1> <|endoftext|>
+        decoder_ids    <|endoftext|> <extra_0> for inviting <extra_1> last week
+        targets        <extra_0> for inviting <extra_1> last week <|endoftext|>
     """
     tokens, rng, tokenizer = data.window(index, T)[:-1].tolist(), data.rng(1, index), data.tokenizer
     n = len(tokens)
@@ -375,8 +377,8 @@ class AdamW(Optimizer):
 
 def orthogonal(x):
     """
-    x (n, rows, columns) -> nearly orthogonal matrices: of U S V^T the U V^T, with singular values
-    between 0.7 and 1.2. Five steps of an odd polynomial (Newton-Schulz) bring them there.
+    x (n, rows, columns) -> nearly orthogonal matrices: of U S V^T about U V^T. Five steps of an odd
+    polynomial (Newton-Schulz) bring most singular values to between 0.7 and 1.2.
     """
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
@@ -497,8 +499,8 @@ SMALL = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3)
 
 def large(**changes):
     """
-    Rows for models that others have pre-trained: small steps, few of them, and AdamW, as in
-    appendix A.3 of BERT's paper.
+    Rows for models that others have pre-trained: small steps, and few of them. Those of appendix
+    A.3 of BERT's paper are smaller still.
     """
     usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
                  beta2=0.999, weight_decay=0.01, dropout=0.1)
@@ -570,8 +572,10 @@ class Runtime:
         return torch.bfloat16 if native else torch.float32
 
     def precision(self):
-        """Inside, products are computed in self.dtype; the stream, norms and loss in float32."""
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+        """Inside, products are computed in self.dtype; the residual stream and loss in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.dtype)
 
     def move(self, t):
         """A tensor of the CPU on the device; a GPU copies it while it works on something else."""
@@ -890,7 +894,9 @@ PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 40
 def flops_per_token(model):
     """
     Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
-    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B).
+    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B). That is for
+    decoders, and up to twice too much where a token meets only half of the weights: one of two
+    stacks, or of BERT's output one time in seven.
     """
     c, n = model.config, num_parameters(model)
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
@@ -900,12 +906,13 @@ def flops_per_token(model):
 def dry_run(model, s, data, runtime):
     """
     Estimate what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
-    gradients and two moments; activations by equation 2 of Korthikanti et al. 2022,
+    gradients and two moments (Muon has one); activations by equation 1 of Korthikanti et al. 2022,
     https://arxiv.org/abs/2205.05198, and the logits with their gradients.
     """
     from torch.utils.benchmark import Timer  # slow to import
     config = model.config
-    T, C, L, V = config.block_size, config.n_embd, config.n_layer, config.vocab_size
+    T, C, V = config.block_size, config.n_embd, config.vocab_size
+    L = config.n_layer * (2 if config.arch == 'encdec' else 1)             # blocks of all stacks
     sizes = {group['name']: sum(p.numel() for p in group['params'])
              for group in optimizer_groups(model, s.weight_decay)}         # of what is trained
     n, tokens = num_parameters(model), tokens_per_step(s, data, config)
@@ -924,8 +931,8 @@ def dry_run(model, s, data, runtime):
         f"compute    {flops / 1e6:,.1f} MFLOPs a token, {flops * total / 1e12:,.1f} TFLOPs in all\n"
         f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
         f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
-        f"time       {duration(flops * total / speed)} at {speed / 1e9:,.0f} GFLOP/s, half of a "
-        "large product")
+        f"time       {duration(flops * total / speed / runtime.world_size)} at "
+        f"{speed / 1e9:,.0f} GFLOP/s, half of a large product")
 
 # -----------------------------------------------------------------------------
 # The script: from flags to a model, its settings and its data

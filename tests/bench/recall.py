@@ -5,7 +5,7 @@ Learning in context: a rule that stands only in the prompt, and who can use it.
 
 In a document of `recall`, 8 letters stand for a digit each, anew in every document. A model reads
 pairs of letter and digit, then a letter, and predicts its digit: accuracy by the number of pairs
-before. `nano`, the same without its windows (`far`), and an `lstm` of the same size read the same tokens in the same order. No weight changes while they are tested; what they
+before. `nano`, the same without its windows (`far`), and an `lstm` of about their size read the same tokens in the same order. No weight changes while they are tested; what they
 know of the rule they have just read. `could` is what looking up gives: the share of letters that
 were shown before, and one in ten of the others by chance. Induction heads [1] learn this at once,
 between two evaluations.
@@ -30,7 +30,7 @@ import train
 from model import Config
 
 MODELS = {'nano': '--preset nano', 'far': '--preset nano --window 0',
-          'lstm': '--preset lstm --n_embd 214'}  # 0.8 M weights each
+          'lstm': '--preset lstm --n_embd 214'}  # 0.7 M weights, and 0.8 M
 SHOWN = (0, 1, 2, 4, 8, 16, 29)
 
 def in_context_accuracy(model, data):
