@@ -713,10 +713,9 @@ class GPT(LanguageModel):
 
 class LSTM(LanguageModel):
     """
-    What language models were before (Hochreiter and Schmidhuber 1997; Gers et al. 2000 added f):
+    What language models were before (Hochreiter and Schmidhuber 1997; with f, Gers et al. 2000):
     all of the past has to fit into a state of fixed size. Gates i, f, o = sigmoid, g = tanh of
-    W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Padding on the right
-    needs no mask.
+    W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Batches need no mask.
     """
 
     def __init__(self, config):
@@ -1241,7 +1240,8 @@ def from_huggingface(folder):
 def spell_out(config):
     """The same computation with all sizes as numbers, and without what only matters in training."""
     return replace(config, n_kv_head=config.kv_heads, head_dim=config.head_size, init='gpt2',
-                   mlp_dim=config.mlp_dim or 4 * config.n_embd, dropout=0.0, label_smoothing=0.0)
+                   mlp_dim=config.mlp_dim or 4 * config.n_embd, dropout=0.0, label_smoothing=0.0,
+                   n_labels=0 if config.task == 'qa' else config.n_labels)
 
 def export_huggingface(model, folder, vocab_size=None, **fields):
     """

@@ -167,8 +167,9 @@ STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
 
 def run(main):
     """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
-        stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # neither closed nor that of a notebook
+            stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
     for number in STOPS:
         if signal.getsignal(number) == signal.SIG_DFL:  # not Ctrl-C, nor what nohup ignores
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # clean up, end
@@ -327,8 +328,8 @@ class Tokenizer:
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
-    def hf_engine(self, special, arch):
-        """The same as a tokenizer of the package `tokenizers`, framing texts for `arch`."""
+    def hf_engine(self, special):
+        """The same as a tokenizer of the package `tokenizers`."""
         if self.name == 'char':
             raise ValueError("transformers has no tokenizer like char: use --tokenizer byte or bpe")
         write = lambda token: ''.join(VISIBLE[b] for b in token)
@@ -344,25 +345,29 @@ class Tokenizer:
                                                            use_regex=self.name != 'byte')
         engine.decoder = hf.decoders.ByteLevel()
         engine.add_special_tokens(sorted(special, key=special.get))
-        frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
-                  'encdec': ('$A <|endoftext|>', '$A $B <|endoftext|>')}
-        if arch in frames:
-            engine.post_processor = hf.processors.TemplateProcessing(*frames[arch],
-                                                                     [*special.items()])
         return engine
 
     def export_files(self, vocab_size, arch):
-        """{file name: data} for transformers, with the special tokens below vocab_size."""
+        """
+        {file name: data} for transformers, with the special tokens below vocab_size. There, a
+        tokenizer frames texts itself: as the examples were that a model of this arch has read.
+        """
         special = {text: i for text, i in self.special.items() if i < vocab_size}
-        engine = self.hf_engine(special, arch)
+        engine, source = self.hf_engine(special), '<|source|> ' * ('<|source|>' in special)
+        frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
+                  'encdec': (source + '$A <|endoftext|>', source + '$A $B <|endoftext|>')}
+        if arch in frames:
+            names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
+                     for text, i in special.items()]
+            engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
+                *frames[arch], names)
         config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
         if arch == 'bert':
             config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
         for name, (key, *_) in ROLES.items():
             if name in special:
                 config[key] = engine.id_to_token(special[name])
-        return {'tokenizer.json': json.loads(engine.to_str()),
-                'tokenizer_config.json': config}
+        return {'tokenizer.json': json.loads(engine.to_str()), 'tokenizer_config.json': config}
 
 def char_tokenizer(characters):
     """One token for each character of the text."""
@@ -524,6 +529,8 @@ class HFTokenizer(Tokenizer):
         self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
         self.n_vocab = 1 + max(engine.get_vocab().values())
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
+        self.marks = [i for i in special.values()  # not a word that ends a text, such as .
+                      if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
 
     def encode_with_offsets(self, text):
         try:  # encode_batch, which is not encode, releases Python's lock
@@ -532,7 +539,7 @@ class HFTokenizer(Tokenizer):
             raise ValueError(f"{text[:40]!r} cannot be encoded: {e}") from None
         ids = np.array(encoded.ids, np.uint32)
         if self.unknown is not None:  # SentencePiece finds its special tokens in a text
-            ids[np.isin(ids, [*self.special.values()])] = self.unknown
+            ids[np.isin(ids, self.marks)] = self.unknown
         return ids, np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
     def encode(self, text):
@@ -549,7 +556,7 @@ class HFTokenizer(Tokenizer):
         return {'format': FORMAT, 'name': self.name, 'special': self.special,
                 'end_ids': self.end_ids, 'engine': self.saved}
 
-    def hf_engine(self, special, arch):
+    def hf_engine(self, special):
         return self.engine
 
 # Our special tokens, and what theirs may be: a role, or a text where the folder names no roles
@@ -850,10 +857,10 @@ def read_columns(path, names, optional=()):
         quoted = [text for text in texts if re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text)]
         if quoted:
             raise ValueError(f"{where}: {quoted[0][:40]} is quoted, as in CSV: write it unquoted")
-        row = dict(zip((*names, *optional), texts))
-        if 'label' in row:
-            row['label'] = ' '.join(row['label'].split())
-        yield {'where': where, **row}
+        if names[0] == 'label':
+            label, *texts = map(str.strip, texts)  # as sample.py strips what it labels
+            texts = [' '.join(label.split()), *texts]
+        yield {'where': where, **dict(zip((*names, *optional), texts))}
 
 def read_tagged(path):
     """

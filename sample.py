@@ -312,9 +312,15 @@ class TextStream:
         ends = self.tokenizer.end_ids
         self.done = tokens[-1] in ends
         self.ids += [token for token in tokens if token not in ends]
-        text = self.tokenizer.decode(self.prompt + self.ids)[self.begin:]
-        if not self.done:
-            text = text.rstrip('\ufffd')
+        decode = lambda ids: self.tokenizer.decode(self.prompt + ids)[self.begin:]
+        whole, n = decode(self.ids), len(self.ids)
+        clean = whole
+        while clean.endswith('\ufffd'):  # Llama's tokenizer spoils all of a run of bytes
+            n -= 1
+            clean = decode(self.ids[:n])
+        text = max(clean, whole.rstrip('\ufffd'), key=len)
+        if self.done:
+            text += whole[len(text):]
         found = self.stop.search(text, partial=not self.done)
         if found:  # a stop, or the beginning of one at the end of the text
             text, self.done = text[:found.start()], self.done or not found.partial
@@ -659,14 +665,14 @@ def score_text(model, tokenizer, path, kind):
     nats, n, _ = predict(model, windows, tokenizer.pad_id)[1]['targets']
     return text_scores(nats, n, counts['bytes'])
 
-def score_rows(model, tokenizer, path, task, labels, settings, block_size):
-    """Scores on labelled rows, read as prepare_data.py reads them."""
+def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=False):
+    """Scores on labelled rows, read as prepare_data.py reads them. ours: train.py made it."""
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
     if not rows:
         raise ValueError(f"--score {path}: no rows in it")
     check_labels(task, rows, labels)
-    if task == 'qa':  # models of others do not say whether they know questions without an answer
-        labels = labels or [label for row in rows for label in TASKS[task].labels_of(row)]
+    if task == 'qa' and not ours:  # it does not say whether it knows questions without an answer
+        labels = [label for row in rows for label in TASKS[task].labels_of(row)]
     # No loss, and no answers (only qa has any) that guide how a context is cut into tokens.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)
@@ -873,7 +879,7 @@ def export(model, tokenizer, labels, folder):
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
     if tokenizer.pad_id < size:
         fields['pad_token_id'] = tokenizer.pad_id
-    if labels:
+    if labels and config.task != 'qa':
         fields['id2label'] = dict(enumerate(labels))
         fields['label2id'] = {label: i for i, label in enumerate(labels)}
     if any(Path(folder).glob('*')):
@@ -1050,7 +1056,8 @@ def main(argv):
         raise ValueError(f"{path} is an encoder without a head, so it has no output: fine-tune it "
                          f"first, with python train.py --init_from {path}")
     elif use == 'score':
-        scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings, block_size)
+        scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings, block_size,
+                             'folder' not in checkpoint)
                   if kind in TASKS else score_text(model, tokenizer, settings.score, kind))
         print(json.dumps(scores) if settings.json else format_scores(scores))
     elif kind == 'text':

@@ -78,8 +78,7 @@ class Data:
         self.tokenizer, self.rows = load_tokenizer(folder), []
         meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
         with reading(path, "prepare the data again"):
-            require(meta['format'] == 'plainformer data 2',
-                    "its format is that of another version")
+            require(meta['format'] == 'plainformer data 2', "its format is that of another version")
             self.task = '' if meta['task'] == 'lm' else meta['task']
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
             self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
@@ -92,14 +91,12 @@ class Data:
                 sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
                 self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
-                n = self.lengths.sum()
             else:
                 self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
-                n = len(self.tokens)
-            self.highest = self.tokens[:10 ** 8].max()
-            require(self.highest < self.vocab_size and n == self.counts['tokens'],
-                    f"it holds {n} ids up to {self.highest}, and should hold "
-                    f"{self.counts['tokens']} below {self.vocab_size}")
+            self.highest, right = self.tokens[:10 ** 8].max(), self.counts['tokens']
+            n = sum(self.lengths) if self.task else len(self.tokens)
+            require(self.highest < self.vocab_size and n == right, f"it holds {n} ids up to "
+                    f"{self.highest}, and should hold {right} below {self.vocab_size}")
 
     def rng(self, *numbers):
         """
@@ -610,7 +607,7 @@ def evaluate(model, data, s, runtime, limit=None):
     """
     T, scores = model.config.block_size, {}
     decode = limit is None or s.best_by not in ('', 'loss')                # generating is slow
-    with runtime.precision():
+    with runtime.precision(), sample.evaluating(model):
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
@@ -1110,11 +1107,11 @@ def claim_folder(s, config, resumed, runtime):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / '.lock'
     f = path.open('a')
-    with contextlib.suppress(ImportError):  # Windows
+    with contextlib.suppress(ImportError, OSError):  # Windows; a drive that knows no locks
         import fcntl
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
                              "another folder, or wait") from None
     path.write_text(str(os.getpid()))

@@ -38,10 +38,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch):
-    """
-    Draws and signals as at the start: & and nohup ignore some signals, a run notes them. And no
-    pictures, which cost the most time here.
-    """
+    """Draws and signals as at the start (nohup ignores some, a run notes them), and no pictures."""
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     torch.manual_seed(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -219,6 +219,7 @@ def test_every_head_of_bert_answers_as_in_transformers(name, place):
 
     close(*answers(theirs, model), 1e-4)
     if task:
+        model.config.n_labels += task == 'qa'  # ours may know questions without an answer
         export_huggingface(model, back, **named)
         again, info = type(theirs).from_pretrained(back, output_loading_info=True)
         close(*answers(again, load(back)[0]), 1e-4)
@@ -601,6 +602,12 @@ def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, folders, place
     shutil.copy(folders['gpt2 tokenizer.json'] / 'tokenizer.json', alone)
     assert prepare_data.load_tokenizer(alone).end_ids == [
         prepare_data.load_tokenizer(folders['gpt2']).end_id]
+    words = hf.Tokenizer(hf.models.WordLevel({'<unk>': 0, 'cat': 1, '.': 2}, unk_token='<unk>'))
+    words.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    put(folder := place(), 'tokenizer.json', json.loads(words.to_str()))
+    put(folder, 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast'})
+    put(folder, 'config.json', {'model_type': 'llama', 'eos_token_id': 2})  # the full stop
+    assert prepare_data.load_tokenizer(folder).encode('cat . cat').tolist() == [1, 2, 1]
 
 def test_a_folder_that_means_something_else_is_refused(tiny):
     """Weights that are not finite, a regression, another tokenizer class, pickled shards."""
@@ -686,6 +693,10 @@ def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
     assert example['ids'] == theirs('the 床')['input_ids']
     assert example['decoder_ids'] == [0, *example['targets'][:-1]]
     assert example['targets'] == theirs('the')['input_ids'][1:]
+    files = ours.export_files(ours.n_vocab, 'bert')  # a BERT has learned from our own frame
+    found = hf.Tokenizer.from_str(json.dumps(files['tokenizer.json'])).encode('the', '床')
+    texts = [ours.encode(text).tolist() for text in ('the', '床')]
+    assert (found.ids, found.type_ids) == prepare_data.add_special_tokens(ours, *texts)
 
 def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
     model, folder = build(dataclasses.replace(PRESETS['gpt2'], n_layer=1, vocab_size=420)), place()

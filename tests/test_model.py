@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 # isort: off
 import model as the_file
+import prepare_data
+import sample
 from model import (
     IGNORE_INDEX, MLP, PRESETS, TASKS, Attention, Block, Config, Dropout, KVCache, Stack,
     attention, attention_mask, attention_weights, build, cross_entropy, distance_buckets, load,
@@ -665,10 +667,8 @@ def test_a_head_reads_what_its_task_says(name):
 @given(st.sets(st.integers(1, T - 1)), st.integers(1, T), st.booleans())
 @torch.no_grad()
 def test_a_cache_changes_nothing(name, dtype, tolerance, cuts, length, fixed):
-    """
-    Any pieces up to block_size give the logits of the whole, also where all keys are read whether
-    filled or not, as a CUDA graph does (fixed); the source is read once (b10).
-    """
+    """Any pieces give the logits of the whole, also where all keys are read whether filled or not,
+    as a CUDA graph does (fixed); the source is read once (b10)."""
     model = awake(build(MODELS[name])).to(dtype)
     batch, ids = make_batch(model.config, 2, 7, lengths=[7, 4]), some(2, length)
     write, cache = writing(model, batch)
@@ -937,7 +937,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(damage, words, tmp_path):
     torch.save(changed if isinstance(changed, (dict, list)) else checkpoint, path)
     assert words in refused_file(path, path.read_bytes())
 
-def test_the_examples_in_the_docstrings_are_true():
-    """What model.py shows at a prompt is what it answers."""
-    result = doctest.testmod(the_file)
-    assert result.attempted >= 4 and result.failed == 0, result
+@pytest.mark.parametrize('module, n', [(the_file, 4), (prepare_data, 3), (sample, 1)])
+def test_the_examples_in_the_docstrings_are_true(module, n):
+    result = doctest.testmod(module)
+    assert result.attempted >= n and result.failed == 0, result

@@ -276,10 +276,8 @@ def searched(model, prompt, source, beams, n, penalty=1.0, end_ids=(0,), **more)
        seed=st.integers(0, 99))
 def test_a_wide_beam_finds_what_trying_everything_finds(preset, prompt, beams, penalty, end_ids,
                                                         seed):
-    """
-    Four tokens, three steps: the best of all sequences in order, ended or not, with their scores;
-    so a larger length penalty never prefers a shorter text. b11
-    """
+    """Of four tokens, three steps: the best of all sequences, ended or not, with their scores; so
+    a larger length penalty never prefers a shorter text. b11"""
     model = tiny(preset, 4, 8, seed)
     source = [2, *prompt, 1] if hasattr(model, 'encode') else None
     expected = every_text(model, prompt, source, 3, 4, penalty, end_ids)
@@ -408,6 +406,13 @@ def test_a_stream_joins_to_the_whole_text_without_half_characters(foreign, text,
             assert out.rstrip('\ufffd') == data.decode(errors='ignore').rstrip('\ufffd'), data
     assert out + stream.add(tokenizer.end_id) == tokenizer.decode(prompt + ids)[begin:]
     assert kind not in own or out == text.rstrip('\ufffd') or out == text
+
+def test_half_a_character_spoils_no_whole_ones_before_it(foreign):
+    """Llama's tokenizer decodes a run of bytes as a whole, or not at all."""
+    tokenizer = foreign['metaspace']
+    ids, stream = tokenizer.encode('人👍👍').tolist()[:-1], TextStream(tokenizer)
+    whole = stream.add(*ids) + stream.add(tokenizer.end_id)
+    assert whole == ''.join(streamed(tokenizer, ids)) and whole.startswith('人👍\ufffd')
 
 @given(st.lists(st.integers(0, 255), max_size=12))
 def test_a_stream_of_any_bytes_joins_to_what_decoding_them_gives(ids):
@@ -561,10 +566,8 @@ def test_a_tag_is_that_of_the_first_piece_and_entities_cross_parts():
 @example('', 'byte', 24, False, 0.0, 0)
 @example('ab 中😀é.\n' * 3, 'byte', 24, True, 6.0, 0)       # the last window alone would say ''
 def test_a_span_is_the_best_of_all_spans(context, kind, block_size, unanswerable, boost, seed):
-    """
-    All windows, beginnings and ends tried out: at most 30 tokens, not only white space, cut out
-    of the context; '' only where the training data had questions without an answer.
-    """
+    """All windows, beginnings and ends tried out: at most 30 tokens, not only white space; ''
+    only where the training data had questions without an answer."""
     tokenizer = BPE if kind == 'bpe' else byte_tokenizer()
     if kind == 'char':
         tokenizer = char_tokenizer({*context, '?'})
@@ -1147,11 +1150,11 @@ def test_the_right_answers_do_not_cut_the_tokens_of_a_score(tmp_path):
     assert read[0]['ids'].tolist() == [right['ids']]
     # Another's model, which says nothing of labels: where [CLS] is likeliest there is no answer.
     model.register_forward_hook(
-        lambda m, args, out: (out[0].index_fill(2, torch.tensor([0]), 99.0), out[1]))
+        lambda m, args, out: (out[0].index_fill(2, torch.tensor([0]), 9.0), out[1]))
     (tmp_path / 'b').write_text((tmp_path / 'a').read_text().replace(
         '[{"text": "ime", "answer_start": 8}]', '[]'))
-    for name, right in (('a', 0.0), ('b', 1.0)):
-        scores = sample.score_rows(model, BPE, str(tmp_path / name), 'qa', [], Settings(), 40)
+    for name, ours, right in (('a', False, 0.0), ('b', False, 1.0), ('b', True, 0.0)):
+        scores = sample.score_rows(model, BPE, str(tmp_path / name), 'qa', [], Settings(), 40, ours)
         assert scores == {'exact_match': right, 'f1': right}
 
 # -----------------------------------------------------------------------------

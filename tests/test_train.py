@@ -32,12 +32,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
+import prepare_data
 import train
 from model import IGNORE_INDEX, PRESETS, Config, build, optimizer_groups
 from train import OBJECTIVES, Data, Runtime, Settings, get_batch
 
-def only(cls, values):
-    return {name: values[name] for name in values.keys() & cls.__dataclass_fields__.keys()}
+only = lambda cls, values: prepare_data.pick(values, *cls.__dataclass_fields__)
 
 def parts_of(folder, split='train', **flags):
     """(model with random weights, data, settings, runtime), of the size of WIDE."""
@@ -687,10 +687,14 @@ def eval_only(out, capsys, **flags):
     ('tag', 'gpt2', 'val loss N, precision N, recall N, f1 N'),
     ('qa', 'lstm', 'val loss N, .*f1 N'), ('seq2seq', 'transformer', 'val .*bleu N.*loss N.*')])
 def test_eval_only_prints_the_scores_of_any_model_and_writes_nothing(
-        folders, tmp_path, capsys, dataset, preset, pattern):
-    """One line, the same for any batch size and after any seed."""
+        folders, tmp_path, capsys, monkeypatch, dataset, preset, pattern):
+    """One line, the same for any batch size and after any seed; nothing is written with dropout."""
+    real, modes = train.sample.generate, {False}
+    monkeypatch.setattr(train.sample, 'generate', lambda model, *more, **how: (
+        modes.add(model.training) or real(model, *more, **how)))
     fit(tmp_path, folders / dataset, **{**WIDE, 'preset': preset, 'max_iters': 2})
     line = eval_only(tmp_path, capsys)
+    assert modes == {False}
     assert re.fullmatch(pattern.replace('N', r'-?[\d.]+'), line), line
     assert line == eval_only(tmp_path, capsys, batch_size=64)
 

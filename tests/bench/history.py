@@ -123,14 +123,11 @@ def main(argv):
         args.seconds, flags, trial = 1, '--n_layer 1 --n_embd 32 --block_size 32'.split(), 3
     if min(*args.order, args.seconds) <= 0:
         raise ValueError(f'--order {args.order} and --seconds {args.seconds} must be above 0')
-    if args.input != 'pydoc' and not os.path.isfile(args.input):
-        raise ValueError(f'--input {args.input}: there is no such file')
     with tempfile.TemporaryDirectory() as folder:
         source = ['--dataset', 'pydoc'] if args.input == 'pydoc' else ['--input', os.path.abspath(args.input)]
         command('prepare_data.py', *source, '--tokenizer', args.tokenizer, '--vocab_size', args.vocab_size, '--out_dir',
                 'data/text', cwd=folder)
-        data, val = (train.Data(os.path.join(folder, 'data', 'text'), split)
-                     for split in ('train', 'val'))
+        data, val = (train.Data(os.path.join(folder, 'data', 'text'), split) for split in ('train', 'val'))
         rows = []
         for order in args.order:
             prepare_data.progress(f'counting {order}-grams')

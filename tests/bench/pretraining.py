@@ -30,10 +30,7 @@ from common import command, table
 import prepare_data
 
 def steps_for(n):
-    """
-    Steps of 32 texts for n labels: 64 epochs of 100, 13 of 1,000, and for many the number of the recipe of small models.
-    More of them take time, and would only learn by heart what is known already.
-    """
+    """Steps of 32 texts for n labels: 64 epochs of 100, 13 of 1,000, for many the number of the recipe of small models."""
     return 200 if n <= 100 else 400 if n <= 1000 else 1000
 
 def few(lines, n, seed):
@@ -67,8 +64,6 @@ def main(argv):
     if args.quick:
         small, tuning = '--n_layer 1 --n_embd 32 --n_head 2'.split(), lambda n: 10
         args.labels, args.reading_steps = [50], 20
-    if args.encoder and not os.path.exists(os.path.join(args.encoder, 'config.json')):
-        raise ValueError(f'--encoder {args.encoder}: there is no config.json in it, so it is not a Hugging Face folder')
     if min(*args.labels, args.seeds, args.reading_steps) < 1:
         raise ValueError('--labels, --seeds and --reading_steps must be at least 1')
     lines, judges = read_files(args.train, args.val)

@@ -40,8 +40,7 @@ def in_context_accuracy(model, data):
     ids = np.roll(data.tokens[:end[-1] + 1].reshape(-1, length), 1, axis=1)[:, :length - 1]
     ids = torch.from_numpy(ids.astype(np.int64))       # <|endoftext|> k 7 a 2 k 7 ...
     with sample.evaluating(model):
-        guesses = torch.cat([model(rows[:, :-1])[0][:, 1::2].argmax(dim=-1)
-                             for rows in ids.split(256)])
+        guesses = torch.cat([model(rows[:, :-1])[0][:, 1::2].argmax(dim=-1) for rows in ids.split(256)])
     right = (guesses == ids[:, 2::2]).float().mean(dim=0).tolist()
     return {n: right[n] for n in SHOWN}
 
@@ -49,8 +48,7 @@ class Recorder(train.Trainer):
     """Notes the accuracy at each evaluation: [(step, {pairs: accuracy})]."""
 
     def evaluate(self):
-        self.found = [*getattr(self, 'found', []),
-                      (self.at.step, in_context_accuracy(self.model, self.val))]
+        self.found = [*getattr(self, 'found', []), (self.at.step, in_context_accuracy(self.model, self.val))]
         return super().evaluate()
 
 def train_one(flags, folder):
@@ -64,8 +62,7 @@ def train_one(flags, folder):
     return sum(p.numel() for p in model.parameters()), trainer.found
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=1000, help='of 32 x 64 tokens')
     parser.add_argument('--plot', default='', help='picture to draw, such as recall.png')
     parser.add_argument('--quick', action='store_true', help='see in half a minute that it works')
@@ -98,8 +95,7 @@ def main(argv):
         left.plot(SHOWN, could, color='grey', linestyle=':', label='could')
         for name, runs in found.items():
             left.plot(SHOWN, [runs[-1][1][n] for n in SHOWN], marker='o', label=name)
-            right.plot([step for step, _ in runs], [after[29] for _, after in runs], marker='.',
-                       label=name)
+            right.plot([step for step, _ in runs], [after[29] for _, after in runs], marker='.', label=name)
         left.set(xlabel='pairs before', ylabel='accuracy', title=f'after {steps:,} steps')
         right.set(xlabel='step', title='after 29 pairs')
         left.legend()

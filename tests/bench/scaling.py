@@ -59,10 +59,8 @@ def curve(law, size, fitted):
     return fitted[0] + fitted[1] * size ** -fitted[2] if law is power_law else np.polyval(fitted[:3], np.log(size))
 
 def describe(what, law, size, loss, figures):
-    """
-    Fit, and print the figures {name: function of the fit}, each with where nine of ten fits lie to losses drawn anew around
-    the curve, as far from it as the runs are. Returns the fit, None where so few runs do not determine it.
-    """
+    """Fit, and print the figures {name: function of the fit}, each with where nine of ten fits lie to losses drawn anew around
+    the curve, as far from it as the runs are. Returns the fit, None where so few runs do not determine it."""
     fitted, free, rng = law(size, loss), len(loss) - 3, np.random.default_rng(0)
     if free < 1 or len(set(size)) < 4:
         return print(f'{what}: a curve with three unknowns needs more than three sizes')
