@@ -715,7 +715,7 @@ class LSTM(LanguageModel):
     """
     What language models were before (Hochreiter and Schmidhuber 1997; with f, Gers et al. 2000):
     all of the past has to fit into a state of fixed size. Gates i, f, o = sigmoid, g = tanh of
-    W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Batches need no mask.
+    W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Padding needs no mask.
     """
 
     def __init__(self, config):
