@@ -259,7 +259,7 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Only
     # padding can, where its whole window is padding; its output is not used, so it may see all.
     mask = mask | ~mask.any(dim=-1, keepdim=True)
-    return mask[:, None]
+    return mask[:, None].bool()  # where `real` was 1 and 0
 
 def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
@@ -283,7 +283,7 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)                 # (B, H, S, D)
     scores = (q * scale) @ k.transpose(-2, -1)                             # (B, H, T, S)
     if causal:
-        scores = scores + torch.full_like(scores[0, 0], -math.inf).triu(1)
+        scores = scores + scores.new_full(scores.shape[2:], -math.inf).triu(1)
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, -math.inf)
@@ -374,6 +374,7 @@ class KVCache:
         if isinstance(self.length, torch.Tensor):
             return both.index_copy_(3, self.positions, new.type_as(both))
         end = self.length + k.size(2)
+        require(end <= self.size, f"{end} tokens are more than the {self.size} of this KVCache")
         both[..., self.length:end, :] = new
         return both[..., :end, :]                                          # (2, B, G, S, D)
 
@@ -411,8 +412,11 @@ class Attention(nn.Module):
         self.k_norm = make_norm(config, D, config.qk_norm)
         self.drop, self.layer = Dropout(config.dropout), layer
         self.scale = None if config.scale_attention else 1.0
-        self.split_heads = lambda t: t.unflatten(-1, (-1, D)).transpose(1, 2)  # -> (B, H, T, D)
+        self.head_size = D
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
+
+    def split_heads(self, t):
+        return t.unflatten(-1, (-1, self.head_size)).transpose(1, 2)       # (B, H, T, D)
 
     def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
         """
@@ -561,12 +565,15 @@ class Stack(nn.Module):
         """
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
-        holds only the new tokens, and the cache the memory. Raises ValueError beyond block_size.
+        holds only the new tokens, attention_mask is of all that were read, too, and the memory is
+        that of the cache. Raises ValueError beyond block_size.
         """
         past, source = 0, None
         if cache is not None:
             past, source = cache.length, cache.cross
             memory, memory_mask = cache.memory, cache.memory_mask
+        require(memory is not None or self.blocks[0].cross is None,
+                "a decoder with cross-attention needs memory: what encoder or encode() return")
         fixed = isinstance(past, torch.Tensor)                             # shapes: see KVCache
         end = cache.size if fixed else past + ids.size(1)
         if end > self.config.block_size:
@@ -584,7 +591,7 @@ class Stack(nn.Module):
             arguments = self.mask_arguments(positions, key_positions, window, attention_mask, fixed)
             inputs[window] = arguments | shared
         if memory_mask is not None:
-            real = memory_mask[:, None, None]                              # (B, 1, 1, S)
+            real = memory_mask[:, None, None].bool()                       # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
         x = self.embed(ids, positions, segments)                           # (B, T, C)
         for block, window in zip(self.blocks, self.windows):
@@ -885,9 +892,12 @@ def write_file(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-def save(path, model, **extra):
-    """Write a checkpoint: tensors and plain data only, so that opening one runs no code."""
-    data = {'config': asdict(model.config), 'model': model.state_dict(), **extra}
+def save(path, model, /, **extra):
+    """
+    Write a checkpoint: tensors and plain data only, so that opening one runs no code. extra: more
+    of it, such as another checkpoint; sample.py needs its tokenizer, task and labels.
+    """
+    data = extra | {'config': asdict(model.config), 'model': model.state_dict()}
     write_file(path, lambda f: torch.save(data, f))
 
 @contextlib.contextmanager
@@ -920,8 +930,8 @@ def find_checkpoint(path):
 
 def load(path, device='cpu', **changes):
     """
-    path -> (model, checkpoint). path is a checkpoint, an out folder (its best.pt, else its
-    ckpt.pt), a Hugging Face folder, or the name of a model on the hub. `changes` are fields of
+    path -> (model in eval mode, checkpoint). path is a checkpoint, an out folder (its best.pt, else
+    its ckpt.pt), a Hugging Face folder, or the name of a model on the hub. `changes` are fields of
     Config that may differ from the file: see resize. Raises FileNotFoundError or ValueError.
     """
     path = find_checkpoint(os.fspath(path))
@@ -936,7 +946,7 @@ def load(path, device='cpu', **changes):
             model.load_state_dict(checkpoint['model'])
     for name, p in model.named_parameters():
         require(p.isfinite().all(), f"{path}: the weight {name} holds NaN or infinity")
-    return resize(model, path, **changes).to(device), checkpoint
+    return resize(model, path, **changes).to(device).eval(), checkpoint
 
 def resize(model, path, **changes):
     """

@@ -53,12 +53,13 @@ from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags
 def collate(examples, pad_id, device='cpu'):
     """
     A list of examples -> a batch, a dict of tensors. Rows of unequal length are padded on the
-    right, and attention_mask (B, T) tells which tokens are real. The key `meta` is left out.
+    right, and attention_mask (B, T), bool, tells which tokens are real. `meta` is left out.
 
-        ids    7 8 9        attention_mask    1 1 1
-               5 6 PAD                        1 1 0
+        ids    7 8 9        attention_mask    T T T
+               5 6 PAD                        T T F
     """
-    fill = {'ids': pad_id, 'decoder_ids': pad_id, 'targets': IGNORE_INDEX}
+    fill = {'ids': pad_id, 'decoder_ids': pad_id}
+    fill |= {key: IGNORE_INDEX for key in examples[0] if key.endswith('targets')}
     batch = {}
     for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
         if key == 'meta':
@@ -169,7 +170,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
 
     With the cache each step reads only the newest token. When the window of block_size tokens is
     full, its newer half is read again from position 0 and the older half is forgotten. cache: that
-    of an encoded source; prompt and new tokens must then fit into block_size.
+    of an encoded source, used up afterwards; prompt and new tokens must then fit into block_size.
     """
     block_size, device = model.config.block_size, ids.device
     draws = [np.random.default_rng((seed, row)).random(max_new_tokens)
@@ -368,8 +369,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
         return [[TextStream(tokenizer, prompt, settings.stop, *text)
                  for text in texts[:settings.num_samples]] for prompt, texts in zip(prompts, found)]
     streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in prompts]
-    chosen = generate(model, ids, length, settings.temperature, settings.top_k, settings.top_p,
-                      settings.seed, rows, **how)
+    chosen = generate(model, ids, length, temperature=settings.temperature, top_k=settings.top_k,
+                      top_p=settings.top_p, seed=settings.seed, rows=rows, **how)
     if not (settings.stop or settings.stream):  # nobody looks before the end
         chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
     for tokens in chosen:
@@ -693,15 +694,16 @@ def attention_maps(model, batch):
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Attention)}
     if not layers:
         raise ValueError("an LSTM has no attention to show")
-    for layer in layers.values():
-        layer.recorded = []
-    with evaluating(model):
-        model(**batch)
     maps = collections.defaultdict(list)
-    for path, layer in layers.items():
-        kind = 'cross' if path.endswith('cross') else 'encoder' if 'encoder.' in path else 'decoder'
-        maps[kind].append(layer.recorded[0])
-        layer.recorded = None
+    try:
+        for path, layer in layers.items():
+            kind = 'encoder' if 'encoder.' in path else 'decoder'
+            layer.recorded = maps['cross' if path.endswith('cross') else kind]
+        with evaluating(model):
+            model(**batch)
+    finally:
+        for layer in layers.values():
+            layer.recorded = None
     return {kind: torch.stack(weights).float().cpu() for kind, weights in maps.items()}
 
 PAGE = r"""<!doctype html>

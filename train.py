@@ -291,7 +291,7 @@ def completion(data, index, T):
 
 @dataclass
 class Objective:
-    example: object      # (data, index, T) -> example, whose sequences have at most T tokens
+    example: object      # (data, index, T) -> example, of at most T tokens if it is cut from text
     archs: tuple         # the models that can learn it; the first row that fits is the default
     tasks: tuple = ('',)  # of the data; '': text
     by_rows: bool = True  # takes labelled data row by row, not as one text
@@ -619,7 +619,8 @@ def evaluate(model, data, s, runtime, limit=None):
                     for i in chosen[runtime.rank::runtime.world_size].tolist()]
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
-    for kind in ('targets', 'next_targets'):
+    example = OBJECTIVES[s.objective].example(data, 0, T)
+    for kind in sorted((key for key in example if key.endswith('targets')), key=len):
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
         if 'rows' not in data.counts and count == len(data.tokens) - 1:  # every token of a text
             return sample.text_scores(nats, count, data.counts['bytes'])
@@ -642,7 +643,8 @@ def print_sample(model, tokenizer, s, runtime):
 def micro_batches(step, s, runtime):
     """
     This process's part of a step: (first example, number of examples) of each of its micro-batches.
-    Whole micro-batches where they can be shared evenly, else each of them is cut into equal parts.
+    Whole micro-batches where they can be shared evenly, else each of them is cut into equal parts,
+    whose dropout draws other values.
     """
     k, n, world = s.gradient_accumulation_steps, s.batch_size, runtime.world_size
     require(k % world == 0 or n % world == 0,
@@ -770,11 +772,12 @@ class Trainer:
                                                   runtime.dtype)
         self.at, self.log, self.signal = Progress(), [], 0
         if checkpoint:
-            self.at, self.log = Progress(**checkpoint['progress']), checkpoint['log']
-            for optimizer, saved in zip(self.optimizers, checkpoint['optimizer'], strict=True):
-                optimizer.load_state_dict(saved)
-            if checkpoint['scaler']:  # it was float16
-                runtime.scaler.load_state_dict(checkpoint['scaler'])
+            with reading(s.out_dir, "its ckpt.pt is of another version, start a new run"):
+                self.at, self.log = Progress(**checkpoint['progress']), checkpoint['log']
+                for optimizer, saved in zip(self.optimizers, checkpoint['optimizer'], strict=True):
+                    optimizer.load_state_dict(saved)
+                if checkpoint['scaler']:  # it was float16
+                    runtime.scaler.load_state_dict(checkpoint['scaler'])
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
         self.started = time.perf_counter() - self.at.seconds
@@ -785,13 +788,13 @@ class Trainer:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             self.forward = torch.compile(model)
         if runtime.world_size > 1:  # not every objective needs every layer of a trunk
-            self.forward = DistributedDataParallel(self.forward, broadcast_buffers=False,
-                                                   find_unused_parameters=True)
+            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=True)
 
     def catch(self, number, frame):
         """The first signal is noted, a second one ends at once."""
         self.signal = number
-        on_signal(signal.SIG_DFL)
+        # torchrun passes on what each process may have got already; it ends them in the end
+        on_signal(signal.SIG_DFL if self.runtime.world_size == 1 else signal.SIG_IGN)
         progress('')
         with contextlib.suppress(OSError):
             print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
