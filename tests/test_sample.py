@@ -481,12 +481,12 @@ def alone(model, example, **more):
 def test_a_batch_is_padded_on_the_right_and_says_what_is_real():
     """Ids with the padding token, targets with IGNORE_INDEX; meta is left out. b3"""
     long = {'ids': [7, 8, 9], 'segments': [0, 0, 1], 'targets': [1, 2, 3], 'decoder_ids': [5, 6],
-            'meta': {}}
-    short = {'ids': [5], 'segments': [1], 'targets': [4], 'decoder_ids': [8], 'meta': {}}
+            'meta': {}, 'my_targets': [1, 2]}
+    short = {'ids': [5], 'segments': [1], 'targets': [4], 'decoder_ids': [8], 'my_targets': [3]}
     assert {key: t.tolist() for key, t in collate([long, short], 77).items()} == {
         'ids': [[7, 8, 9], [5, 77, 77]], 'attention_mask': [[True] * 3, [True, False, False]],
         'segments': [[0, 0, 1], [1, 0, 0]], 'decoder_ids': [[5, 6], [8, 77]],
-        'targets': [[1, 2, 3], [4, IGNORE_INDEX, IGNORE_INDEX]]}
+        'targets': [[1, 2, 3], [4] + 2 * [IGNORE_INDEX]], 'my_targets': [[1, 2], [3, IGNORE_INDEX]]}
     batch = collate([{'ids': [1, 2], 'targets': 1}, {'ids': [3, 4], 'targets': 0}], 77)
     assert batch.keys() == {'ids', 'targets'} and batch['targets'].tolist() == [1, 0]
 
