@@ -619,7 +619,7 @@ def evaluate(model, data, s, runtime, limit=None):
                     for i in chosen[runtime.rank::runtime.world_size].tolist()]
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
-    example = OBJECTIVES[s.objective].example(data, 0, T)
+    example = OBJECTIVES[s.objective].example(data, 0, T)  # this process may have had none
     for kind in sorted((key for key in example if key.endswith('targets')), key=len):
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
         if 'rows' not in data.counts and count == len(data.tokens) - 1:  # every token of a text
@@ -791,13 +791,16 @@ class Trainer:
             self.forward = DistributedDataParallel(self.forward, find_unused_parameters=True)
 
     def catch(self, number, frame):
-        """The first signal is noted, a second one ends at once."""
-        self.signal = number
-        # torchrun passes on what each process may have got already; it ends them in the end
-        on_signal(signal.SIG_DFL if self.runtime.world_size == 1 else signal.SIG_IGN)
+        """
+        The first signal is noted, a second one ends at once; but not where there are several
+        processes, which may get the first one twice: torchrun passes it on.
+        """
+        self.signal, alone = number, self.runtime.world_size == 1
+        on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
         progress('')
         with contextlib.suppress(OSError):
-            print("saving after this step; once more to end at once", file=sys.stderr, flush=True)
+            print("saving after this step" + "; once more to end at once" * alone, file=sys.stderr,
+                  flush=True)
 
     def save(self, name, **extra):
         self.at.seconds, data = time.perf_counter() - self.started, self.data

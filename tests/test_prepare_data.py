@@ -849,9 +849,8 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, '')
 
 def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
-    """Also where the streams are those of a notebook."""
     monkeypatch.setattr(sys, 'argv', ['x', 'y'])
-    monkeypatch.setattr(sys, 'stdout', io.StringIO())
+    monkeypatch.setattr(sys, 'stdout', io.StringIO())  # as in a notebook
     with pytest.raises(SystemExit, match='130'):
         prepare_data.run(lambda argv: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match='129'):  # an exit, which cleans up
