@@ -74,7 +74,7 @@ class Config:
     mlp_dim: int = flag(0, 'width inside the MLP; 0: 4 * n_embd')
     # blocks
     norm: str = flag('layernorm', 'normalisation of a vector', ('layernorm', 'rmsnorm'))
-    norm_eps: float = flag(1e-5, 'added to the mean square before its root', low=1e-20, high=1)
+    norm_eps: float = flag(1e-5, 'added to the variance before its root', low=1e-20, high=1)
     norm_weight: bool = flag(True, 'norms scale each channel by a learned weight')
     norm_first: bool = flag(True, 'True: x + f(norm(x)); False: norm(x + f(x)), as in 2017')
     qk_norm: bool = flag(False, 'normalise queries and keys, which bounds the attention scores')
@@ -255,11 +255,12 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     if window:
         mask = mask & (distance.abs() < window)
     if real is not None:
+        real = real.bool()                                                 # it may be 1 and 0
         mask = mask & real[:, None, :]                                     # (B, T, S)
     # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Only
     # padding can, where its whole window is padding; its output is not used, so it may see all.
     mask = mask | ~mask.any(dim=-1, keepdim=True)
-    return mask[:, None].bool()  # where `real` was 1 and 0
+    return mask[:, None]
 
 def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
@@ -337,7 +338,8 @@ def make_norm(config, channels, wanted=True):
         return nn.Identity()
     if config.norm == 'layernorm':
         return nn.LayerNorm(channels, config.norm_eps, config.norm_weight, config.bias)
-    return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
+    if config.norm == 'rmsnorm':
+        return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
 
 class KVCache:
     """
@@ -350,11 +352,11 @@ class KVCache:
         cross           the KVCache of the source, which the first step of decoding fills
         state           of an LSTM, which has no keys: (h, c), each (n_layer, B, C)
 
-    size is the most tokens it has room for. On a CPU keys and values are float32 whatever the
-    dtype of the model: one query then attends to many keys 5 times as fast as in bfloat16.
+    size is the most tokens it has room for. On a CPU, but for autocast, keys and values are float32
+    whatever the dtype of the model: one query attends to many keys 5 times as fast as in bfloat16.
 
-    A CUDA graph repeats operations of fixed shapes at fixed places in memory. For one, `length` is
-    a tensor on the device, and all `size` keys are read; attention_mask hides those to come.
+    A CUDA graph repeats operations of fixed shapes at fixed places in memory. In it, `length` is a
+    tensor on the device, and all `size` keys are read; attention_mask hides those to come.
     """
 
     def __init__(self, size, memory=None, memory_mask=None):
@@ -419,9 +421,9 @@ class Attention(nn.Module):
 
     def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
         """
-        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; newest: only so many keys
-        are seen, the last ones; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
-        holds only the new tokens; that of a memory is filled by the first call.
+        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; newest: see only the
+        last so many keys; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
+        holds only the new tokens; the first call fills the cache of a memory.
         """
         q = self.q_norm(self.split_heads(self.q(x)))                       # (B, H, T, D)
         if memory is not None and cache is not None and self.layer in cache.layers:
@@ -463,9 +465,8 @@ class MLP(nn.Module):
         C, inner = config.n_embd, config.mlp_dim or 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation]
         self.fc = nn.Linear(C, inner, config.bias)
-        self.gate = None
-        if config.activation in ('swiglu', 'geglu'):
-            self.gate = nn.Linear(C, inner, config.bias)
+        gated = config.activation in ('swiglu', 'geglu')
+        self.gate = nn.Linear(C, inner, config.bias) if gated else None
         self.proj = nn.Linear(inner, C, config.bias)
 
     def forward(self, x):
@@ -548,7 +549,7 @@ class Stack(nn.Module):
     def __init__(self, config, tokens, causal, cross=False):
         super().__init__()
         self.causal, self.config = causal, config
-        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # more than enough
+        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip ends in time
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd, config.norm_first)
@@ -560,12 +561,13 @@ class Stack(nn.Module):
             self.relative_bias = nn.Embedding(config.buckets, config.n_head)  # for all blocks
 
     def forward(self, ids, attention_mask=None, segments=None, memory=None, memory_mask=None,
-                cache=None):
+                cache=None, **others):
         """
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
         holds only the new tokens, attention_mask is of all that were read, too, and the memory is
-        that of the cache. Raises ValueError beyond block_size.
+        that of the cache. Others go to the function attention_mask. Raises ValueError beyond
+        block_size.
         """
         past, source = 0, None
         if cache is not None:
@@ -587,10 +589,9 @@ class Stack(nn.Module):
             cache.positions = positions
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
-        inputs = {}
-        for window in set(self.windows):
-            arguments = self.mask_arguments(positions, key_positions, window, attention_mask, fixed)
-            inputs[window] = arguments | shared
+        inputs = {window: shared | self.mask_arguments(positions, key_positions, window,
+                                                       attention_mask, fixed, **others)
+                  for window in {*self.windows}}
         if memory_mask is not None:
             real = memory_mask[:, None, None].bool()                       # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
@@ -601,18 +602,18 @@ class Stack(nn.Module):
             cache.length += ids.size(1)
         return self.norm(x)
 
-    def mask_arguments(self, positions, key_positions, window, real, fixed):
+    def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
         """The arguments of attention about who sees whom, for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
-        # Kernels are faster without a mask. One new token needs none, since it sees the newest
-        # keys, nor do T queries and T keys (if the window hides none), since is_causal means their
-        # triangle. Several new tokens after a cache do: is_causal would align query 0 with key 0.
-        if real is None and not relative and not fixed:
+        # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
+        # do T queries and T keys, if the window hides none: is_causal means their triangle. Several
+        # new tokens after a cache do: is_causal would align query 0 with key 0.
+        if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
             if not 0 < window < S and (not self.causal or T == S):
                 return {'causal': self.causal}
-        mask = attention_mask(positions, key_positions, self.causal, window, real)
+        mask = attention_mask(positions, key_positions, self.causal, window, real, **others)
         if relative:
             distance = key_positions - positions[:, None]                  # (T, S)
             buckets = distance_buckets(distance, not self.causal, self.config.buckets,
@@ -895,15 +896,15 @@ def write_file(path, write):
 
 def save(path, model, /, **extra):
     """
-    Write a checkpoint: tensors and plain data only, so that opening one runs no code. extra: more
-    of it, such as another checkpoint; sample.py needs its tokenizer, task and labels.
+    Write a checkpoint: tensors and plain data only, so that opening one runs no code. extra: other
+    entries, such as those of another checkpoint; sample.py needs its tokenizer, task and labels.
     """
     data = extra | {'config': asdict(model.config), 'model': model.state_dict()}
     write_file(path, lambda f: torch.save(data, f))
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """The one boundary for files that may be damaged: what goes wrong becomes one line."""
+    """Inside, whatever goes wrong with a file becomes one line: its path, the reason, a remedy."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -1100,10 +1101,10 @@ UNSUPPORTED = dict.fromkeys("""
 # Fields of most files that say nothing of the computation, or that config_from reads by name.
 FAMILIAR = re.compile(
     '_.*|architectures|model_type|type|transformers.*|.*dtype|(?!forced).*token_id|.*label.*|n_ctx|'
-    '.*drop(out)?(_.*)?|initializer_.*|use_cache|task_specific_params|pretraining_tp|is_.*|'
-    '(summary|pooler|output|rope)_.*|return_dict|(.*_)?factor|original_max.*|directionality|'
-    'gradient_checkpointing|reorder_and_upcast_attn|dense_act_fn|num_decoder_layers|'
-    'tie_word_embeddings|chunk_size_feed_forward')
+    'tokenizer_class|.*drop(out)?(_.*)?|initializer_.*|use_cache|task_specific_params|is_.*|'
+    'pretraining_tp|(summary|pooler|output|rope)_.*|return_dict|(.*_)?factor|original_max.*|'
+    'directionality|gradient_checkpointing|reorder_and_upcast_attn|dense_act_fn|'
+    'num_decoder_layers|tie_word_embeddings|chunk_size_feed_forward')
 
 def config_from(theirs):
     """

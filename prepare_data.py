@@ -362,7 +362,9 @@ class Tokenizer:
             engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
                 *frames[arch], names)
         config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-        if arch == 'bert':
+        if arch == 'gpt':
+            config['padding_side'] = 'left'  # so that the text goes on behind the prompt
+        elif arch == 'bert':
             config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
         for name, (key, *_) in ROLES.items():
             if name in special:
@@ -557,7 +559,10 @@ class HFTokenizer(Tokenizer):
                 'end_ids': self.end_ids, 'engine': self.saved}
 
     def hf_engine(self, special):
-        return self.engine
+        saved = json.loads(self.saved)
+        for token in saved['added_tokens']:
+            token['special'] = token.get('was_special', token['special'])
+        return HFTokenizer(json.dumps(saved), special, self.end_ids).engine
 
 # Our special tokens, and what theirs may be: a role, or a text where the folder names no roles
 ROLES = {
@@ -616,7 +621,7 @@ def open_huggingface(folder):
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text.
     saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
     for token in saved['added_tokens']:
-        token['special'] = token['id'] not in words
+        token['was_special'], token['special'] = token['special'], token['id'] not in words
     return HFTokenizer(json.dumps(saved), special, ends)
 
 def load_tokenizer(folder):
@@ -837,7 +842,7 @@ HEADERS = '''answer answers article category chinese class completion content de
     document en english fr french german gold_label highlights hypothesis input instruction label
     labels output premise prompt question response review sentence sentence1 sentence2 sentiment
     source spanish src src_text summary target text text_b texts tgt tgt_text title translation
-    '''.split()
+    zh cn ja ru it'''.split()
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""
@@ -855,6 +860,8 @@ def read_columns(path, names, optional=()):
             raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
                              "empty")
         quoted = [text for text in texts if re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text)]
+        if names[0] == 'label' and re.fullmatch('".+"', texts[0]):
+            quoted = texts
         if quoted:
             raise ValueError(f"{where}: {quoted[0][:40]} is quoted, as in CSV: write it unquoted")
         if names[0] == 'label':
@@ -867,13 +874,11 @@ def read_tagged(path):
     CoNLL: a token a line and its tag (O, B-kind or I-kind) in the last column, with tabs or spaces
     between columns, and a blank line between texts.
     """
-    row, columns = None, 0
+    row, columns, texts = None, 0, []
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if not line.strip(' \t') or line.startswith('-DOCSTART-'):
-            tokens = row['tokens'] if row else []
-            if columns > 2 and tokens[1:] and tokens == [str(i + 1) for i in range(len(tokens))]:
-                raise ValueError(f"{row['where']}: the first column counts: leave it out")
             if row:
+                texts.append(row['tokens'])
                 yield row
             row = None
             continue
@@ -886,6 +891,10 @@ def read_tagged(path):
         row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
         row['tokens'].append(fields[0])
         row['tags'].append(fields[-1])
+    several = [tokens for tokens in texts if tokens[1:]]
+    if columns > 2 and several and all(
+            ''.join(tokens).isdecimal() or len({*tokens}) == 1 for tokens in several):
+        raise ValueError(f"{path}: the first column counts tokens or texts: leave it out")
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
@@ -893,7 +902,7 @@ def read_questions(path):
     with open_text(path) as f:
         text = f.read()
     lines = (n for n, line in enumerate(text.split('\n'), 1)
-             for _ in re.findall(r'"id"\s*:', line))  # one for each question
+             for _ in re.findall(r'"question"\s*:', line))
     try:
         for article in json.loads(text)['data']:
             for paragraph in article['paragraphs']:
@@ -908,9 +917,9 @@ def read_questions(path):
                         is_there = start >= 0 and context.startswith(answer, start)
                         if not is_there or not answer.strip():
                             wrong.append(f"{answer[:40]!r} of {where}")
-    except Exception:
-        raise ValueError(f"{where}: not as in SQuAD's JSON, where each question has a list of "
-                         "answers, empty where the context has none") from None
+    except Exception as e:
+        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}), where each question has a list "
+                         "of answers, empty where the context has none") from None
     if wrong:
         raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}")
     return rows
@@ -1303,7 +1312,7 @@ def in_words(n):
             return f'{in_words(n // size)} {name} {in_words(n % size)}'.rstrip()
 
 def numbers():
-    """Number words to digits: all below 1,000, and 19,001 up to a million."""
+    """Number words to digits: all below 1,000, and 19,001 below a million."""
     rng, chosen = random.Random(0), set(range(1, 1000))
     while len(chosen) < 20_000:
         chosen.add(rng.randrange(1, 10 ** rng.randint(4, 6)))
@@ -1370,7 +1379,10 @@ def choose_tokenizer(settings, characters, texts):
     if not os.path.isdir(folder):
         raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder, "
                          "such as that of python prepare_data.py --dataset pydoc")
-    return load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.end_id >= tokenizer.n_vocab:
+        raise ValueError(f"--tokenizer {name}: no token ends a text: it needs an eos_token")
+    return tokenizer
 
 def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
@@ -1415,9 +1427,10 @@ def prepare_task(settings, task, folder, files, val_files):
         raise ValueError(f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
                          f"{some_of(labels)}: there must be two or more, each in several rows"
                          f"{' and in the first column' * (task == 'classify')}")
-    if task == 'classify' and found.count(found[0]) == 1 and len(found) > 2 * len(labels):
-        raise ValueError(f"{rows[0]['where']}: the label {found[0]!r} is nowhere else: leave the "
-                         "line out (is it a header?), or add rows")
+    for row in rows if task == 'classify' and len(found) > 2 * len(labels) else []:
+        if row['where'].endswith(', line 1') and found.count(row['label']) == 1:
+            raise ValueError(f"{row['where']}: the label {row['label']!r} is nowhere else: leave "
+                             "the line out (is it a header?), or add rows")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))

@@ -7,7 +7,7 @@ A GPT continues the text:
     printf "To be" | python sample.py --start - --stream
 
 Only the text goes to standard output, and a line of three dashes between samples. All other models
-answer each line of --start with one line:
+answer each line of --start with a line (or --num_samples translations):
 
     python sample.py --out_dir out-bert --start "The [MASK] statement"          fill each [MASK]
     python sample.py --out_dir out-reviews --start FILE:reviews.txt             label, probability
@@ -145,7 +145,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # In float32 a draw can round to 1, and no token would be above the threshold.
+    # double: in float32 a draw can round to 1, and no token would be above the threshold.
     logits, V = logits.double(), logits.size(-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature    # cannot overflow
     order = None
@@ -279,7 +279,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
                 rest.append(row)
         if not rest:
             break
-        # If no row is done, and none has more texts, those of a source only change places.
+        # If all rows go on with as many texts as before, those only change places.
         same = rest == rows and len(longer) == len(texts)
         log_p, parents, texts = zip(*longer)
         cache.reorder(ids.new_tensor(parents), source=not same)
@@ -334,8 +334,8 @@ class TextStream:
 
 def suppressed_tokens(model, tokenizer, ends=True):
     """
-    (V,) bool: special tokens, which are never text, and rows that no token has; but not the ends of
-    a text, where it may end: ends=False hides them, too.
+    (V,) bool: True for special tokens, which are never text, and for rows that no token has; for
+    the ends of a text only with ends=False.
     """
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
@@ -512,7 +512,7 @@ def f1(hits, guessed, true):
     return 2 * hits / max(1, guessed + true)
 
 def label_scores(answers, golds):
-    """Accuracy, and the mean over the labels that occur of the F1 of finding them."""
+    """Accuracy, and macro F1: the mean of the F1 of each label that occurs."""
     guesses, right = [a['label'] for a in answers], [g[0]['meta']['label'] for g in golds]
     pairs, guessed, true = map(collections.Counter, (zip(guesses, right), guesses, right))
     hits = {label: pairs[label, label] for label in guessed | true}
@@ -603,8 +603,10 @@ def target_scores(answers, golds):
     guesses, rights = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
     rouge1, rouge2, rouge_l = map(fmean, zip(*map(rouge, guesses, rights)))
     same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
-    return {'bleu': bleu(guesses, rights), 'rouge1': rouge1, 'rouge2': rouge2, 'rougeL': rouge_l,
-            'exact_match': fmean(same)}
+    found = bleu(guesses, rights), rouge1, rouge2, rouge_l, fmean(same)
+    return dict(zip(TARGET_SCORES, found, strict=True))
+
+TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}  # digits
 
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
@@ -643,7 +645,7 @@ def masked_accuracy(model, tokenizer, ids):
 
 def format_scores(scores):
     """loss 1.8980, perplexity 6.67, bits per byte 2.738"""
-    digits = {'perplexity': 2, 'bits_per_byte': 3, 'bleu': 2}
+    digits = {'perplexity': 2, 'bits_per_byte': 3} | TARGET_SCORES
     return ', '.join(f"{name.replace('_', ' ')} {value:.{digits.get(name, 4)}f}"
                      for name, value in scores.items())
 

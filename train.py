@@ -4,7 +4,7 @@ Train any model of model.py with one loop.
     python train.py                                           a small GPT on Python's documentation
     python train.py --dataset shakespeare --preset nano       another text, another row of PRESETS
     python train.py --init_from resume                        go on, bit for bit as if never stopped
-    python train.py --preset bert --out_dir out-bert          learn from the same text as BERT did
+    python train.py --preset bert --out_dir out-bert          learn as BERT did, from the same text
     python train.py --init_from out-bert --dataset pytopics   fine-tune it on labelled data
     torchrun --nproc_per_node=4 train.py --gradient_accumulation_steps 4
 
@@ -256,7 +256,7 @@ def span_corruption(data, index, T):
     """
     tokens, rng, tokenizer = data.window(index, T)[:-1].tolist(), data.rng(1, index), data.tokenizer
     n = len(tokens)
-    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # a sentinel for one token would save no room
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # a sentinel for one token saves no room
     spans = max(1, min(100, round(hidden / 3), n - hidden))
 
     def cut(total):
@@ -320,8 +320,8 @@ ONE = torch.tensor(1.0)
 class Optimizer:
     """
     Weights in groups, each with its own decay; `state` has the tensors kept for each weight. A
-    subclass has new_state(p), a list of them, and update(lr, decay, good, weights, gradients, and
-    a list for each tensor of a state). Gradients may hold NaN where good is 0.
+    subclass has new_state(p), their list, and update(lr, decay, good, weights, gradients, *state),
+    where state has a list over the weights for each. Gradients may hold NaN where good is 0.
     """
 
     def __init__(self, groups, peak_lr):
@@ -452,8 +452,8 @@ class Settings:
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
     dry_run: bool = flag(False, 'print what the run would cost, and end')
     objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
-    best_by: str = flag('', 'score that chooses best.pt [that of the task]; text to text has all',
-                        ('', 'loss', 'bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match'))
+    best_by: str = flag('', 'score that chooses best.pt [that of the task]; for text to text any',
+                        ('', 'loss', *sample.TARGET_SCORES))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes', low=1)
@@ -476,9 +476,9 @@ class Settings:
     weight_decay: float = flag(0.1, 'of matrices and embeddings', low=0, high=1e6)
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', low=0, below=1)
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
-    grad_clip: float = flag(1.0, 'longest gradient, as a norm over all weights; 0: any', low=0)
-    freeze: str = flag('', 'words in names of weights that stay: trunk, or tokens embed blocks.0.')
-    adversarial: float = flag(0.0, 'learn again with the embedding moved so far uphill', low=0)
+    grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none', low=0)
+    freeze: str = flag('', 'weights not to train, by words in their names: tokens blocks.0.')
+    adversarial: float = flag(0.0, 'learn again, the embedding moved so far up its gradient', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'where to compute', ('auto', 'cpu', 'cuda', 'mps'))
@@ -694,8 +694,8 @@ def backward(step, model, forward, data, s, runtime):
 @contextlib.contextmanager
 def fgm_perturbation(model, distance):
     """
-    Inside, the token embeddings are moved by distance * g / |g|, where g is their gradient: the
-    fast gradient method of Miyato et al. 2017, https://arxiv.org/abs/1605.07725.
+    Inside, the table of token embeddings is moved by distance * g / |g|, where g is its gradient
+    (Miyato et al. 2017, https://arxiv.org/abs/1605.07725, move those of each example).
     """
     weight = getattr(model, 'trunk', model).tokens.weight
     before = weight.data.clone()
@@ -707,7 +707,7 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
     then raise ValueError. float16 overflows now and then, which only halves its scale. A GPU is
-    not waited for but in the steps of the log: in the others a bad step is skipped in silence.
+    asked only in the steps of the log, since that waits for it: others skip a bad step in silence.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -953,8 +953,10 @@ def find_dataset(name, runtime):
     runtime.sum(0)  # the others wait
     found = find()
     if not found:
+        flags = (f'--dataset {name}' if name in prepare_data.DATASETS
+                 else f'--input FILE --out_dir {folder}')
         raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
-                         f"prepare_data.py --dataset {name}, or --input FILE --out_dir {folder}")
+                         f"prepare_data.py {flags}")
     return found
 
 def make(cls, values):
@@ -973,7 +975,7 @@ def new_model(s, values, data, runtime):
         return build(make(Config, asdict(preset) | sizes | values))
 
 def adapt_model(model, checkpoint, path, data, runtime):
-    """The trunk stays, a vocabulary without special tokens grows, another head is replaced."""
+    """Keep the trunk, add rows for special tokens that it lacks, replace a head of another task."""
     for kind in ('dropped', 'new'):
         if checkpoint.get(kind):
             runtime.print0(f"{path}: {kind}: {', '.join(checkpoint[kind])}")
@@ -982,7 +984,7 @@ def adapt_model(model, checkpoint, path, data, runtime):
         runtime.print0(f"{path}: {added} rows added to its vocabulary, for special tokens")
         model = resize(model, path, vocab_size=data.vocab_size)
     trunk = getattr(model, 'trunk', model)
-    if data.task not in sample.DECODERS:
+    if data.task in ('', 'seq2seq'):
         return trunk
     if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
         runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
@@ -1095,6 +1097,8 @@ def start(given):
     model = resize(model, path, **pick(values, 'dropout', 'block_size'))
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
+    for split in (data, val):
+        split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
     data.batch_size = s.batch_size
     if not OBJECTIVES[objective].by_rows:
         data.rows = val.rows = []
@@ -1135,14 +1139,16 @@ def claim_folder(s, config, resumed, runtime):
     return f
 
 def main(argv):
-    groups = {'training': Settings, "architecture (defaults: the preset's)": Config}
+    groups = {"training (RECIPES may have other defaults)": Settings,
+              "architecture (defaults: the preset's)": Config}
     model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
     world, status = runtime.world_size, 0
     if s.dry_run:
         dry_run(model, s, data, runtime)
     elif s.eval_only:
         scores = evaluate(model.to(runtime.device), val, s, runtime)
-        runtime.print0('val ' + sample.format_scores(scores))
+        if runtime.is_main:
+            print('val ' + sample.format_scores(scores))
     else:
         if runtime.is_main:
             _lock = claim_folder(s, model.config, checkpoint, runtime)

@@ -64,14 +64,12 @@ def masked_lm('''),
         ('train.py', "    'masked_lm': Objective(",
          "    'prefix_lm': Objective(prefix_lm, ('gpt',), by_rows=False),\n"
          "    'masked_lm': Objective("),
-        ('model.py', 'memory_mask=None,\n                cache=None):',
-         'memory_mask=None,\n                cache=None, prefix=None):'),
-        ('model.py', '            inputs[window] = arguments | shared\n', '''
-            if prefix is not None:
-                past = key_positions <= positions[:, None]
-                arguments = {'mask': past | (key_positions < prefix[:, None, None, None])}
-            inputs[window] = arguments | shared
-'''),
+        ('model.py', 'causal, window=0, real=None):', 'causal, window=0, real=None, prefix=None):'),
+        ('model.py', '    if window:\n        mask =', '''
+    if prefix is not None:  # (B,)
+        mask = mask | (key_positions < prefix[:, None, None])
+    if window:
+        mask ='''),
     ]),
     'backwards': ('--preset nano --objective backwards', [
         ('train.py', "def masked_lm(", '''def backwards(data, index, T):
@@ -99,6 +97,7 @@ def masked_lm('''),
 
     def update(self, lr, decay, good, weights, gradients, means):
         for p, g, mean in zip(weights, gradients, means):
+            g = g.where(good > 0, mean)  # it may hold NaN
             p -= good * lr * (mean.lerp(g, 0.1).sign() + decay * p)
             mean.lerp_(g, 0.01)
 

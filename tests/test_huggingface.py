@@ -520,6 +520,9 @@ def test_added_tokens_are_words_unless_they_have_a_role_or_no_row(folders, place
         assert user in ours.encode(text) and pad not in ours.encode('[PAD]')
         again = prepare_data.Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
         assert again.encode(text).tolist() == ours.encode(text).tolist()
+        exported, ids = ours.export_files(rows, 'gpt')['tokenizer.json'], theirs(text)['input_ids']
+        shown = hf.Tokenizer.from_str(json.dumps(exported)).decode(ids)
+        assert shown == theirs.decode(ids, skip_special_tokens=True)
 
 def special_ids(theirs, size):
     """Ids that are no text: special tokens, and rows without a token."""
@@ -658,9 +661,9 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
         ids = theirs(text, add_special_tokens=False)['input_ids']
         assert ids == tokenizer.encode(text).tolist() == again.encode(text).tolist()
         assert theirs.decode(ids) == text == again.decode(ids)
-    assert (theirs.pad_token_id, theirs.eos_token_id) == (tokenizer.pad_id, tokenizer.end_id)
-    assert there.config.eos_token_id == again.end_id == tokenizer.end_id
-    assert there.config.pad_token_id == tokenizer.pad_id
+    assert theirs.pad_token_id == there.config.pad_token_id == tokenizer.pad_id
+    assert theirs.eos_token_id == there.config.eos_token_id == again.end_id == tokenizer.end_id
+    assert theirs.padding_side == ('left' if 'Causal' in auto else 'right')
     assert again.special.items() >= tokenizer.special.items()
     for name, p in model.state_dict().items():
         same(back.state_dict()[name], p)

@@ -255,13 +255,14 @@ def test_every_kind_of_positions_tells_the_order_and_none_does_not(positions):
 # -----------------------------------------------------------------------------
 # Attention
 
-@given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 4), st.booleans(), st.booleans())
+@given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 4), st.booleans(),
+       st.sampled_from([None, torch.bool, torch.uint8, torch.long]))
 def test_a_mask_says_exactly_which_keys_a_query_may_see(past, new, window, causal, padded):
     """Key by key: real, not in the future, within the window. Who may see nothing sees all."""
     S = past + new
     real = torch.rand(3, S) < 0.6 if padded else torch.ones(1, S, dtype=torch.bool)
     mask = attention_mask(torch.arange(past, S), torch.arange(S), causal, window,
-                          real if padded else None)
+                          real.to(padded) if padded else None)
     assert mask.dtype == torch.bool and mask.shape == (len(real), 1, new, S)
     for b, rows in enumerate(mask[:, 0].tolist()):
         for i, row in enumerate(rows, start=past):

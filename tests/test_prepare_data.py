@@ -569,10 +569,10 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
     """Four columns, -DOCSTART-, tabs or spaces; U+00A0 is part of a token, no border (F17)."""
     write(tmp_path / 'a.conll',
-        '-DOCSTART- -X- O O\n\n1 CD O O\n\nEU NNP I-NP B-ORG\n'
+        '-DOCSTART- -X- O O\n\n1 CD O O\n2 CD O O\n\nEU NNP I-NP B-ORG\n'
         '10\u00a0000 CD I-NP O\n\n\nBonn NNP I-NP B-LOC')
     assert rows_of('tag', tmp_path / 'a.conll') == [
-        {'tokens': ['1'], 'tags': ['O']},  # a text of its own, no column that counts
+        {'tokens': ['1', '2'], 'tags': ['O', 'O']},  # a text, no column that counts
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
         {'tokens': ['Bonn'], 'tags': ['B-LOC']}]
 
@@ -589,11 +589,14 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
     'a header': (
         'classify', {'a.tsv': 'label \t"Title"\n' + LABELS * 9}, [], 'line 1 looks like a header'),
-    'an unlisted header': ('classify', {'a.tsv': 'polarity\ttweet\n' + LABELS * 9}, [],
-                           "line 1: the label 'polarity' is nowhere else"),
+    'an unlisted header': (
+        'classify', {'a.tsv': LABELS * 9, 'b.tsv': 'polarity\ttweet\n' + LABELS},
+        ['--input', 'b.tsv'], "b.tsv, line 1: the label 'polarity' is nowhere else"),
     'quoted as in CSV': ('classify', {'a.tsv': LABELS + '好\t"a ""b"" c"\n'}, [], 'line 3: "a ""b'),
+    'a quoted label': ('classify', {'a.tsv': '"好"\t"a"\n'}, [], 'line 1: "好" is quoted'),
     'quoted on the left': ('seq2seq', {'a.tsv': '"a ""b"" c"\t"d"\n'}, [], 'line 1: "a ""b'),
     'counted tokens': ('tag', {'a.conll': '1 EU B-组织\n2 说 O\n'}, [], 'first column counts'),
+    'counted texts': ('tag', {'a.conll': 'S 1\tEU\tO\nS 1\t说\tO\n'}, [], 'first column counts'),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
         'first column'),
