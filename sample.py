@@ -42,7 +42,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
-                   write_file)
+                   require, write_file)
 from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, check_labels,
                           encode_rows, find_files, flag, load_tokenizer, new_folder, progress,
                           read_flags, read_pieces, render_token, run, write_ids, write_json)
@@ -121,9 +121,8 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
 
 def check_finite(finite):
     """Raise ValueError unless all are True: argmax of NaN would answer all the same."""
-    if not finite.all():
-        raise ValueError("the model's logits are not finite: its weights are damaged, or too large "
-                         "for --dtype")
+    require(finite.all(), "the model's logits are not finite: its weights are damaged, or too "
+            "large for --dtype")
 
 # -----------------------------------------------------------------------------
 # Choosing tokens
@@ -655,8 +654,7 @@ def score_text(model, tokenizer, path, kind):
     with tempfile.TemporaryDirectory() as folder:
         counts = write_ids(f'{folder}/ids', 'int64', tokenizer, pieces)
         ids = np.fromfile(f'{folder}/ids', 'int64')
-    if len(ids) < 2:
-        raise ValueError(f"--score {path}: no text in it")
+    require(len(ids) > 1, f"--score {path}: no text in it")
     if kind == 'masks':
         return masked_accuracy(model, tokenizer, ids[ids != tokenizer.end_id])
     if '<|start|>' in tokenizer.special:
@@ -671,8 +669,7 @@ def score_text(model, tokenizer, path, kind):
 def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=False):
     """Scores on labelled rows, read as prepare_data.py reads them. ours: train.py made it."""
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
-    if not rows:
-        raise ValueError(f"--score {path}: no rows in it")
+    require(rows, f"--score {path}: no rows in it")
     check_labels(task, rows, labels)
     if task == 'qa' and not ours:  # it does not say whether it knows questions without an answer
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
@@ -694,8 +691,7 @@ def attention_maps(model, batch):
     (layers, B, H, T, S)}. Raises ValueError where the model has no attention.
     """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Attention)}
-    if not layers:
-        raise ValueError("an LSTM has no attention to show")
+    require(layers, "an LSTM has no attention to show")
     maps = collections.defaultdict(list)
     try:
         for path, layer in layers.items():
@@ -852,11 +848,9 @@ def check_use(given, settings, kind, arch):
     if unread:
         raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
                          f"--num_beams {beams} --temperature {settings.temperature}): leave it out")
-    if '' in settings.stop:
-        raise ValueError("--stop '': an empty text stands everywhere: leave it out")
-    if 1 < beams < n:
-        raise ValueError(f"--num_samples {n}: a search with --num_beams {beams} finds no more "
-                         "texts than beams: raise it")
+    require('' not in settings.stop, "--stop '': an empty text stands everywhere: leave it out")
+    require(beams == 1 or n <= beams, f"--num_samples {n}: a search with --num_beams {beams} finds "
+            "no more texts than beams: raise it")
     return use
 
 def open_model(path, device='cpu', **changes):
@@ -886,8 +880,7 @@ def export(model, tokenizer, labels, folder):
     if labels and config.task != 'qa':
         fields['id2label'] = dict(enumerate(labels))
         fields['label2id'] = {label: i for i, label in enumerate(labels)}
-    if any(Path(folder).glob('*')):
-        raise ValueError(f"{folder} is not empty: choose another name")
+    require(not any(Path(folder).glob('*')), f"{folder} is not empty: choose another name")
     with new_folder(folder) as temporary:
         export_huggingface(model, temporary, size, **fields)
         for name, data in files.items():
@@ -905,8 +898,7 @@ def read_start(start):
     """The text that --start names."""
     try:
         if start == '-':
-            if sys.stdin is None:
-                raise ValueError("--start -: standard input is closed: give a text")
+            require(sys.stdin, "--start -: standard input is closed: give a text")
             sys.stdin.reconfigure(encoding='utf-8-sig')
             return sys.stdin.read()
         if start.startswith('FILE:'):
@@ -957,8 +949,8 @@ def examples_of(tokenizer, kind, line, block_size):
     else:
         names = ('question', 'context') if kind == 'qa' else ('text', 'text_b')
         texts = [text.strip() for text in line.split('|||')]
-        if not all(texts) or len(texts) > 2 or (kind, len(texts)) == ('qa', 1):
-            raise ValueError(f"{line[:60]!r}: write {' ||| '.join(names)}")
+        fits = len(texts) == 2 or (len(texts) == 1 and kind != 'qa')
+        require(fits and all(texts), f"{line[:60]!r}: write {' ||| '.join(names)}")
         if kind == 'masks':
             return [masked_example(tokenizer, texts, block_size)]
         row = dict(zip(names, texts))
@@ -976,9 +968,8 @@ def masked_example(tokenizer, texts, block_size):
             ids += [tokenizer.id('[MASK]'), *tokenizer.encode(piece).tolist()]
         parts.append(ids[1:])
     ids, segments = add_special_tokens(tokenizer, *parts)
-    if len(ids) > block_size:
-        raise ValueError(f"{texts[0][:60]!r} has {len(ids)} tokens, more than "
-                         f"block_size={block_size}: shorten it")
+    require(len(ids) <= block_size, f"{texts[0][:60]!r} has {len(ids)} tokens, more than "
+            f"block_size={block_size}: shorten it")
     return {'ids': ids, 'segments': segments}
 
 def format_answer(answer):
@@ -1004,8 +995,8 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
     lines = [line.strip() for line in prompt.removesuffix('\n').split('\n')]
     for n, line in enumerate(lines, 1):
         try:
-            if kind == 'masks' and line and '[MASK]' not in line:
-                raise ValueError(f"{line[:60]!r} has no [MASK]: write one for a word to predict")
+            require(kind != 'masks' or not line or '[MASK]' in line,
+                    f"{line[:60]!r} has no [MASK]: write one for a word to predict")
             if line:
                 rows.append(examples_of(tokenizer, kind, line, block_size))
         except ValueError as e:
@@ -1030,8 +1021,7 @@ def main(argv):
     if not settings.init_from and not os.path.exists(path):  # do not seek it on the hub
         raise FileNotFoundError(f"there is no folder {path}: train a model first (python train.py)")
     model, checkpoint, tokenizer = open_model(path, device)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer: it cannot read or write text")
+    require(tokenizer, f"{path} has no tokenizer: it cannot read or write text")
     labels, arch = checkpoint.get('labels', []), model.config.arch
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
     if kind == 'seq2seq':
@@ -1049,8 +1039,8 @@ def main(argv):
         writes = use == 'start' and kind in ('text', 'seq2seq')
         dtype = 'bfloat16' if half and writes else 'float32'
     model, prompt = model.to(getattr(torch, dtype)).eval(), read_start(settings.start)
-    if use in ('start', 'attention') and kind != 'text' and not prompt.strip():
-        raise ValueError("--start is empty: give a text, FILE:path, or - for standard input")
+    require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
+            "--start is empty: give a text, FILE:path, or - for standard input")
     if use == 'export':
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")

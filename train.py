@@ -108,9 +108,8 @@ class Data:
     def windows(self, T):
         """Windows in an epoch: of T tokens, and the one after them as the last target."""
         last = len(self.tokens) - 1
-        if last < T:
-            raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
-                             f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
+        require(last >= T, f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
+                f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
         if self.split == 'val':
             return -(-last // T)                                           # the last may be shorter
         return max(1, last // T - 1)                                       # room for an offset
@@ -952,11 +951,10 @@ def find_dataset(name, runtime):
         prepare_data.prepare(prepare_data.Settings(dataset=name))
     runtime.sum(0)  # the others wait
     found = find()
-    if not found:
-        flags = (f'--dataset {name}' if name in prepare_data.DATASETS
-                 else f'--input FILE --out_dir {folder}')
-        raise ValueError(f"--dataset {name}: there is no {folder}: make it with python "
-                         f"prepare_data.py {flags}")
+    known = name in prepare_data.DATASETS
+    flags = f'--dataset {name}' if known else f'--input FILE --out_dir {folder}'
+    require(found, f"--dataset {name}: there is no {folder}: make it with python prepare_data.py "
+            f"{flags}")
     return found
 
 def make(cls, values):
@@ -1054,9 +1052,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
-        if value != fixed.get(name, value):
-            raise ValueError(
-                f"--{name} {value}: {path or folder} has {fixed[name]!r}: leave the flag out")
+        old = fixed.get(name, value)
+        require(value == old, f"--{name} {value}: {path or folder} has {old!r}: leave the flag out")
 
 def start(given):
     """
