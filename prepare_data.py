@@ -68,6 +68,11 @@ import tiktoken
 # -----------------------------------------------------------------------------
 # Flags. Every field of a dataclass is a flag of a script: --max_iters 10, --max-iters=10.
 
+def require(holds, message):
+    """Raise ValueError with the message unless something holds."""
+    if not holds:
+        raise ValueError(message)
+
 BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
           'above': ('above', operator.gt), 'below': ('below', operator.lt)}
 
@@ -259,8 +264,8 @@ class Tokenizer:
 
     def id(self, text):
         """The id of a special token, by our name for it."""
-        if text not in self.special:
-            raise ValueError(f"the tokenizer ({self.name}) has no token {text}: choose another")
+        require(text in self.special, f"the tokenizer ({self.name}) has no token {text}: choose "
+                "another")
         return self.special[text]
 
     @property
@@ -321,8 +326,8 @@ class Tokenizer:
 
     @staticmethod
     def from_dict(saved):
-        if saved.get('format') != FORMAT:
-            raise ValueError(f"this is no tokenizer of this version: its format is not {FORMAT!r}")
+        require(saved.get('format') == FORMAT,
+                f"this is no tokenizer of this version: its format is not {FORMAT!r}")
         if saved['name'] == HFTokenizer.name:
             return HFTokenizer(saved['engine'], saved['special'], saved['end_ids'])
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
@@ -330,8 +335,7 @@ class Tokenizer:
 
     def hf_engine(self, special):
         """The same as a tokenizer of the package `tokenizers`."""
-        if self.name == 'char':
-            raise ValueError("transformers has no tokenizer like char: use --tokenizer byte or bpe")
+        require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
         write = lambda token: ''.join(VISIBLE[b] for b in token)
         merges = []  # each token with all pairs of tokens that it can be merged of
         for token in self.ranks:
@@ -456,9 +460,8 @@ def train_bpe(piece_counts, n_tokens):
 def bpe_tokenizer(texts, vocab_size):
     """A byte-level BPE learned from texts. vocab_size counts the special tokens too."""
     least = 256 + len(SPECIALS)
-    if vocab_size < least:
-        raise ValueError(f"--vocab_size {vocab_size}: bpe has all bytes and some special tokens: "
-                         f"choose at least {least}")
+    require(vocab_size >= least, f"--vocab_size {vocab_size}: bpe has all bytes and some special "
+            f"tokens: choose at least {least}")
     counts, pattern = collections.Counter(), regex.compile(WORDS)
     for text in texts:
         counts.update(pattern.findall(text))
@@ -582,8 +585,8 @@ def open_huggingface(folder):
         print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
               "transformers", file=sys.stderr)
     kind = read('tokenizer_config.json').get('tokenizer_class') or ''
-    if 'Japanese' in kind:  # words are found by a program, not by a table
-        raise ValueError(f"tokenizer_class={kind} is not supported here")
+    # its words are found by a program, not by a table
+    require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
     engine, named, config = theirs.backend_tokenizer, theirs.special_tokens_map, read('config.json')
@@ -610,13 +613,11 @@ def open_huggingface(folder):
         if config.get('model_type') == 't5' and found is not None:
             start = found
     ends = [i for i in dict.fromkeys(ends) if i is not None]
-    if not ends:
-        raise ValueError("no token ends a text: it needs a tokenizer_config.json with eos_token")
+    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
     for name in SPECIALS[:4]:  # not [MASK]
         special.setdefault(name, ends[0])
     if start is not None:
-        if start not in rows:
-            raise ValueError(f"decoder_start_token_id={start} is no token of its vocabulary")
+        require(start in rows, f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text.
     saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
@@ -703,8 +704,8 @@ def is_json_lines(path):
         return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines'))
     first = next(filter(None, (line.strip() for _, line in read_lines(path))), '')
     as_rows = first.startswith('{') and first.endswith('}')
-    if first.startswith(('[', '{')) and not as_rows:
-        raise ValueError(f"{path} is no text: write it as JSON lines, an object a line")
+    require(as_rows or not first.startswith(('[', '{')),
+            f"{path} is no text: write it as JSON lines, an object a line")
     return as_rows
 
 def read_rows(path, names, optional=()):
@@ -783,8 +784,8 @@ def new_folder(path):
     path = Path(path).resolve()  # a link stays a link
     meta = path / 'meta.json'
     is_full = path.exists() and any(path.iterdir())
-    if is_full and not (meta.exists() and b'plainformer data' in meta.read_bytes()):
-        raise ValueError(f"--out_dir {path} holds files that are no data: choose another name")
+    require(not is_full or (meta.exists() and b'plainformer data' in meta.read_bytes()),
+            f"--out_dir {path} holds files that are no data: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:
         new, old = Path(temporary, 'new'), Path(temporary, 'old')
@@ -852,13 +853,11 @@ def read_columns(path, names, optional=()):
         if not filled:
             blank = blank or n
             continue
-        if blank and not optional:
-            raise ValueError(f"{path}, line {blank} is empty, and must be {columns}")
-        if n == 1 and all(text.strip(' "').lower() in HEADERS for text in texts):
-            raise ValueError(f"{where} looks like a header: leave it out")
-        if filled != texts or not len(names) <= len(texts) <= len(names) + len(optional):
-            raise ValueError(f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them "
-                             "empty")
+        require(not blank or optional, f"{path}, line {blank} is empty, and must be {columns}")
+        is_header = n == 1 and all(text.strip(' "').lower() in HEADERS for text in texts)
+        require(not is_header, f"{where} looks like a header: leave it out")
+        require(filled == texts and len(names) <= len(texts) <= len(names) + len(optional),
+                f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
         quoted = [text for text in texts if re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text)]
         if names[0] == 'label' and re.fullmatch('".+"', texts[0]):
             quoted = texts
@@ -885,16 +884,16 @@ def read_tagged(path):
         fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
         columns = columns or max(2, len(fields))
         is_tag = re.fullmatch(r'O|[BI]-\S+', fields[-1])
-        if len(fields) != columns or not fields[0] or not is_tag:
-            raise ValueError(f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first "
-                             "a token, last its tag, which is O, B-kind or I-kind")
+        require(len(fields) == columns and fields[0] and is_tag,
+                f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, last "
+                "its tag, which is O, B-kind or I-kind")
         row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
         row['tokens'].append(fields[0])
         row['tags'].append(fields[-1])
     several = [tokens for tokens in texts if tokens[1:]]
-    if columns > 2 and several and all(
-            ''.join(tokens).isdecimal() or len({*tokens}) == 1 for tokens in several):
-        raise ValueError(f"{path}: the first column counts tokens or texts: leave it out")
+    counts = [''.join(tokens).isdecimal() or len({*tokens}) == 1 for tokens in several]
+    require(columns <= 2 or not counts or not all(counts),
+            f"{path}: the first column counts tokens or texts: leave it out")
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
@@ -1027,14 +1026,12 @@ def qa_examples(tokenizer, row, labels, block_size):
             ids, offsets = encode_parts(tokenizer, context, cuts)
             first = int(np.searchsorted(offsets[:, 1], start, side='right'))
             last = int(np.searchsorted(offsets[:, 0], stop)) - 1
-            if last < first:
-                raise ValueError(f"the tokenizer has no token for the answer {text[:40]!r}: leave "
-                                 "it out, or choose another tokenizer")
+            require(first <= last, f"the tokenizer has no token for the answer {text[:40]!r}: "
+                    "leave it out, or choose another tokenizer")
             if context[offsets[first, 0]:offsets[last, 1]].strip() == text.strip():
                 break
-        if last - first >= size:
-            raise ValueError(f"the answer {text[:40]!r} and its question have too many tokens for "
-                             f"block_size={block_size}: prepare (and train) with a larger one")
+        require(last - first < size, f"the answer {text[:40]!r} and its question have too many "
+                f"tokens for block_size={block_size}: prepare (and train) with a larger one")
     else:
         ids, offsets = tokenizer.encode_with_offsets(context)
         first = last = -1  # in no window
@@ -1071,9 +1068,8 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
     for name, text in example['meta'].items():
         begin = pick(tokenizer.special, '<|source|>').values() if name == 'source' else ()
         ids = [*begin, *tokenizer.encode(text).tolist(), tokenizer.end_id]
-        if len(ids) > block_size:
-            raise ValueError(f"the {name} {text[:40]!r} has {len(ids)} tokens, more than "
-                             f"block_size={block_size}: prepare (and train) with a larger one")
+        require(len(ids) <= block_size, f"the {name} {text[:40]!r} has {len(ids)} tokens, more "
+                f"than block_size={block_size}: prepare (and train) with a larger one")
         if name == 'source':
             example['ids'] = ids
         else:
@@ -1186,8 +1182,8 @@ def download(name, mirror):
             raise ValueError(f"{address} could not be read ({e}): go online, or give another "
                              "--mirror URL or FOLDER") from None
         progress('')
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError(f"{address}: its sha256 is not {sha256}: give another --mirror")
+        require(hashlib.sha256(data).hexdigest() == sha256,
+                f"{address}: its sha256 is not {sha256}: give another --mirror")
         yield data
 
 def as_they_are(*files):
@@ -1376,12 +1372,11 @@ def choose_tokenizer(settings, characters, texts):
     if name == 'gpt2':
         return gpt2_tokenizer()
     folder = name if os.path.isdir(name) else os.path.join('data', name)
-    if not os.path.isdir(folder):
-        raise ValueError(f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data folder, "
-                         "such as that of python prepare_data.py --dataset pydoc")
+    require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data "
+            "folder, such as that of python prepare_data.py --dataset pydoc")
     tokenizer = load_tokenizer(folder)
-    if tokenizer.end_id >= tokenizer.n_vocab:
-        raise ValueError(f"--tokenizer {name}: no token ends a text: it needs an eos_token")
+    require(tokenizer.end_id < tokenizer.n_vocab,
+            f"--tokenizer {name}: no token ends a text: it needs an eos_token")
     return tokenizer
 
 def prepare_text(settings, task, folder, files, val_files):
@@ -1394,8 +1389,7 @@ def prepare_text(settings, task, folder, files, val_files):
             size += len(text)
             characters.update(text)
             progress(f"reading: {size / 1e6:,.1f} M characters")
-    if not size:
-        raise ValueError(f"{files[0]} is empty: add text")
+    require(size, f"{files[0]} is empty: add text")
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
     sample = part(pieces(files), 0, min(cut, BPE_SAMPLE))
@@ -1406,9 +1400,8 @@ def prepare_text(settings, task, folder, files, val_files):
         counts[split] = write_ids(folder / f'{split}.bin', dtype, tokenizer,
                                   part(pieces(both), begin, end))
         progress('')
-        if counts[split]['tokens'] < 2:
-            raise ValueError(f"{files[0]} is too short for a {split} split: add text, change "
-                             "--val_fraction, or give --val FILE")
+        require(counts[split]['tokens'] > 1, f"{files[0]} is too short for a {split} split: add "
+                "text, change --val_fraction, or give --val FILE")
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
 def prepare_task(settings, task, folder, files, val_files):
@@ -1417,20 +1410,19 @@ def prepare_task(settings, task, folder, files, val_files):
     rows, val_rows = ([row for path in paths for row in spec.read(path)]
                       for paths in (files, val_files))
     splits = (rows, val_rows) if val_files else split_rows(rows, settings.val_fraction)
-    if not all(splits):
-        raise ValueError(f"{files[0]}: {len(rows)} rows, or one context, are too few for two "
-                         "splits: add rows, change --val_fraction, or give --val FILE")
+    require(all(splits), f"{files[0]}: {len(rows)} rows, or one context, are too few for two "
+            "splits: add rows, change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
     many = task == 'classify' and len(labels) > max(10, len(found) // 2)
-    if many or (len(labels) == 1 and task != 'qa'):
-        raise ValueError(f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
-                         f"{some_of(labels)}: there must be two or more, each in several rows"
-                         f"{' and in the first column' * (task == 'classify')}")
+    require(not many and (len(labels) != 1 or task == 'qa'),
+            f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
+            "there must be two or more, each in several rows"
+            f"{' and in the first column' * (task == 'classify')}")
     for row in rows if task == 'classify' and len(found) > 2 * len(labels) else []:
-        if row['where'].endswith(', line 1') and found.count(row['label']) == 1:
-            raise ValueError(f"{row['where']}: the label {row['label']!r} is nowhere else: leave "
-                             "the line out (is it a header?), or add rows")
+        require(not row['where'].endswith(', line 1') or found.count(row['label']) > 1,
+                f"{row['where']}: the label {row['label']!r} is nowhere else: leave the line out "
+                "(is it a header?), or add rows")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
@@ -1452,12 +1444,11 @@ def prepare(settings):
     """Make the data folder of the flags. Returns its path and meta; raises ValueError, OSError."""
     check_flags(settings)
     name, files, val_files = settings.dataset, settings.input, settings.val
-    if bool(name) == bool(files):
-        raise ValueError("give either --input PATH or --dataset NAME, for a first try pydoc")
+    require(bool(name) != bool(files),
+            "give either --input PATH or --dataset NAME, for a first try pydoc")
     usual, make = DATASETS.get(name, ('lm', None))
     task = settings.task or usual
-    if name and task != usual:
-        raise ValueError(f"--task {task}: {name} is for {usual}")
+    require(not name or task == usual, f"--task {task}: {name} is for {usual}")
     out_dir = settings.out_dir or os.path.join('data', name or Path(os.path.abspath(files[0])).stem)
     with new_folder(out_dir) as folder:
         if make:

@@ -342,6 +342,7 @@ def suppressed_tokens(model, tokenizer, ends=True):
     return torch.tensor(suppressed, device=device_of(model))
 
 @torch.inference_mode()
+@torch.autocast('cpu', enabled=False)  # a product with one token is slow in bfloat16
 def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda text: None):
     """
     Continue prompts of one length; an encoder-decoder reads sources first. Returns for each a list
