@@ -389,8 +389,7 @@ def test_a_text_too_long_loses_the_end_of_the_longer(bpe, texts, block_size):
         kept = [ids[a + 1 : b] for a, b in zip([0, *seps], seps)]
         longest = max(map(len, kept))
         for part, text in zip(kept, whole):
-            assert part == text[: len(part)] and (
-                len(part) == len(text) or len(part) >= longest - 1)
+            assert part == text[:len(part)] and (len(part) == len(text) or len(part) >= longest - 1)
         assert made['segments'] == [0] * (seps[0] + 1) + [1] * (len(ids) - seps[0] - 1)
         assert made['targets'] == 1 and made['meta'].items() >= row.items()
 
@@ -604,19 +603,15 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
         'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown"),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
-    'not JSON': (
-        'classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'a.jsonl, line 2'),
-    'half a character': (
-        'classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
+    'not JSON': ('classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'line 2'),
+    'half a letter': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
-    'an answer that stands elsewhere': (
-        'qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),
-    'a question without answers': (
-        'qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2'),
+    'an answer elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),
+    'no answers': ('qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2'),
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
     'a target too long': (

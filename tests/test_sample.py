@@ -34,8 +34,7 @@ from torch.nn import functional as F
 
 import sample
 from model import IGNORE_INDEX, PRESETS, Attention, KVCache, build, save
-from prepare_data import (bpe_tokenizer, byte_tokenizer, char_tokenizer, encode_rows,
-                          load_tokenizer)
+from prepare_data import bpe_tokenizer, byte_tokenizer, char_tokenizer, encode_rows, load_tokenizer
 from sample import (DECODERS, SCORES, Settings, TextStream, beam_search, collate, generate,
                     predict, sample_token, suppressed_tokens, task_scores)
 
