@@ -895,6 +895,11 @@ def find_device(name):
             return device
     raise ValueError(f"--device {name}: this machine or this torch has none: use --device auto")
 
+def store_by_columns(model):
+    """So a CPU multiplies one token with large float32 matrices a quarter faster."""
+    for p in model.parameters():
+        p.data = p.data.t().contiguous().t()
+
 def read_start(start):
     """The text that --start names."""
     try:
@@ -1035,11 +1040,13 @@ def main(argv):
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
     if settings.seed < 0:
         settings.seed = int.from_bytes(os.urandom(4))
+    writes = use == 'start' and kind in ('text', 'seq2seq')
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-        writes = use == 'start' and kind in ('text', 'seq2seq')
         dtype = 'bfloat16' if half and writes else 'float32'
     model, prompt = model.to(getattr(torch, dtype)).eval(), read_start(settings.start)
+    if writes and (device, dtype) == ('cpu', 'float32'):
+        store_by_columns(model)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
     if use == 'export':
