@@ -69,7 +69,7 @@ import tiktoken
 # Flags. Every field of a dataclass is a flag of a script: --max_iters 10, --max-iters=10.
 
 def require(holds, message):
-    """Raise ValueError with the message unless something holds."""
+    """As in model.py: raise ValueError with the message unless something holds."""
     if not holds:
         raise ValueError(message)
 
@@ -619,7 +619,8 @@ def open_huggingface(folder):
     if start is not None:
         require(start in rows, f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
-    # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text.
+    # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
+    # export marks them as they were.
     saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
     for token in saved['added_tokens']:
         token['was_special'], token['special'] = token['special'], token['id'] not in words
@@ -1419,10 +1420,10 @@ def prepare_task(settings, task, folder, files, val_files):
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
             "there must be two or more, each in several rows"
             f"{' and in the first column' * (task == 'classify')}")
-    for row in rows if task == 'classify' and len(found) > 2 * len(labels) else []:
-        require(not row['where'].endswith(', line 1') or found.count(row['label']) > 1,
-                f"{row['where']}: the label {row['label']!r} is nowhere else: leave the line out "
-                "(is it a header?), or add rows")
+    inside = {row.get('label') for row in rows if not row['where'].endswith(', line 1')}
+    for row in rows if inside and task == 'classify' and len(found) > 2 * len(labels) else []:
+        require(row['label'] in inside, f"{row['where']}: the label {row['label']!r} is nowhere "
+                "else: leave the line out (is it a header?), or add rows")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))

@@ -606,7 +606,8 @@ def target_scores(answers, golds):
     found = bleu(guesses, rights), rouge1, rouge2, rouge_l, fmean(same)
     return dict(zip(TARGET_SCORES, found, strict=True))
 
-TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}  # digits
+# Of text to text, and their digits in print
+TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
 
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
@@ -1047,10 +1048,10 @@ def main(argv):
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = 'bfloat16' if half and writes else 'float32'
     model, prompt = model.to(getattr(torch, dtype)).eval(), read_start(settings.start)
-    if writes:
-        store_by_columns(model)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
+    if writes:
+        store_by_columns(model)
     if use == 'export':
         export(model, tokenizer, labels, settings.export)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")

@@ -589,8 +589,8 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'a header': (
         'classify', {'a.tsv': 'label \t"Title"\n' + LABELS * 9}, [], 'line 1 looks like a header'),
     'an unlisted header': (
-        'classify', {'a.tsv': LABELS * 9, 'b.tsv': 'polarity\ttweet\n' + LABELS},
-        ['--input', 'b.tsv'], "b.tsv, line 1: the label 'polarity' is nowhere else"),
+        'classify', dict.fromkeys(('a.tsv', 'b.tsv'), 'polarity\ttweet\n' + LABELS * 9),
+        ['--input', 'b.tsv'], "a.tsv, line 1: the label 'polarity' is nowhere else"),
     'quoted as in CSV': ('classify', {'a.tsv': LABELS + '好\t"a ""b"" c"\n'}, [], 'line 3: "a ""b'),
     'a quoted label': ('classify', {'a.tsv': '"好"\t"a"\n'}, [], 'line 1: "好" is quoted'),
     'quoted on the left': ('seq2seq', {'a.tsv': '"a ""b"" c"\t"d"\n'}, [], 'line 1: "a ""b'),
@@ -603,7 +603,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
         'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown"),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
-    'not JSON': ('classify', {'a.jsonl': '{"label": "好", "text": "一"}\n好\t一\n'}, [], 'line 2'),
+    'no JSON': ('classify', {'a.jsonl': '{"label":"b","text":"c"}\nb\tc\n'}, [], 'a.jsonl, line 2'),
     'half a letter': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
