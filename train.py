@@ -942,21 +942,19 @@ def dry_run(model, s, data, runtime):
 
 def find_dataset(name, runtime):
     """The folder of a data set. pydoc needs no network, so it is made where it is missing."""
-    folder = Path('data', name)
-
-    def find():
-        return next((path for path in (Path(name), folder) if Path(path, 'meta.json').exists()), '')
-
-    if name == 'pydoc' and runtime.is_main and not find():
+    folder = Path(name)
+    if not Path(folder, 'meta.json').exists():
+        folder = Path('data', name)
+    meta = folder / 'meta.json'
+    if name == 'pydoc' and runtime.is_main and not meta.exists():
         runtime.print0("preparing data/pydoc, the documentation of this Python")
         prepare_data.prepare(prepare_data.Settings(dataset=name))
     runtime.sum(0)  # the others wait
-    found = find()
     known = name in prepare_data.DATASETS
     flags = f'--dataset {name}' if known else f'--input FILE --out_dir {folder}'
-    require(found, f"--dataset {name}: there is no {folder}: make it with python prepare_data.py "
-            f"{flags}")
-    return found
+    require(meta.exists(), f"--dataset {name}: there is no {folder}: make it with python "
+            f"prepare_data.py {flags}")
+    return folder
 
 def make(cls, values):
     """A dataclass of flags, from those values that it has fields for."""
