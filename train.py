@@ -285,9 +285,9 @@ def completion(data, index, T):
         targets   .      .   2     1 <|endoftext|>        a dot is IGNORE_INDEX
     """
     row = data.row(index)
-    prompt = row['ids'][:-1]
-    return {'ids': [*prompt, data.tokenizer.id('[SEP]'), *row['targets'][:-1]],
-            'targets': [IGNORE_INDEX] * len(prompt) + row['targets'], 'meta': row['meta']}
+    prompt, target = row['ids'][:-1], row['targets']
+    return {'ids': [*prompt, data.tokenizer.id('[SEP]'), *target[:-1]],
+            'targets': [IGNORE_INDEX] * len(prompt) + target}
 
 @dataclass
 class Objective:
