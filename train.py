@@ -605,7 +605,7 @@ def evaluate(model, data, s, runtime, limit=None):
     a task. limit: use so many examples, evenly spread; labels of val are scored on all of them.
     """
     T, scores = model.config.block_size, {}
-    decode = limit is None or s.best_by not in ('', 'loss')                # generating is slow
+    decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
     with runtime.precision(), sample.evaluating(model):
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
@@ -980,7 +980,7 @@ def adapt_model(model, checkpoint, path, data, runtime):
         runtime.print0(f"{path}: {added} rows added to its vocabulary, for special tokens")
         model = resize(model, path, vocab_size=data.vocab_size)
     trunk = getattr(model, 'trunk', model)
-    if data.task in ('', 'seq2seq'):
+    if data.task not in TASKS:
         return trunk
     if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
         runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
@@ -1027,7 +1027,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         else:
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
             longest = max(longest, split.longest if config.arch == 'encdec' else joined)
-    require(s.best_by in ('', 'loss') or data.task == 'seq2seq',
+    require(s.best_by not in sample.TARGET_SCORES or data.task == 'seq2seq',
             f"--best_by {s.best_by}: only text to text has that score")
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with that one")
@@ -1035,8 +1035,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
     old_labels, old = checkpoint.get('labels', []), checkpoint.get('settings', {})
-    task = data.task.replace('seq2seq', '')                                # which needs no head
-    require(not s.eval_only or (config.task, old_labels) == (task, data.labels),
+    head = data.task if data.task in TASKS else ''
+    require(not s.eval_only or (config.task, old_labels) == (head, data.labels),
             f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
             f"{config.task or 'text'} with {old_labels[:10]}")
     # the vocabulary of others may end before that of their tokenizer
