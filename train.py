@@ -99,10 +99,7 @@ class Data:
                     f"{self.highest}, and should hold {right} below {self.vocab_size}")
 
     def rng(self, *numbers):
-        """
-        A generator that draws the same numbers whenever it is made. numbers: what it is for (0: the
-        order of rows, 1: an example, 2: the offset of windows), and which.
-        """
+        """What draws (0, epoch) the order of rows, (1, index) an example, (2, epoch) an offset."""
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
@@ -679,7 +676,7 @@ def backward(step, model, forward, data, s, runtime):
             with runtime.precision():
                 _, loss = forward(**batch, **numbers)
             runtime.scaler.scale(loss * runtime.world_size).backward()
-            total = total + loss.detach()
+            total += loss.detach()
         return total
 
     loss = add_gradients()
@@ -712,11 +709,11 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
     good = (loss + norm).isfinite().float()
-    if runtime.device != 'cuda' or step % s.log_interval == 0:  # reading them waits for it
-        if not loss.isfinite() or not (norm.isfinite() or runtime.scaler.is_enabled()):
-            raise ValueError(
-                f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: "
-                f"resume from {s.out_dir}/ckpt.pt with a lower --learning_rate or --adversarial")
+    asked = runtime.device != 'cuda' or step % s.log_interval == 0
+    if asked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
+        raise ValueError(
+            f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: "
+            f"resume from {s.out_dir}/ckpt.pt with a lower --learning_rate or --adversarial")
     for optimizer in optimizers:
         optimizer.step(learning_rate(step, s) / s.learning_rate, good)
         optimizer.zero_grad()
