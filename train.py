@@ -820,9 +820,10 @@ class Trainer:
                           f"step {at.step}: {sample.format_scores(scores)} over the whole split")
         loss = float(scores['loss'])
         score = -loss if self.best_by == 'loss' else float(scores[self.best_by])
+        found = (score, -loss)                                             # the loss among equals
         at.evals_since_best += 1
-        if reason or (score, -loss) > at.best:
-            at.best, at.evals_since_best = (score, -loss), 0
+        if reason or found > at.best:
+            at.best, at.evals_since_best = found, 0
             self.save('best.pt')
         elif 0 < s.patience <= at.evals_since_best:
             reason = f"stopped at step {at.step}: the last {s.patience} evaluations were no better"
@@ -912,8 +913,8 @@ def dry_run(model, s, data, runtime):
     config = model.config
     T, C, V = config.block_size, config.n_embd, config.vocab_size
     L = config.n_layer * (2 if config.arch == 'encdec' else 1)             # blocks of all stacks
-    sizes = {group['name']: sum(p.numel() for p in group['params'])
-             for group in optimizer_groups(model, s.weight_decay)}         # of what is trained
+    parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
+             for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
     n, tokens = num_parameters(model), tokens_per_step(s, data, config)
     flops = flops_per_token(model)
     width = runtime.dtype.itemsize // 2                                    # times 16 bits
@@ -923,7 +924,7 @@ def dry_run(model, s, data, runtime):
     speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
     total = tokens * s.max_iters
     runtime.print0(
-        f"parameters {n:,}: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}\n"
+        f"parameters {n:,}: {', '.join(parts)}\n"
         f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
         f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (about "
         "20 make the best of compute: Hoffmann et al. 2022)\n"
@@ -1061,8 +1062,7 @@ def start(given):
     resume = path == 'resume' or (path == 'auto' and latest.exists() and not s.eval_only)
     if resume:
         path = latest
-        if not path.exists():
-            raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
+        require(path.exists(), f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
         path = Path(s.out_dir) if s.eval_only else None
     is_new = not (resume or s.eval_only)
