@@ -638,9 +638,9 @@ def print_sample(model, tokenizer, s, runtime):
 
 def micro_batches(step, s, runtime):
     """
-    This process's part of a step: (first example, number of examples) of each of its micro-batches.
-    Whole micro-batches where they can be shared evenly, else each of them is cut into equal parts,
-    whose dropout draws other values.
+    This process's part of a step: the first example of each of its micro-batches, and how many each
+    has. Whole micro-batches where they can be shared evenly, else each of them is cut into equal
+    parts, whose dropout draws other values.
     """
     k, n, world = s.gradient_accumulation_steps, s.batch_size, runtime.world_size
     require(k % world == 0 or n % world == 0,
@@ -648,7 +648,7 @@ def micro_batches(step, s, runtime):
             f"processes: make one of the two a multiple of {world}")
     if k % world:
         k, n = k * world, n // world
-    return [((step * k + i) * n, n) for i in range(runtime.rank, k, world)]
+    return range((step * k + runtime.rank) * n, (step + 1) * k * n, world * n), n
 
 def backward(step, model, forward, data, s, runtime):
     """
@@ -656,23 +656,23 @@ def backward(step, model, forward, data, s, runtime):
     batches are made first, since each loss is divided by the number of targets in all of them.
     forward: the model as it is called: compiled, or in DistributedDataParallel.
     """
-    parts, T = micro_batches(step, s, runtime), model.config.block_size
-    batches = [get_batch(data, s.objective, T, *part) for part in parts]
+    firsts, n = micro_batches(step, s, runtime)
+    batches = [get_batch(data, s.objective, model.config.block_size, first, n) for first in firsts]
     numbers = {}
     for kind in batches[0]:
         if kind.endswith('targets'):
-            n = sum(int((batch[kind] != IGNORE_INDEX).sum()) for batch in batches)
-            numbers[f'num_{kind}'] = max(1, int(runtime.sum(n)[0]))
+            number = sum(int((batch[kind] != IGNORE_INDEX).sum()) for batch in batches)
+            numbers[f'num_{kind}'] = max(1, int(runtime.sum(number)[0]))
 
     def add_gradients():
         total = 0.0
-        for (first, _), batch in zip(parts, batches):
+        for first, batch in zip(firsts, batches):
             batch = {key: runtime.move(t) for key, t in batch.items()}
             seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of dropout
             # DDP averages the gradients of all processes in the last backward pass, and decides
             # that in its forward pass. We want the sum: hence world_size below.
-            forward.require_backward_grad_sync = first == parts[-1][0]
+            forward.require_backward_grad_sync = first == firsts[-1]
             with runtime.precision():
                 _, loss = forward(**batch, **numbers)
             runtime.scaler.scale(loss * runtime.world_size).backward()
