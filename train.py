@@ -601,7 +601,7 @@ def evaluate(model, data, s, runtime, limit=None):
     Scores of a split: the loss and the share of targets that the model predicts, or the scores of
     a task. limit: use so many examples, evenly spread; labels of val are scored on all of them.
     """
-    T, scores = model.config.block_size, {}
+    T, scores, example = model.config.block_size, {}, OBJECTIVES[s.objective].example
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
     with runtime.precision(), sample.evaluating(model):
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
@@ -610,13 +610,12 @@ def evaluate(model, data, s, runtime, limit=None):
         if 'loss' in scores:
             return scores
         n = len(data.rows) or data.windows(T)
-        chosen = np.linspace(0, n - 1, min(n, limit or n)).astype(int)
-        examples = [OBJECTIVES[s.objective].example(data, i, T)
-                    for i in chosen[runtime.rank::runtime.world_size].tolist()]
+        chosen = np.linspace(0, n - 1, min(n, limit or n)).astype(int).tolist()
+        examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
-    example = OBJECTIVES[s.objective].example(data, 0, T)  # this process may have had none
-    for kind in sorted((key for key in example if key.endswith('targets')), key=len):
+    kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
+    for kind in sorted(kinds, key=len):  # of which this process may have had none
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
         if 'rows' not in data.counts and count == len(data.tokens) - 1:  # every token of a text
             return sample.text_scores(nats, count, data.counts['bytes'])
@@ -992,8 +991,7 @@ def freeze(model, s):
     the head a logistic regression on features; `tokens embed blocks.0.` are the first layers.
     """
     for name, p in model.named_parameters():
-        if any(word in name for word in s.freeze.split()):
-            p.requires_grad_(False)
+        p.requires_grad_(not any(word in name for word in s.freeze.split()))
     require(not s.freeze or len({p.requires_grad for p in model.parameters()}) == 2,
             f"--freeze {s.freeze}: all of the weights have such names, or none")
     require(not s.adversarial or getattr(model, 'trunk', model).tokens.weight.requires_grad,
@@ -1089,11 +1087,11 @@ def start(given):
     model = resize(model, path, **pick(values, 'dropout', 'block_size'))
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
+    data.batch_size = s.batch_size
     for split in (data, val):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
-    data.batch_size = s.batch_size
-    if not OBJECTIVES[objective].by_rows:
-        data.rows = val.rows = []
+        if not OBJECTIVES[objective].by_rows:
+            split.rows = []
     check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
     freeze(model, s)
