@@ -441,7 +441,7 @@ class Settings:
     """The flags of training."""
     # what to train
     dataset: str = flag('pydoc', 'name of a folder in data/, or a folder of prepare_data.py')
-    preset: str = flag('nano', 'row of PRESETS in model.py', tuple(PRESETS))
+    preset: str = flag('nano', 'row of PRESETS in model.py', PRESETS)
     init_from: str = flag('scratch', 'scratch | resume (from out_dir) | auto: resume if possible | '
                                      'a checkpoint, a Hugging Face folder or name')
     out_dir: str = flag('out', 'folder for ckpt.pt, best.pt, log.csv and config.toml')
@@ -462,7 +462,7 @@ class Settings:
     patience: int = flag(0, 'stop after so many evaluations without a better one; 0: never', low=0)
     target_loss: float = flag(0.0, 'stop when the validation split has this loss; 0: never', low=0)
     # how
-    optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', tuple(OPTIMIZERS))
+    optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', OPTIMIZERS)
     learning_rate: float = flag(2e-3, 'of AdamW, at its peak', above=0, high=1e6)
     muon_learning_rate: float = flag(0.02, 'of Muon, at its peak', above=0, high=1e6)
     muon_momentum: float = flag(0.95, 'of Muon: share of the old mean', low=0, below=1)
