@@ -488,8 +488,9 @@ class Settings:
 
 # Good values where they differ from the defaults: by what is trained, then by preset ('': any).
 MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
-PAIRS = dict(MUON, max_iters=2000, learning_rate=3e-3, muon_learning_rate=0.01, eval_interval=250)
-SMALL = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3)
+PAIRS = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3, muon_learning_rate=0.01,
+             eval_interval=250)
+SMALL = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
     """
@@ -504,7 +505,7 @@ RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
         'palm': dict(learning_rate=1e-2),  # its embeddings start large
-        't5': dict(PAIRS, batch_size=32),
+        't5': PAIRS,
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95,
                           batch_size=12, gradient_accumulation_steps=40, eval_interval=2000,
                           eval_iters=200),
@@ -516,9 +517,8 @@ RECIPES = {
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),
     },
     'classify': {'': dict(SMALL, dropout=0.3), **large()},
-    'tag': {'': dict(SMALL, max_iters=1500, dropout=0.1),
-            **large(max_iters=600, learning_rate=2e-4)},
-    'qa': {'': dict(SMALL, dropout=0.1), **large()},
+    'tag': {'': dict(SMALL, max_iters=1500), **large(max_iters=600, learning_rate=2e-4)},
+    'qa': {'': SMALL, **large()},
     'seq2seq': {'': dict(PAIRS, batch_size=64), **large(learning_rate=3e-4)},
 }
 RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
