@@ -1060,7 +1060,8 @@ def start(given):
     resume = path == 'resume' or (path == 'auto' and latest.exists() and not s.eval_only)
     if resume:
         path = latest
-        require(path.exists(), f"--init_from resume: there is no {path}: leave the flag out")
+        if not path.exists():
+            raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
         path = Path(s.out_dir) if s.eval_only else None
     is_new = not (resume or s.eval_only)
