@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import prepare_data
 import sample
@@ -584,6 +584,14 @@ class Runtime:
         dist.all_reduce(total)
         return total.tolist()
 
+    def average_gradients(self, model):
+        """Over all processes, as one long vector."""
+        if self.world_size > 1:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            mean = parameters_to_vector(gradients) / self.world_size
+            dist.all_reduce(mean)                                          # a sum
+            vector_to_parameters(mean, gradients)
+
     def print0(self, text):
         """Print in the main process. The work goes on where nobody can read it any more."""
         if self.is_main:
@@ -653,7 +661,7 @@ def backward(step, model, forward, data, s, runtime):
     """
     Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. The
     batches are made first, since each loss is divided by the number of targets in all of them.
-    forward: the model as it is called: compiled, or in DistributedDataParallel.
+    forward: the model as it is called, which may be compiled.
     """
     firsts, n = micro_batches(step, s, runtime)
     batches = [get_batch(data, s.objective, model.config.block_size, first, n) for first in firsts]
@@ -669,13 +677,11 @@ def backward(step, model, forward, data, s, runtime):
             batch = {key: runtime.move(t) for key, t in batch.items()}
             seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of dropout
-            # DDP averages the gradients of all processes in the last backward pass, and decides
-            # that in its forward pass. We want the sum: hence world_size below.
-            forward.require_backward_grad_sync = first == firsts[-1]
             with runtime.precision():
                 _, loss = forward(**batch, **numbers)
             runtime.scaler.scale(loss * runtime.world_size).backward()
             total += loss.detach()
+        runtime.average_gradients(model)  # times world_size: their sum
         return total
 
     loss = add_gradients()
@@ -782,8 +788,6 @@ class Trainer:
         if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             self.forward = torch.compile(model)
-        if runtime.world_size > 1:  # not every objective needs every layer of a trunk
-            self.forward = DistributedDataParallel(self.forward, find_unused_parameters=True)
 
     def catch(self, number, frame):
         """
