@@ -462,15 +462,15 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner = config.n_embd, config.mlp_dim or 4 * config.n_embd
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.fc = nn.Linear(C, inner, config.bias)
         gated = config.activation in ('swiglu', 'geglu')
         self.gate = nn.Linear(C, inner, config.bias) if gated else None
         self.proj = nn.Linear(inner, C, config.bias)
 
     def forward(self, x):
-        h = self.fc(x)                                                     # (B, T, inner)
-        h = self.activation(h) if self.gate is None else self.activation(self.gate(x)) * h
+        h, activation = self.fc(x), ACTIVATIONS[self.activation]           # (B, T, inner)
+        h = activation(h) if self.gate is None else activation(self.gate(x)) * h
         return self.proj(h)                                                # (B, T, C)
 
 class Block(nn.Module):
@@ -756,7 +756,6 @@ class BERT(LanguageModel):
         C = config.n_embd
         self.encoder = Stack(config, self.tokens, causal=False)
         self.transform = nn.Linear(C, C)
-        self.activation = ACTIVATIONS[config.activation]
         self.transform_norm = make_norm(config, C)
         self.output = Output(config, self.tokens, bias=True)
         self.pooler = nn.Linear(C, C)
@@ -769,7 +768,8 @@ class BERT(LanguageModel):
 
     def mlm_logits(self, x):
         """Hidden states (..., C) -> logits of the token there (..., V)."""
-        return self.output(self.transform_norm(self.activation(self.transform(x))))
+        activation = ACTIVATIONS[self.config.activation]
+        return self.output(self.transform_norm(activation(self.transform(x))))
 
     def pool(self, x):
         """Hidden states (B, T, C) -> a vector (B, C) for the whole text, from [CLS]."""
@@ -847,6 +847,7 @@ class TaskModel(nn.Module):
         last token of the answer.
         """
         task, by_token = self.config.task, self.config.task in ('tag', 'qa')
+        attention_mask = None if attention_mask is None else attention_mask.bool()
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         if not by_token and self.config.arch == 'bert':
             x = self.trunk.pool(x)                                         # (B, C)
@@ -898,7 +899,8 @@ def save(path, model, /, **extra):
     Write a checkpoint: tensors and plain data only, so that opening one runs no code. extra: other
     entries, such as those of another checkpoint; sample.py needs its tokenizer, task and labels.
     """
-    data = extra | {'config': asdict(model.config), 'model': model.state_dict()}
+    weights = getattr(model, '_orig_mod', model).state_dict()              # it may be compiled
+    data = extra | {'config': asdict(model.config), 'model': weights}
     write_file(path, lambda f: torch.save(data, f))
 
 @contextlib.contextmanager
@@ -1145,6 +1147,8 @@ def config_from(theirs):
     if task in ('classify', 'tag'):
         named = theirs.get('id2label') or {}
         labels = [str(named[i]) for i in sorted(named, key=int)]
+        require(len({*labels}) == len(named) and {*map(int, named)} == {*range(len(named))},
+                f"id2label={named}: must name each label from 0 on once")
         labels = labels or [f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))]
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
     config = replace(family.base, **values, task=task, n_labels=len(labels))

@@ -333,7 +333,7 @@ class Tokenizer:
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
-    def hf_engine(self, special):
+    def hf_engine(self, special, task):
         """The same as a tokenizer of the package `tokenizers`."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
         write = lambda token: ''.join(VISIBLE[b] for b in token)
@@ -347,19 +347,23 @@ class Tokenizer:
         engine = hf.Tokenizer(hf.models.BPE(vocab, merges))
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                            use_regex=self.name != 'byte')
+        if task in ('tag', 'qa'):  # as encode_with_offsets
+            by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
+            engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
         engine.add_special_tokens(sorted(special, key=special.get))
         return engine
 
-    def export_files(self, vocab_size, arch):
+    def export_files(self, vocab_size, arch, task=''):
         """
         {file name: data} for transformers, with the special tokens below vocab_size. There, a
         tokenizer frames texts itself: as the examples were that a model of this arch has read.
         """
         special = {text: i for text, i in self.special.items() if i < vocab_size}
-        engine, source = self.hf_engine(special), '<|source|> ' * ('<|source|>' in special)
+        engine, source = self.hf_engine(special, task), '<|source|> ' * ('<|source|>' in special)
         frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
-                  'encdec': (source + '$A <|endoftext|>', source + '$A $B <|endoftext|>')}
+                  'encdec': (source + '$A <|endoftext|>',
+                             source + '$A <|endoftext|> $B <|endoftext|>')}
         if arch in frames:
             names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
                      for text, i in special.items()]
@@ -371,7 +375,7 @@ class Tokenizer:
         elif arch == 'bert':
             config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
         for name, (key, *_) in ROLES.items():
-            if name in special:
+            if special.get(name) in engine.get_added_tokens_decoder():  # else it is a word
                 config[key] = engine.id_to_token(special[name])
         return {'tokenizer.json': json.loads(engine.to_str()), 'tokenizer_config.json': config}
 
@@ -532,7 +536,7 @@ class HFTokenizer(Tokenizer):
         engine.no_padding()
         engine.encode_special_tokens = True  # where they are written in a text, they are text
         self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
-        self.n_vocab = 1 + max(engine.get_vocab().values())
+        self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
         self.marks = [i for i in special.values()  # not a word that ends a text, such as .
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
@@ -561,7 +565,7 @@ class HFTokenizer(Tokenizer):
         return {'format': FORMAT, 'name': self.name, 'special': self.special,
                 'end_ids': self.end_ids, 'engine': self.saved}
 
-    def hf_engine(self, special):
+    def hf_engine(self, special, task):
         saved = json.loads(self.saved)
         for token in saved['added_tokens']:
             token['special'] = token.get('was_special', token['special'])
@@ -620,10 +624,11 @@ def open_huggingface(folder):
         require(start in rows, f"decoder_start_token_id={start} is no token of its vocabulary")
         special['<|start|>'] = start
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
-    # export marks them as they were.
-    saved, words = json.loads(engine.to_str()), {*vocab.values()} - {*special.values(), *ends}
+    # export marks them as they were. Those without a row are none.
+    saved, roles = json.loads(engine.to_str()), {*special.values(), *ends}
+    saved['added_tokens'] = [token for token in saved['added_tokens'] if token['id'] in rows]
     for token in saved['added_tokens']:
-        token['was_special'], token['special'] = token['special'], token['id'] not in words
+        token['was_special'], token['special'] = token['special'], token['id'] in roles
     return HFTokenizer(json.dumps(saved), special, ends)
 
 def load_tokenizer(folder):
@@ -844,7 +849,7 @@ HEADERS = '''answer answers article category chinese class completion content de
     document en english fr french german gold_label highlights hypothesis input instruction label
     labels output premise prompt question response review sentence sentence1 sentence2 sentiment
     source spanish src src_text summary target text text_b texts tgt tgt_text title translation
-    zh cn ja ru it'''.split()
+    zh cn ja ru it 中文 英文 源文本 目标文本 标签 文本 标题 摘要'''.split()
 
 def read_columns(path, names, optional=()):
     """Rows of columns with these names: with tabs between them, or JSON lines."""

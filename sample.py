@@ -556,8 +556,11 @@ def answer_scores(answers, golds):
     return {'exact_match': fmean(exact), 'f1': fmean(overlap)}
 
 def bleu_words(text):
-    """sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK by characters."""
-    text = ' ' + CJK.sub(r' \g<0> ', text) + ' '
+    """
+    sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK by characters, with
+    its punctuation.
+    """
+    text = ' ' + regex.sub(CJK.pattern + r'|[\u3000-\u303f\uff00-\uffef]', r' \g<0> ', text) + ' '
     for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
                            ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
                            (r'([^0-9])([.,])', r'\1 \2 '), (r'([.,])([^0-9])', r' \1 \2'),
@@ -781,6 +784,7 @@ draw()
 
 def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
+    require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
     example = examples_of(tokenizer, kind, prompt, block_size)[0]
     if model.config.arch == 'encdec':
         [[text]] = write_targets(model, tokenizer, [example], settings)
@@ -825,6 +829,10 @@ class Settings:
     device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU, else float32',
                       choices=('auto', 'float32', 'bfloat16', 'float16'))
+
+    def __post_init__(self):
+        if self.seed == -1:
+            self.seed = int.from_bytes(os.urandom(4))
 
 def check_use(given, settings, kind, arch):
     """What is wanted of a model for `kind`. Raises ValueError for a flag that would be ignored."""
@@ -871,10 +879,10 @@ def open_model(path, device='cpu', **changes):
 def export(model, tokenizer, labels, folder):
     """Write model and tokenizer as a Hugging Face folder, without rows that were added to GPT-2."""
     config, ends = model.config, tokenizer.end_ids
-    size = min(config.vocab_size, tokenizer.n_vocab)
+    size = min(config.vocab_size, max(tokenizer.n_vocab, 1 + max(ends)))
     if tokenizer.name == 'gpt2' and config.arch == 'gpt':
         size = min(size, tokenizer.pad_id)  # the first token that was added
-    files = tokenizer.export_files(size, config.arch)
+    files = tokenizer.export_files(size, config.arch, config.task)
     first = 'decoder_start_token_id' if config.arch == 'encdec' else 'bos_token_id'
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
     if tokenizer.pad_id < size:
@@ -1041,8 +1049,6 @@ def main(argv):
     block_size = model.config.block_size
     if kind in DECODERS:  # long texts are cut as those of the training data were
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
-    if settings.seed < 0:
-        settings.seed = int.from_bytes(os.urandom(4))
     writes = use == 'start' and kind in ('text', 'seq2seq')
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -149,6 +149,10 @@ class Data:
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
+        for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else '。！？'):
+            if len(mark) > 1:  # each of its tokens in its place
+                ends |= np.all([np.roll(before, len(mark) - 1 - i) == mark[i]
+                                for i in range(len(mark))], axis=0)
         sentence = np.append(0, ends).cumsum()                             # of each token
         solid = np.flatnonzero(~blank[self.tokens] & ~is_end)  # white space begins no sentence
         starts = solid[np.unique(sentence[solid], return_index=True)[1]]
@@ -251,7 +255,9 @@ def span_corruption(data, index, T):
         decoder_ids    <|endoftext|> <extra_0> for inviting <extra_1> last week
         targets        <extra_0> for inviting <extra_1> last week <|endoftext|>
     """
-    tokens, rng, tokenizer = data.window(index, T)[:-1].tolist(), data.rng(1, index), data.tokenizer
+    rng, tokenizer = data.rng(1, index), data.tokenizer
+    source, target = [*pick(tokenizer.special, '<|source|>').values()], []
+    tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
     hidden = max(1 if n < 3 else 2, round(0.15 * n))  # a sentinel for one token saves no room
     spans = max(1, min(100, round(hidden / 3), n - hidden))
@@ -261,7 +267,6 @@ def span_corruption(data, index, T):
         places = 1 + rng.permutation(max(0, total - 1))[:spans - 1]
         return np.diff(sorted([0, *places, total]))
 
-    source, target = [], []
     for i, (shown, gone) in enumerate(zip(cut(n - hidden), cut(hidden))):
         sentinel = tokenizer.id(f'<extra_{i}>')
         source += [*tokens[:shown], sentinel]
@@ -1154,7 +1159,12 @@ def main(argv):
         if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
             runtime.print0(f"{data.folder} has no two documents with sentences that follow each "
                            "other: no next sentence prediction")
-        status = Trainer(model, data, val, s, runtime, checkpoint).run()
+        before = [signal.getsignal(number) for number in STOPS]
+        try:
+            status = Trainer(model, data, val, s, runtime, checkpoint).run()
+        finally:  # in a notebook Ctrl-C interrupts again
+            for number, handler in zip(STOPS, before):
+                signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
     sys.exit(status)

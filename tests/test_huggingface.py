@@ -13,8 +13,10 @@ import json
 import re
 import runpy
 import shutil
+import types
 
 import huggingface_hub
+import numpy as np
 import pytest
 import tokenizers as hf
 import torch
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 
 import prepare_data
 import sample
+import train
 from model import IGNORE_INDEX, PRESETS, build, export_huggingface, load, save
 
 transformers.utils.logging.disable_progress_bar()
@@ -521,6 +524,7 @@ def test_added_tokens_are_words_unless_they_have_a_role_or_no_row(folders, place
         again = prepare_data.Tokenizer.from_dict(json.loads(json.dumps(ours.to_dict())))
         assert again.encode(text).tolist() == ours.encode(text).tolist()
         exported, ids = ours.export_files(rows, 'gpt')['tokenizer.json'], theirs(text)['input_ids']
+        assert (pad < rows) == (pad in [token['id'] for token in exported['added_tokens']])
         shown = hf.Tokenizer.from_str(json.dumps(exported)).decode(ids)
         assert shown == theirs.decode(ids, skip_special_tokens=True)
 
@@ -610,7 +614,9 @@ def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, folders, place
     put(folder := place(), 'tokenizer.json', json.loads(words.to_str()))
     put(folder, 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast'})
     put(folder, 'config.json', {'model_type': 'llama', 'eos_token_id': 2})  # the full stop
-    assert prepare_data.load_tokenizer(folder).encode('cat . cat').tolist() == [1, 2, 1]
+    ours = prepare_data.load_tokenizer(folder)
+    assert ours.encode('cat . cat').tolist() == [1, 2, 1]
+    assert 'eos_token' not in ours.export_files(3, 'gpt')['tokenizer_config.json']
 
 def test_a_folder_that_means_something_else_is_refused(tiny):
     """Weights that are not finite, a regression, another tokenizer class, pickled shards."""
@@ -683,7 +689,7 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
 
 def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
     """CodeT5 is a T5 with the tokenizer of a RoBERTa: <s> text </s>."""
-    folder, specials = place(), ['<pad>', '<s>', '</s>', '<unk>']
+    folder, specials = place(), ['<pad>', '<s>', '</s>', '<unk>', '<extra_id_0>']
     engine = hf.ByteLevelBPETokenizer()
     engine.train_from_iterator(LINES, 300, show_progress=False, special_tokens=specials)
     engine.save_model(str(folder))
@@ -696,10 +702,24 @@ def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
     assert example['ids'] == theirs('the 床')['input_ids']
     assert example['decoder_ids'] == [0, *example['targets'][:-1]]
     assert example['targets'] == theirs('the')['input_ids'][1:]
+    text = types.SimpleNamespace(window=lambda i, T: np.arange(9, 10 + T), tokenizer=ours,
+                                 rng=lambda *n: np.random.default_rng(0))
+    ids = train.span_corruption(text, 0, 8)['ids']
+    assert (ids[0], ids[-1], len(ids)) == (theirs.bos_token_id, theirs.eos_token_id, 8)
     files = ours.export_files(ours.n_vocab, 'bert')  # a BERT has learned from our own frame
     found = hf.Tokenizer.from_str(json.dumps(files['tokenizer.json'])).encode('the', '床')
     texts = [ours.encode(text).tolist() for text in ('the', '床')]
     assert (found.ids, found.type_ids) == prepare_data.add_special_tokens(ours, *texts)
+
+@pytest.mark.parametrize('task', ['classify', 'tag', 'qa'])
+def test_an_export_cuts_chinese_as_its_task_does(task):
+    """A tag or an answer may begin at any character."""
+    files, text = BPE.export_files(BPE.n_vocab, 'bert', task), '床前明月光 the 床前'
+    engine = hf.Tokenizer.from_str(json.dumps(files['tokenizer.json']))
+    right = BPE.encode(text), BPE.encode_with_offsets(text)[0]
+    assert len(right[0]) < len(right[1])
+    found = engine.encode(text, add_special_tokens=False).ids
+    assert found == right[task != 'classify'].tolist()
 
 def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
     model, folder = build(dataclasses.replace(PRESETS['gpt2'], n_layer=1, vocab_size=420)), place()

@@ -897,6 +897,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(fault, raised, tm
     for bad in (folder, folder / 'nowhere' / 'ckpt.pt'):
         with pytest.raises(OSError, match=str(bad)):
             save(bad, model)
+    save(path, torch.compile(pickle.loads(pickle.dumps(model)), backend='eager'), step=1)
     assert load(path)[1]['step'] == 1 and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'folder']
 
 def refused_file(path, content):

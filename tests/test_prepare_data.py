@@ -592,6 +592,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
         'classify', dict.fromkeys(('a.tsv', 'b.tsv'), 'polarity\ttweet\n' + LABELS * 9),
         ['--input', 'b.tsv'], "a.tsv, line 1: the label 'polarity' is nowhere else"),
     'quoted as in CSV': ('classify', {'a.tsv': LABELS + '好\t"a ""b"" c"\n'}, [], 'line 3: "a ""b'),
+    'a Chinese header': ('seq2seq', {'a.tsv': '中文\t英文\n'}, [], 'line 1 looks like a header'),
     'a quoted label': ('classify', {'a.tsv': '"好"\t"a"\n'}, [], 'line 1: "好" is quoted'),
     'quoted on the left': ('seq2seq', {'a.tsv': '"a ""b"" c"\t"d"\n'}, [], 'line 1: "a ""b'),
     'counted tokens': ('tag', {'a.conll': '1 EU B-组织\n2 说 O\n'}, [], 'first column counts'),

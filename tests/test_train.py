@@ -202,9 +202,9 @@ def test_sentences_are_found_in_ids(tmp_path):
     found, document = sentences_of(tmp_path / 'en', text * 9, 'bpe')
     assert [s.strip('|\n ') for s in found[:4]] == ['One.', 'Two?', '3.14', 'Four']
     assert document[:6] == [0, 0, 0, 0, 1, 1]
-    text = '狐狸。犬！“好？”\n春\n'
-    found, document = sentences_of(tmp_path / 'zh', text, 'char')
-    assert found == ['狐狸。', '犬！', '“好？', '”\n', '春\n|'] and set(document) == {0}
+    for tokenizer in ('char', 'byte'):  # one token, or three, for a mark
+        found, document = sentences_of(tmp_path / tokenizer, '狐狸。犬！“好？”\n春\n', tokenizer)
+        assert found == ['狐狸。', '犬！', '“好？', '”\n', '春\n|'] and set(document) == {0}
 
 def test_text_without_two_documents_is_masked_in_plain_windows(d, tmp_path, capsys):
     """There is no next sentence prediction then, which the run says."""
@@ -899,9 +899,11 @@ def test_a_run_leaves_its_log_its_config_and_samples(d, tmp_path, capsys):
     assert read(tmp_path)['progress']['step'] == 7
 
 def test_a_signal_that_nohup_ignores_stays_ignored(d, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     fit(tmp_path, d, max_iters=1)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == before  # so Ctrl-C interrupts a notebook again
 
 def test_the_picture_shows_both_losses_by_name(tmp_path, monkeypatch):
     figure = types.ModuleType('figure')
