@@ -238,6 +238,8 @@ def test_span_corruption_loses_no_token_and_keeps_their_order(folders, T, index)
     hidden = sum(map(len, spans.values()))
     assert rebuilt == window and hidden == max(1 + (T > 2), round(0.15 * T)) and len(source) <= T
     assert T < 40 or 2 <= hidden / len(spans) <= 4
+    tokenizer.special['<|source|>'] = 7  # as CodeT5 has one
+    assert OBJECTIVES['span_corruption'].example(data, index, T + 1)['ids'] == [7, *e['ids']]
 
 def test_a_completion_is_a_prompt_of_which_only_the_target_is_predicted(folders):
     """source [SEP] target; each target stands where the token before it is."""
