@@ -204,7 +204,6 @@ def test_every_head_of_bert_answers_as_in_transformers(name, place):
     inputs = {key: t for key, t in inputs.items() if 'label' not in key}
     ours, mask = {key: t for key, t in ours.items() if 'target' not in key}, ours['attention_mask']
     real = {'classify': slice(None), 'qa': mask[:, None].expand(3, 2, 9)}.get(task, mask)
-
     def answers(theirs, model):
         with torch.no_grad():
             out, logits = theirs.eval()(**inputs), model.eval()(**ours)[0]
@@ -216,7 +215,6 @@ def test_every_head_of_bert_answers_as_in_transformers(name, place):
         if task == 'qa':
             return logits[real], torch.stack([out.start_logits, out.end_logits], dim=1)[real]
         return logits[real], out.logits[real]
-
     close(*answers(theirs, model), 1e-4)
     if task:
         model.config.n_labels += task == 'qa'  # ours may know questions without an answer
@@ -481,7 +479,6 @@ def test_ids_offsets_and_text_are_those_of_transformers(name, folders, capsys):
     """For any text; special tokens that are written in it are text."""
     ours = prepare_data.load_tokenizer(folders[name])
     theirs = transformers.AutoTokenizer.from_pretrained(folders[name])
-
     @some(40)
     @given(texts)
     @example('  The Café 床前 cats 👋🏽\n\ne\u0301 ﬁ')

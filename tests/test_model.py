@@ -668,8 +668,7 @@ def test_a_head_reads_what_its_task_says(name):
 @given(st.sets(st.integers(1, T - 1)), st.integers(1, T), st.booleans())
 @torch.no_grad()
 def test_a_cache_changes_nothing(name, dtype, tolerance, cuts, length, fixed):
-    """Any pieces give the logits of the whole, also where all keys are read whether filled or not,
-    as a CUDA graph does (fixed); the source is read once (b10)."""
+    """Any pieces give the logits of the whole, also as a CUDA graph reads all keys (fixed; b10)."""
     model = awake(build(MODELS[name])).to(dtype)
     batch, ids = make_batch(model.config, 2, 7, lengths=[7, 4]), some(2, length)
     write, cache = writing(model, batch)
@@ -884,7 +883,6 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(fault, raised, tm
     """Even Ctrl-C: the temporary file lies beside the old one until it is whole, or it is gone."""
     path, folder, model = tmp_path / 'ckpt.pt', tmp_path / 'folder', build(tiny('gpt2'))
     save(path, model, step=1)
-
     def half(f):
         f.write(b'half a file')
         assert os.path.dirname(f.name) == str(tmp_path) and f.name != str(path)

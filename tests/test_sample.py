@@ -275,8 +275,7 @@ def searched(model, prompt, source, beams, n, penalty=1.0, end_ids=(0,), **more)
        seed=st.integers(0, 99))
 def test_a_wide_beam_finds_what_trying_everything_finds(preset, prompt, beams, penalty, end_ids,
                                                         seed):
-    """Of four tokens, three steps: the best of all sequences, ended or not, with their scores; so
-    a larger length penalty never prefers a shorter text. b11"""
+    """Of four tokens, three steps: the best of all sequences, ended or not, with scores (b11)."""
     model = tiny(preset, 4, 8, seed)
     source = [2, *prompt, 1] if hasattr(model, 'encode') else None
     expected = every_text(model, prompt, source, 3, 4, penalty, end_ids)
@@ -565,8 +564,7 @@ def test_a_tag_is_that_of_the_first_piece_and_entities_cross_parts():
 @example('', 'byte', 24, False, 0.0, 0)
 @example('ab 中😀é.\n' * 3, 'byte', 24, True, 6.0, 0)       # the last window alone would say ''
 def test_a_span_is_the_best_of_all_spans(context, kind, block_size, unanswerable, boost, seed):
-    """All windows, beginnings and ends tried out: at most 30 tokens, not only white space; ''
-    only where the training data had questions without an answer."""
+    """At most 30 tokens, not only white space; '' only where training had unanswerable rows."""
     tokenizer = BPE if kind == 'bpe' else byte_tokenizer()
     if kind == 'char':
         tokenizer = char_tokenizer({*context, '?'})
@@ -1232,14 +1230,12 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
         path.write_text(LABELLED[task][0], encoding='utf-8')
     given = {'start': ['--start', start], 'score': ['--score', path],
              'attention': ['--start', start, '--attention', page]}[use]
-
     def output(flags):
         flushes = []
         page.unlink(missing_ok=True)
         monkeypatch.setattr(sys.stdout, 'flush', lambda: flushes.append(1))
         out = ask(kind, *given, *spell(flags)).out
         return out, page.read_text(encoding='utf-8') if page.exists() else '', len(flushes)
-
     plain = output(base)
     for name, value in VALUES.items():
         without = base

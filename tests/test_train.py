@@ -559,7 +559,6 @@ def test_dropout_is_a_function_of_the_seed_and_the_first_example(d):
                                            gradient_accumulation_steps=k)
         data.tokens = np.zeros(200, int)  # all examples are equal
         found = []
-
         def forward(**batch):
             logits, loss = model(**batch)
             found.append(round(loss.item() * batch['num_targets'], 3))
@@ -788,8 +787,8 @@ def test_a_run_has_the_recipe_of_its_task_and_preset(folders, tmp_path, dataset,
 def test_every_recipe_is_made_of_good_flags():
     """Every value is allowed, for presets that there are."""
     for rows in train.RECIPES.values():
-        for preset, values in rows.items():
-            assert preset in ('', *PRESETS)
+        assert rows.keys() <= {'', *PRESETS}
+        for values in rows.values():
             Settings(**only(Settings, values))
             Config(**only(Config, values))
             assert values.keys() <= {*Settings.__dataclass_fields__, *Config.__dataclass_fields__}
@@ -901,11 +900,11 @@ def test_a_run_leaves_its_log_its_config_and_samples(d, tmp_path, capsys):
     assert read(tmp_path)['progress']['step'] == 7
 
 def test_a_signal_that_nohup_ignores_stays_ignored(d, tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)  # Ctrl-C interrupts a notebook again, afterwards
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     fit(tmp_path, d, max_iters=1)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) == before  # so Ctrl-C interrupts a notebook again
+    assert signal.getsignal(signal.SIGINT) == before
 
 def test_the_picture_shows_both_losses_by_name(tmp_path, monkeypatch):
     figure = types.ModuleType('figure')

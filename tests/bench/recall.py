@@ -6,10 +6,9 @@ Learning in context: a rule that stands only in the prompt, and who can use it.
 In a document of `recall`, 8 letters stand for a digit each, anew in every document. A model reads
 pairs of letter and digit, then a letter, and predicts its digit: accuracy by the number of pairs
 before. `nano`, the same without its windows (`far`), and an `lstm` of about their size read the
-same tokens in the same order. No weight changes while they are tested: what they know of the rule,
-they have just read. `could` is what looking up gives: the share of letters that were shown before,
-and one in ten of the others by chance. Induction heads [1] learn this at once, between two
-evaluations.
+same tokens in the same order. No weight changes while they are tested. `could` is what looking up
+gives: the share of letters that were shown before, and one in ten of the others by chance.
+Induction heads [1] learn this at once, between two evaluations.
 
 References:
     [1] Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895
