@@ -366,7 +366,7 @@ class Tokenizer:
                              source + '$A <|endoftext|> $B <|endoftext|>')}
         if arch in frames:
             names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
-                     for text, i in special.items()]
+                     for text, i in special.items() if engine.id_to_token(i)]
             engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
                 *frames[arch], names)
         config = {'tokenizer_class': 'PreTrainedTokenizerFast'}

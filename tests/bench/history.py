@@ -1,6 +1,5 @@
 """
-Before the LSTM, and after it: counting, a running state, attention, and what a decade made of attention, on one text, with
-one tokenizer, in the same time.
+Before the LSTM, and after it: counting, a running state, attention then and now, on one text, in the same time.
 
     python tests/bench/history.py                            on Python's documentation, about 5 minutes
     python tests/bench/history.py --input shakespeare.txt    on another text

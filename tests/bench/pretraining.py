@@ -8,8 +8,7 @@ Files hold label<TAB>text; without them, docstrings of Python are told apart by 
 folder; without one its row is left out. About 16 minutes on two cores, 10 without an encoder. Every row is judged by the
 whole validation file after the last step: the best of several looks would be chosen by what it is judged by.
 
-Few labels are drawn from the training file, of each kind as many, and the 100 are among the 1,000. The small BERTs share one
-tokenizer, made of all the training texts; the encoder brings its own.
+Few labels are of each kind as many, and the 100 are among the 1,000. The small BERTs share one tokenizer, of all the texts.
 
 References:
     [1] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
