@@ -435,6 +435,10 @@ def entities(tags):
 
 CJK_GAP = regex.compile(f'(?<={CJK.pattern}) (?={CJK.pattern})')  # where nobody writes a space
 
+def cjk_apart(text):
+    """Each CJK character becomes a word of its own."""
+    return CJK.sub(r' \g<0> ', text)
+
 def decode_tags(examples, logits, labels):
     """(T, L) of each part of a text -> the tags of its tokens, at their first pieces; entities."""
     tokens, tags = [], []
@@ -543,7 +547,7 @@ def ngram_f1(guess, right, n):
 def answer_words(text):
     """As SQuAD's script compares answers: no case, punctuation or articles. CJK by characters."""
     text = ''.join(c for c in text.lower() if c not in string.punctuation)
-    return CJK.sub(r' \g<0> ', re.sub(r'\b(a|an|the)\b', ' ', text)).split()
+    return cjk_apart(re.sub(r'\b(a|an|the)\b', ' ', text)).split()
 
 def answer_scores(answers, golds):
     """Exact match, and F1 of the words in common, each against the best of the gold answers."""
@@ -560,7 +564,7 @@ def bleu_words(text):
     sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK by characters, with
     its punctuation.
     """
-    text = ' ' + regex.sub(CJK.pattern + r'|[\u3000-\u303f\uff00-\uffef]', r' \g<0> ', text) + ' '
+    text = f" {regex.sub(r'[\u3000-\u303f\uff00-\uffef]', r' \g<0> ', cjk_apart(text))} "
     for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
                            ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
                            (r'([^0-9])([.,])', r'\1 \2 '), (r'([.,])([^0-9])', r' \1 \2'),
@@ -588,11 +592,11 @@ def bleu(guesses, rights):
         log_mean += math.log((hits or smooth) / total) / 4
     return 100 * math.exp(log_mean)
 
-ROUGE_WORD = regex.compile(CJK.pattern + r'|(?:(?!' + CJK.pattern + r')[\p{L}\p{M}\p{N}])+')
+ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
 
 def rouge(guess, right):
     """ROUGE-1, -2, -L (Lin 2004): F1 of words, word pairs, the longest common subsequence."""
-    guess, right = ROUGE_WORD.findall(guess.lower()), ROUGE_WORD.findall(right.lower())
+    guess, right = [ROUGE_WORD.findall(cjk_apart(text.lower())) for text in (guess, right)]
     row = [0] * (len(right) + 1)  # longest common subsequence with the first i words of `right`
     for word in guess:
         diagonal = 0
@@ -948,9 +952,8 @@ def print_texts(model, tokenizer, prompt, settings):
         print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
     report(started, sum(len(text.ids) for text in texts), 'tokens', 'tok/s')
 
-# A CJK character, a word without the punctuation after it, or another sign
-TOKEN = regex.compile(CJK.pattern + r'|[\p{L}\p{N}\p{M}_@#](?:(?!' + CJK.pattern
-                      + r')\S)*(?<=[\p{L}\p{N}\p{M}_])|\S')
+# A word without the punctuation after it, or another sign
+TOKEN = regex.compile(r'[\p{L}\p{N}\p{M}_@#]\S*(?<=[\p{L}\p{N}\p{M}_])|\S')
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""
@@ -960,7 +963,7 @@ def examples_of(tokenizer, kind, line, block_size):
             ids.insert(0, tokenizer.start_id)
         return [{'ids': ids[-block_size:]}]
     if kind == 'tag':
-        row = {'tokens': TOKEN.findall(line)}
+        row = {'tokens': TOKEN.findall(cjk_apart(line))}
     elif kind == 'seq2seq':
         row = {'source': line.strip()}
     else:
