@@ -107,12 +107,11 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
             check_finite(logits.isfinite())
             if kinds:
-                targets = batch[kind]
+                targets, real = batch[kind], batch[kind] != IGNORE_INDEX
                 if logits.shape[:-1] != targets.shape:  # BERT: logits only where there is a target
-                    targets = targets[targets != IGNORE_INDEX]
-                right = (logits.argmax(dim=-1) == targets).sum().item()
-                number = (targets != IGNORE_INDEX).sum().item()
-                totals[kind] += np.array([loss.item(), number, right])
+                    targets = targets[real]
+                right = (logits.argmax(dim=-1) == targets).sum()
+                totals[kind] += np.array([loss.item(), real.sum().item(), right.item()])
         if postprocess:
             for i, row in zip(chosen, logits.float().cpu()):
                 results[i] = postprocess(examples[i], row)
