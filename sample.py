@@ -517,10 +517,10 @@ def f1(hits, guessed, true):
 def label_scores(answers, golds):
     """Accuracy, and macro F1: the mean of the F1 of each label that occurs."""
     guesses, right = [a['label'] for a in answers], [g[0]['meta']['label'] for g in golds]
-    pairs, guessed, true = map(collections.Counter, (zip(guesses, right), guesses, right))
-    hits = {label: pairs[label, label] for label in guessed | true}
-    f1s = [f1(hits[label], guessed[label], true[label]) for label in hits]
-    return {'accuracy': sum(hits.values()) / len(right), 'macro_f1': fmean(f1s)}
+    hits = collections.Counter(a for a, b in zip(guesses, right) if a == b)
+    guessed, true = collections.Counter(guesses), collections.Counter(right)
+    f1s = [f1(hits[label], guessed[label], true[label]) for label in guessed | true]
+    return {'accuracy': hits.total() / len(right), 'macro_f1': fmean(f1s)}
 
 def entity_scores(answers, golds):
     """Precision, recall and F1 of whole entities: both ends and the kind must be right."""
@@ -553,7 +553,7 @@ def answer_scores(answers, golds):
     exact, overlap = [], []
     for a, g in zip(answers, golds):
         words, rights = answer_words(a['answer']), map(answer_words, g[0]['meta']['answers'])
-        rights = [right for right in rights if right] or [[]]  # no answer: '' is right
+        rights = [*filter(None, rights)] or [[]]  # no answer: '' is right
         exact.append(words in rights)
         overlap.append(max(words == right or ngram_f1(words, right, 1) for right in rights))
     return {'exact_match': fmean(exact), 'f1': fmean(overlap)}
@@ -607,10 +607,9 @@ def rouge(guess, right):
 def target_scores(answers, golds):
     """BLEU of the corpus; ROUGE and exact match, the means over the texts."""
     guesses, rights = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
-    rouge1, rouge2, rouge_l = map(fmean, zip(*map(rouge, guesses, rights)))
+    rouges = map(fmean, zip(*map(rouge, guesses, rights)))                 # rouge1, rouge2, rougeL
     same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
-    found = bleu(guesses, rights), rouge1, rouge2, rouge_l, fmean(same)
-    return dict(zip(TARGET_SCORES, found, strict=True))
+    return dict(zip(TARGET_SCORES, [bleu(guesses, rights), *rouges, fmean(same)]))
 
 # Of text to text, and their digits in print
 TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
@@ -622,8 +621,8 @@ BEST_SCORE = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1', 'seq2seq': 'loss'
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores of labelled examples, and the loss, but not of text to text: decoded greedily."""
     settings = settings or Settings(temperature=0.0, seed=0)
-    rows = itertools.groupby(examples, key=lambda example: example['meta']['row'])
-    rows = [list(group) for _, group in rows]
+    row_of = lambda example: example['meta']['row']
+    rows = [list(row) for _, row in itertools.groupby(examples, row_of)]
     answers, totals = answer_rows(model, tokenizer, rows, task, labels, settings)
     scores = SCORES[task](answers, rows)
     for nats, n, _ in totals.values():
