@@ -926,14 +926,9 @@ def read_start(start):
         raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-def report(started, n, what, rate):
-    """To standard error, how fast it was."""
-    seconds = time.perf_counter() - started
-    print(f"{n} {what} in {seconds:.2f} s ({n / seconds:.1f} {rate})", file=sys.stderr)
-
 def print_texts(model, tokenizer, prompt, settings):
-    """Print the samples to standard output, and the speed to standard error."""
-    started, texts = time.perf_counter(), []
+    """Print the samples. Returns the number of their tokens."""
+    texts = []
     ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
     live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
     show = lambda text: live and print(text, end='', flush=True)
@@ -948,7 +943,7 @@ def print_texts(model, tokenizer, prompt, settings):
             print(json.dumps({'prompt': prompt} | text.to_dict(), ensure_ascii=False))
     else:
         print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
-    report(started, sum(len(text.ids) for text in texts), 'tokens', 'tok/s')
+    return sum(len(text.ids) for text in texts)
 
 # A word without the punctuation after it, or another sign
 TOKEN = regex.compile(r'[\p{L}\p{N}\p{M}_@#]\S*(?<=[\p{L}\p{N}\p{M}_])|\S')
@@ -1008,27 +1003,27 @@ def format_answer(answer):
     return one_line(answer['answer'])
 
 def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
-    """Answer each line of the prompt with a line on standard output; an empty line stays empty."""
-    started, rows = time.perf_counter(), []
+    """Answer a line with a line; an empty line stays empty. Returns the number of answers."""
+    rows = []
     lines = [line.strip() for line in prompt.removesuffix('\n').split('\n')]
     for n, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            require(kind != 'masks' or not line or '[MASK]' in line,
+            require(kind != 'masks' or '[MASK]' in line,
                     f"{line[:60]!r} has no [MASK]: write one for a word to predict")
-            if line:
-                rows.append(examples_of(tokenizer, kind, line, block_size))
+            rows.append(examples_of(tokenizer, kind, line, block_size))
         except ValueError as e:
             raise ValueError(f"line {n}: {e}") from None
-    answers, _ = answer_rows(model, tokenizer, rows, kind, labels, settings)
-    rest = iter(answers)
+    answers = iter(answer_rows(model, tokenizer, rows, kind, labels, settings)[0])
     for line in lines:
         if not line:
             print()
         elif settings.json:
-            print(json.dumps({'text': line} | next(rest), ensure_ascii=False))
+            print(json.dumps({'text': line} | next(answers), ensure_ascii=False))
         else:
-            print(format_answer(next(rest)))
-    report(started, len(answers), 'answers', 'a second')
+            print(format_answer(next(answers)))
+    return len(rows)
 
 def main(argv):
     given = read_flags(argv, __doc__, {'flags': Settings})
@@ -1072,10 +1067,15 @@ def main(argv):
                              'folder' not in checkpoint)
                   if kind in TASKS else score_text(model, tokenizer, settings.score, kind))
         print(json.dumps(scores) if settings.json else format_scores(scores))
-    elif kind == 'text':
-        print_texts(model, tokenizer, prompt, settings)
     else:
-        print_answers(model, tokenizer, prompt, kind, labels, settings, block_size)
+        started = time.perf_counter()
+        if kind == 'text':
+            n, what, rate = print_texts(model, tokenizer, prompt, settings), 'tokens', 'tok/s'
+        else:
+            n = print_answers(model, tokenizer, prompt, kind, labels, settings, block_size)
+            what, rate = 'answers', 'a second'
+        seconds = time.perf_counter() - started
+        print(f"{n} {what} in {seconds:.2f} s ({n / seconds:.1f} {rate})", file=sys.stderr)
 
 if __name__ == '__main__':
     run(main)
