@@ -840,22 +840,20 @@ def check_use(given, settings, kind, arch):
     """What is wanted of a model for `kind`. Raises ValueError for a flag that would be ignored."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
-    writing = 'max_new_tokens stop num_beams temperature'
+    writing, several = 'temperature', ''                                   # greedily
     if beams > 1:
-        writing = 'max_new_tokens stop num_beams length_penalty'
+        writing, several = 'length_penalty', 'num_samples'
     elif settings.temperature > 0:
-        writing += ' top_k top_p seed'
-    several = 'num_samples' if beams > 1 or settings.temperature > 0 else ''
+        writing, several = 'temperature top_k top_p seed', 'num_samples'
+    writing += ' max_new_tokens stop num_beams'
     live = '' if beams > 1 or settings.json else 'stream'
-    read = {  # the flags of a use, or of a use and a kind or arch, beside those of the model
-        'export': 'export', 'score': 'score json', 'start': 'start json',
-        'attention': 'attention start', 'attention encdec': 'attention start max_new_tokens',
-        'start text': f'start json {several} {writing} {live}',
-        'start seq2seq': f'start json {several} {writing}',
-        'score seq2seq': f'score json {writing}', 'start masks': 'start json top_k',
-    }
-    read = read.get(f'{use} {kind}') or read.get(f'{use} {arch}') or read[use]
-    unread = given.keys() - {*read.split(), 'init_from' if settings.init_from else 'out_dir',
+    read = {'export': '', 'score': 'json', 'start': 'json', 'attention': 'start'}[use]
+    read += {  # and for one kind of model, or one architecture
+        'start text': f' {several} {writing} {live}', 'start seq2seq': f' {several} {writing}',
+        'score seq2seq': f' {writing}', 'start masks': ' top_k',
+        'attention encdec': ' max_new_tokens',
+    }.get(f"{use} {arch if use == 'attention' else kind}", '')
+    unread = given.keys() - {use, *read.split(), 'init_from' if settings.init_from else 'out_dir',
                              'device', 'dtype'}
     if unread:
         raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
