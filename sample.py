@@ -497,15 +497,13 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
         written = write_targets(model, tokenizer, examples, settings)
         return [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
                 for texts in written], {}
-    keep = lambda example, logits: logits
-    if task == 'masks':
+    if task == 'masks':  # each at once: the logits of all would not fit into memory
         suppressed = suppressed_tokens(model, tokenizer, ends=False).cpu()
-        keep = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
-    found, totals = predict(model, examples, tokenizer.pad_id, keep)
-    if task in DECODERS:
-        rest = iter(found)
-        found = [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows]
-    return found, totals
+        decode = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
+        return predict(model, examples, tokenizer.pad_id, decode)
+    logits, totals = predict(model, examples, tokenizer.pad_id, lambda example, logits: logits)
+    rest = iter(logits)
+    return [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows], totals
 
 # -----------------------------------------------------------------------------
 # Scores. Each takes the answers and the examples of all rows. An answer that is right scores 1.
