@@ -558,12 +558,13 @@ def answer_scores(answers, golds):
 
 def bleu_words(text):
     """
-    sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK by characters, with
-    its punctuation.
+    sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK, with its
+    punctuation, by characters.
     """
-    text = f" {regex.sub(r'[\u3000-\u303f\uff00-\uffef]', r' \g<0> ', cjk_apart(text))} "
+    text = f' {cjk_apart(text)} '
     for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
                            ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
+                           (r'([\u3000-\u303f\uff00-\uffef])', r' \1 '),
                            (r'([^0-9])([.,])', r'\1 \2 '), (r'([.,])([^0-9])', r' \1 \2'),
                            (r'([0-9])(-)', r'\1 \2 ')]:
         text = re.sub(pattern, apart, text)
