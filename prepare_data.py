@@ -92,15 +92,13 @@ def check_flags(settings):
         value, rules = getattr(settings, f.name), f.metadata
         if value is None:
             continue
-        if rules['choices'] and value not in rules['choices']:
-            known = ', '.join(filter(None, rules['choices']))
-            raise ValueError(f"--{f.name} {value}: choose one of {known}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{f.name} {value}: must be finite")
+        given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
+        require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
+        require(not isinstance(value, float) or math.isfinite(value), f"{given}: must be finite")
         limits = {'high': 2 ** 63 - 1, **rules} if f.type is int else rules  # int64
-        for bound, (words, holds) in BOUNDS.items():
-            if bound in limits and not holds(value, limits[bound]):
-                raise ValueError(f"--{f.name} {value}: must be {words} {limits[bound]}")
+        for bound in BOUNDS.keys() & limits:
+            words, holds = BOUNDS[bound]
+            require(holds(value, limits[bound]), f"{given}: must be {words} {limits[bound]}")
 
 def boolean(text):
     """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
@@ -110,9 +108,9 @@ def boolean(text):
 
 def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
-    name = re.match(r'--[a-z][\w-]*(?==|\Z)', word)
-    if name:
-        word = '--' + name[0][2:].replace('-', '_') + word[name.end():]
+    name, equals, value = word.partition('=')
+    if re.fullmatch(r'--[a-z][\w-]*', name):
+        word = '--' + name[2:].replace('-', '_') + equals + value
     return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
 
 class Parser(argparse.ArgumentParser):
@@ -167,8 +165,8 @@ def write_config(values):
     return ''.join(f'{name} = {json.dumps(value, ensure_ascii=False)}\n'
                    for name, value in values.items() if value is not None)
 
-STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
-         if hasattr(signal, name)]                                         # Windows has no SIGHUP
+# of the signals that a system has: Windows has no SIGHUP
+STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
 
 def run(main):
     """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
