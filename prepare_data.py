@@ -659,7 +659,7 @@ MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on its own line it ends
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out. Each once."""
-    found, wrong, seen = [], [], set()
+    found, seen = [], set()
 
     def visit(path):
         real = os.path.realpath(path)
@@ -670,24 +670,25 @@ def find_files(paths):
             for name in sorted(os.listdir(path)):
                 if not name.startswith('.'):
                     visit(os.path.join(path, name))
-        elif os.path.isfile(path):
-            found.append(str(path))
         else:
-            wrong.append(path)
+            found.append(str(path))
 
     for path in paths:
         visit(path)
+    wrong = [path for path in found if not os.path.isfile(path)]
     if wrong or (paths and not found):
         raise ValueError(f"{(wrong or paths)[0]} is no file (save a pipe as one), nor a folder of "
                          "files: leave it out")
     return found
 
-@contextlib.contextmanager
-def open_text(path):
-    """A text file, its line ends as \\n. Raises ValueError at a bad byte."""
+def read_text(path, size=None):
+    """
+    The lines of a text file, or pieces of it of `size` characters; its line ends become \\n. Raises
+    ValueError at a bad byte.
+    """
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
         try:
-            yield f
+            yield from iter(lambda: f.read(size), '') if size else f
         except UnicodeDecodeError as e:
             offset = f.buffer.tell() - len(e.object) + e.start
             raise ValueError(f"{path} is not UTF-8 (the byte at offset {offset}): convert it, or "
@@ -695,9 +696,8 @@ def open_text(path):
 
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
-    with open_text(path) as f:
-        for n, line in enumerate(f, 1):
-            yield n, line.removesuffix('\n')
+    for n, line in enumerate(read_text(path), 1):
+        yield n, line.removesuffix('\n')
 
 def is_json_lines(path):
     """
@@ -743,12 +743,11 @@ def read_pieces(path):
         for _, (text,) in read_rows(path, ['text']):
             yield text, True
         return
-    with open_text(path) as f:
-        for piece in safe_pieces(iter(lambda: f.read(PIECE), '')):
-            *documents, rest = MARKER.split(piece)
-            for text in documents:
-                yield text, True
-            yield rest, False
+    for piece in safe_pieces(read_text(path, PIECE)):
+        *documents, rest = MARKER.split(piece)
+        for text in documents:
+            yield text, True
+        yield rest, False
     yield '', True
 
 def part(pieces, begin, end):
@@ -901,9 +900,7 @@ def read_tagged(path):
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
-    rows, wrong, where = [], [], path
-    with open_text(path) as f:
-        text = f.read()
+    rows, wrong, where, text = [], [], path, ''.join(read_text(path))
     lines = (n for n, line in enumerate(text.split('\n'), 1)
              for _ in re.findall(r'"question"\s*:', line))
     try:
