@@ -712,8 +712,11 @@ def is_json_lines(path):
             f"{path} is no text: write it as JSON lines, an object a line")
     return as_rows
 
-def read_rows(path, names, optional=()):
-    """(number, texts) of every row: JSON lines with the keys `names`, or columns between tabs."""
+def read_rows(path, *names):
+    """
+    (number, texts) of every row: JSON lines with these keys, of which the third may be missing, or
+    columns between tabs.
+    """
     as_json, unread = is_json_lines(path), set()
     for n, line in read_lines(path):
         if not as_json:
@@ -723,13 +726,12 @@ def read_rows(path, names, optional=()):
                 row = {key: value for key, value in json.loads(line).items() if value is not None}
                 if isinstance(row.get('label'), (int, float)):
                     row['label'] = json.dumps(row['label'])
-                texts = [row[name] for name in names]
-                texts += [row[name] for name in optional if name in row]
+                texts = [row[name] for name in names if name in row or name in names[:2]]
                 ''.join(texts).encode()  # each a text, and no half of a surrogate pair
-                unread |= row.keys() - {*names, *optional}
+                unread |= row.keys() - names
             except Exception:
                 raise ValueError(f"{path}, line {n}: a row must be JSON with a text for each of "
-                                 f"{', '.join(names)}") from None
+                                 f"{', '.join(names[:2])}") from None
             yield n, texts
     if unread and len(names) > 1:  # plain text may have any others
         print(f"{path}: not read: {', '.join(sorted(unread))}", file=sys.stderr)
@@ -740,7 +742,7 @@ def read_pieces(path):
     of JSON lines, or what lies between lines that hold only <|endoftext|>; they may be empty.
     """
     if is_json_lines(path):
-        for _, (text,) in read_rows(path, ['text']):
+        for _, (text,) in read_rows(path, 'text'):
             yield text, True
         return
     for piece in safe_pieces(read_text(path, PIECE)):
@@ -848,53 +850,50 @@ HEADERS = '''answer answers article category chinese class completion content de
     source spanish src src_text summary target text text_b texts tgt tgt_text title translation
     zh cn ja ru it 中文 英文 源文本 目标文本 标签 文本 标题 摘要'''.split()
 
-def read_columns(path, names, optional=()):
-    """Rows of columns with these names: with tabs between them, or JSON lines."""
-    columns, blank = '<TAB>'.join((*names, *(f'[{name}]' for name in optional))), 0
-    for n, texts in read_rows(path, names, optional):
+def read_columns(path, *names):
+    """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
+    columns = '<TAB>'.join([*names[:2], *(f'[{name}]' for name in names[2:])])
+    is_label, blank = names[0] == 'label', 0
+    for n, texts in read_rows(path, *names):
         where, filled = f'{path}, line {n}', [text for text in texts if text.strip()]
         if not filled:
             blank = blank or n
             continue
-        require(not blank or optional, f"{path}, line {blank} is empty, and must be {columns}")
+        require(is_label or not blank, f"{path}, line {blank} is empty, and must be {columns}")
         is_header = n == 1 and all(text.strip(' "').lower() in HEADERS for text in texts)
         require(not is_header, f"{where} looks like a header: leave it out")
-        require(filled == texts and len(names) <= len(texts) <= len(names) + len(optional),
+        require(filled == texts and 2 <= len(texts) <= len(names),
                 f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
-        quoted = [text for text in texts if re.fullmatch(r'"([^"]|"")*""([^"]|"")*"', text)]
-        if names[0] == 'label' and re.fullmatch('".+"', texts[0]):
-            quoted = texts
-        if quoted:
-            raise ValueError(f"{where}: {quoted[0][:40]} is quoted, as in CSV: write it unquoted")
-        if names[0] == 'label':
-            label, *texts = map(str.strip, texts)  # as sample.py strips what it labels
-            texts = [' '.join(label.split()), *texts]
-        yield {'where': where, **dict(zip((*names, *optional), texts))}
+        for name, text in zip(names, texts):
+            quoted = '".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
+            require(not re.fullmatch(quoted, text),
+                    f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
+        if is_label:  # as sample.py strips what it labels
+            texts = [' '.join(texts[0].split()), *map(str.strip, texts[1:])]
+        yield {'where': where, **dict(zip(names, texts))}
 
 def read_tagged(path):
     """
     CoNLL: a token a line and its tag (O, B-kind or I-kind) in the last column, with tabs or spaces
     between columns, and a blank line between texts.
     """
-    row, columns, texts = None, 0, []
+    row, columns, counts = None, 0, []
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
-        if not line.strip(' \t') or line.startswith('-DOCSTART-'):
-            if row:
-                texts.append(row['tokens'])
-                yield row
+        if line.strip(' \t') and not line.startswith('-DOCSTART-'):
+            fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
+            columns = columns or max(2, len(fields))
+            is_tag = re.fullmatch(r'O|[BI]-\S+', fields[-1])
+            require(len(fields) == columns and fields[0] and is_tag,
+                    f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, "
+                    "last its tag, which is O, B-kind or I-kind")
+            row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
+            row['tokens'].append(fields[0])
+            row['tags'].append(fields[-1])
+        elif row:
+            if row['tokens'][1:]:
+                counts.append(''.join(row['tokens']).isdecimal() or len({*row['tokens']}) == 1)
+            yield row
             row = None
-            continue
-        fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
-        columns = columns or max(2, len(fields))
-        is_tag = re.fullmatch(r'O|[BI]-\S+', fields[-1])
-        require(len(fields) == columns and fields[0] and is_tag,
-                f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, last "
-                "its tag, which is O, B-kind or I-kind")
-        row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
-        row['tokens'].append(fields[0])
-        row['tags'].append(fields[-1])
-    several = [tokens for tokens in texts if tokens[1:]]
-    counts = [''.join(tokens).isdecimal() or len({*tokens}) == 1 for tokens in several]
     require(columns <= 2 or not counts or not all(counts),
             f"{path}: the first column counts tokens or texts: leave it out")
 
@@ -1095,12 +1094,12 @@ class Task(NamedTuple):
     label_names: Callable = sorted          # the labels of all rows -> a list to choose from
 
 TASKS = {
-    'classify': Task(lambda path: read_columns(path, ('label', 'text'), ('text_b',)),
+    'classify': Task(lambda path: read_columns(path, 'label', 'text', 'text_b'),
                      classify_examples, lambda row: [row['label']]),
     'tag': Task(read_tagged, tag_examples, lambda row: row['tags'], tag_names),
     'qa': Task(read_questions, qa_examples,
                lambda row: [] if row['answers'] else ['no answer']),
-    'seq2seq': Task(lambda path: read_columns(path, ('source', 'target')), seq2seq_examples),
+    'seq2seq': Task(lambda path: read_columns(path, 'source', 'target'), seq2seq_examples),
 }
 
 def split_rows(rows, val_fraction):
