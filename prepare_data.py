@@ -57,7 +57,6 @@ import tomllib
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -579,19 +578,17 @@ ROLES = {
 
 def open_huggingface(folder):
     """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
-    def read(name):
-        path = os.path.join(folder, name)
-        return read_json(path) if os.path.exists(path) else {}
-
     if {*os.listdir(folder)}.isdisjoint({'tokenizer.json', 'tokenizer_config.json'}):
         print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
               "transformers", file=sys.stderr)
-    kind = read('tokenizer_config.json').get('tokenizer_class') or ''
+    kind = read_any(folder, 'tokenizer_config.json').get('tokenizer_class') or ''
     # its words are found by a program, not by a table
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
-    engine, named, config = theirs.backend_tokenizer, theirs.special_tokens_map, read('config.json')
+    engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
+    config = read_any(folder, 'config.json')
+    is_t5 = config.get('model_type') == 't5'
     rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
     vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
     special = {f'<extra_{i}>': vocab[text] for i in range(100)
@@ -606,13 +603,13 @@ def open_huggingface(folder):
     start, frame = special.pop('<|start|>', None), engine.encode('').ids
     if frame[:1] != [start]:
         start = None
-    if config.get('model_type') == 't5' and engine.num_special_tokens_to_add(False) > 1:
+    if is_t5 and engine.num_special_tokens_to_add(False) > 1:
         special['<|source|>'] = frame[0]  # CodeT5 reads <s> source </s>
-    for settings in (config, read('generation_config.json')):
+    for settings in (config, read_any(folder, 'generation_config.json')):
         found = settings.get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
         found = settings.get('decoder_start_token_id')
-        if config.get('model_type') == 't5' and found is not None:
+        if is_t5 and found is not None:
             start = found
     ends = [i for i in dict.fromkeys(ends) if i is not None]
     require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
@@ -632,19 +629,15 @@ def open_huggingface(folder):
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
     known = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model', 'spiece.model'}
-    files = known & {*os.listdir(folder)}
-    if not files:
+    if known.isdisjoint(os.listdir(folder)):
         raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
     for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):
         with path.open('rb') as f:  # only its start: it may be large
-            if f.read(19) == b'version https://git':
-                raise ValueError(f"{path} is a git-LFS pointer: fetch the file itself")
+            require(f.read(19) != b'version https://git',
+                    f"{path} is a git-LFS pointer: fetch the file itself")
     try:
-        if 'tokenizer.json' in files:
-            saved = read_json(os.path.join(folder, 'tokenizer.json'))
-            if 'format' in saved:
-                return Tokenizer.from_dict(saved)
-        return open_huggingface(folder)
+        saved = read_any(folder, 'tokenizer.json')
+        return Tokenizer.from_dict(saved) if 'format' in saved else open_huggingface(folder)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
@@ -779,6 +772,11 @@ def read_json(path):
         return json.loads(data)
     except Exception as e:
         raise ValueError(f"{path} is damaged ({e}): make or fetch it again") from None
+
+def read_any(folder, name):
+    """The JSON of a file that a folder may lack."""
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.exists(path) else {}
 
 @contextlib.contextmanager
 def new_folder(path):
@@ -1066,14 +1064,13 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
     """
     example = {'meta': pick(row, 'source', 'target')}
     for name, text in example['meta'].items():
-        begin = pick(tokenizer.special, '<|source|>').values() if name == 'source' else ()
-        ids = [*begin, *tokenizer.encode(text).tolist(), tokenizer.end_id]
-        require(len(ids) <= block_size, f"the {name} {text[:40]!r} has {len(ids)} tokens, more "
-                f"than block_size={block_size}: prepare (and train) with a larger one")
+        ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
         if name == 'source':
-            example['ids'] = ids
+            example['ids'] = ids = [*pick(tokenizer.special, '<|source|>').values(), *ids]
         else:
             example |= {'decoder_ids': [tokenizer.start_id, *ids[:-1]], 'targets': ids}
+        require(len(ids) <= block_size, f"the {name} {text[:40]!r} has {len(ids)} tokens, more "
+                f"than block_size={block_size}: prepare (and train) with a larger one")
     return [example]
 
 def texts_of(row):
@@ -1340,7 +1337,7 @@ DATASETS = {  # the task, and the function
 
 BPE_SAMPLE = 50_000_000  # characters that bpe learns from
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     """The flags of this script."""
     dataset: str = flag('', 'a built-in data set; pydoc needs no network', ('', *DATASETS))
