@@ -101,9 +101,7 @@ def check_flags(settings):
 
 def boolean(text):
     """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
-    if text.lower() not in ('true', 'false'):
-        raise ValueError
-    return text.lower() == 'true'
+    return bool(['false', 'true'].index(text.lower()))
 
 def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
@@ -233,9 +231,7 @@ def safe_pieces(texts, size=PIECE):
     rest = ''
     for text in texts:
         rest += text
-        if len(rest) < size:
-            continue
-        found = CUT.search(rest)
+        found = len(rest) >= size and CUT.search(rest)
         if found or len(rest) >= 2 * size:
             cut = found.start() if found else len(rest)
             yield rest[:cut]
@@ -463,9 +459,9 @@ def bpe_tokenizer(texts, vocab_size):
     least = 256 + len(SPECIALS)
     require(vocab_size >= least, f"--vocab_size {vocab_size}: bpe has all bytes and some special "
             f"tokens: choose at least {least}")
-    counts, pattern = collections.Counter(), regex.compile(WORDS)
+    counts = collections.Counter()
     for text in texts:
-        counts.update(pattern.findall(text))
+        counts.update(regex.findall(WORDS, text))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
 def next_merge(ranks, parts):
@@ -699,7 +695,7 @@ def is_json_lines(path):
     """
     if not path.lower().endswith('.json'):
         return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines'))
-    first = next(filter(None, (line.strip() for _, line in read_lines(path))), '')
+    first = next(filter(None, map(str.strip, read_text(path))), '')
     as_rows = first.startswith('{') and first.endswith('}')
     require(as_rows or not first.startswith(('[', '{')),
             f"{path} is no text: write it as JSON lines, an object a line")
@@ -853,7 +849,7 @@ def read_columns(path, *names):
     columns = '<TAB>'.join([*names[:2], *(f'[{name}]' for name in names[2:])])
     is_label, blank = names[0] == 'label', 0
     for n, texts in read_rows(path, *names):
-        where, filled = f'{path}, line {n}', [text for text in texts if text.strip()]
+        where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
         if not filled:
             blank = blank or n
             continue
@@ -1416,10 +1412,12 @@ def prepare_task(settings, task, folder, files, val_files):
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
             "there must be two or more, each in several rows"
             f"{' and in the first column' * (task == 'classify')}")
-    inside = {row.get('label') for row in rows if not row['where'].endswith(', line 1')}
-    for row in rows if inside and task == 'classify' and len(found) > 2 * len(labels) else []:
-        require(row['label'] in inside, f"{row['where']}: the label {row['label']!r} is nowhere "
-                "else: leave the line out (is it a header?), or add rows")
+    if task == 'classify' and len(found) > 2 * len(labels):
+        inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}
+        for row in rows:
+            require(not inside or row['label'] in inside,
+                    f"{row['where']}: the label {row['label']!r} is nowhere else: leave the line "
+                    "out (is it a header?), or add rows")
     check_labels(task, val_rows, labels)
     characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
     unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
