@@ -101,7 +101,9 @@ def check_flags(settings):
 
 def boolean(text):
     """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
-    return bool(['false', 'true'].index(text.lower()))
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
 
 def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
