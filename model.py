@@ -992,10 +992,10 @@ def optimizer_groups(model, weight_decay):
 # The Transformer ends here. What follows is other people's names for it: how Hugging Face writes
 # down the same models, to load theirs and to export ours. The same tables serve both directions.
 
-def pairs(text, ours='', theirs=''):
-    """'a=b c' -> {'a': 'b', 'c': 'c'}, with the texts `ours` and `theirs` before all names."""
+def pairs(text):
+    """'a=b c' -> {'a': 'b', 'c': 'c'}"""
     split = (pair.partition('=') for pair in text.split())
-    return {ours + a: theirs + (b or a) for a, _, b in split}
+    return {a: b or a for a, _, b in split}
 
 class Family(NamedTuple):
     """What a family of models is called there."""
@@ -1005,7 +1005,7 @@ class Family(NamedTuple):
     fields: dict          # field of config.json -> field of Config
     activations: dict     # theirs -> ours; the last of several names is exported
     prefix: str           # of all names, but for those of output layers and heads
-    names: dict           # module of ours -> theirs, N for the number of a block
+    names: dict           # part of a name of a weight -> theirs; the first that fits counts
     dropped: str          # regex of tensors that are copies or constants
     may_lack: str = '$^'  # regex of tensors that start anew where a folder lacks them
 
@@ -1021,10 +1021,9 @@ FAMILIES = {
             activation_function=activation layer_norm_epsilon=norm_eps tie_word_embeddings=tied
             scale_attn_weights=scale_attention"""),
         PLAIN, 'transformer.',
-        pairs('tokens=wte decoder.embed.positions=wpe decoder.norm=ln_f output=lm_head') | pairs(
-            """attn.q=attn.c_attn.q attn.k=attn.c_attn.k attn.v=attn.c_attn.v attn.proj=attn.c_proj
-            mlp.fc=mlp.c_fc mlp.proj=mlp.c_proj attn_norm=ln_1 mlp_norm=ln_2""",
-            'decoder.blocks.N.', 'h.N.'),
+        pairs("""tokens=wte decoder.embed.positions=wpe decoder.norm=ln_f decoder.blocks=h
+            attn_norm=ln_1 mlp_norm=ln_2 .q=.c_attn.q .k=.c_attn.k .v=.c_attn.v proj=c_proj fc=c_fc
+            output=lm_head"""),
         r'h\.\d+\.attn\.(masked_)?bias|lm_head\.weight'),
     'bert': Family(
         'bert-base', replace(PRESETS['bert-base'], mlp_dim=3072), {
@@ -1034,15 +1033,14 @@ FAMILIES = {
         USUAL_FIELDS | pairs("""intermediate_size=mlp_dim hidden_act=activation
             layer_norm_eps=norm_eps type_vocab_size=segments"""),
         PLAIN, 'bert.',
-        pairs("""tokens=embeddings.word_embeddings pooler=pooler.dense head=classifier
-            transform=cls.predictions.transform.dense output=cls.predictions.decoder
-            transform_norm=cls.predictions.transform.LayerNorm nsp_head=cls.seq_relationship""")
-        | pairs('positions=position_embeddings segments=token_type_embeddings norm=LayerNorm',
-                'encoder.embed.', 'embeddings.')
-        | pairs("""attn.q=attention.self.query attn.k=attention.self.key
-            attn.v=attention.self.value attn.proj=attention.output.dense
-            attn_norm=attention.output.LayerNorm mlp.fc=intermediate.dense mlp.proj=output.dense
-            mlp_norm=output.LayerNorm""", 'encoder.blocks.N.', 'encoder.layer.N.'),
+        pairs("""tokens=embeddings.word_embeddings encoder.embed=embeddings
+            positions=position_embeddings segments=token_type_embeddings blocks=layer
+            attn_norm=attention.output.LayerNorm attn.proj=attention.output.dense
+            attn=attention.self .q=.query .k=.key .v=.value mlp_norm=output.LayerNorm
+            mlp.fc=intermediate.dense mlp.proj=output.dense output=cls.predictions.decoder
+            transform_norm=cls.predictions.transform.LayerNorm norm=LayerNorm
+            transform=cls.predictions.transform.dense pooler=pooler.dense
+            nsp_head=cls.seq_relationship head=classifier"""),
         r'embeddings\.position_ids|cls\.predictions\.(decoder\.)?(weight|bias)',
         r'(pooler|cls)\..*'),
     't5': Family(
@@ -1054,20 +1052,11 @@ FAMILIES = {
             relative_attention_max_distance=max_distance tie_word_embeddings=tied
             scale_decoder_outputs=scale_output"""),
         pairs('relu gated-gelu=geglu gated-silu=swiglu gelu_new=gelu_tanh gelu relu2'), '',
-        pairs("""tokens=shared output=lm_head
-            encoder.norm=encoder.final_layer_norm decoder.norm=decoder.final_layer_norm
-            encoder.relative_bias=encoder.block.0.layer.0.SelfAttention.relative_attention_bias
-            decoder.relative_bias=decoder.block.0.layer.0.SelfAttention.relative_attention_bias""")
-        | pairs("""attn_norm=0.layer_norm attn.q=0.SelfAttention.q attn.k=0.SelfAttention.k
-            attn.v=0.SelfAttention.v attn.proj=0.SelfAttention.o mlp_norm=1.layer_norm
-            mlp.gate=1.DenseReluDense.wi_0 mlp.fc=1.DenseReluDense.wi_1
-            mlp.proj=1.DenseReluDense.wo""", 'encoder.blocks.N.', 'encoder.block.N.layer.')
-        | pairs("""attn_norm=0.layer_norm attn.q=0.SelfAttention.q attn.k=0.SelfAttention.k
-            attn.v=0.SelfAttention.v attn.proj=0.SelfAttention.o cross_norm=1.layer_norm
-            cross.q=1.EncDecAttention.q cross.k=1.EncDecAttention.k cross.v=1.EncDecAttention.v
-            cross.proj=1.EncDecAttention.o mlp_norm=2.layer_norm mlp.gate=2.DenseReluDense.wi_0
-            mlp.fc=2.DenseReluDense.wi_1 mlp.proj=2.DenseReluDense.wo""",
-                'decoder.blocks.N.', 'decoder.block.N.layer.'),
+        pairs("""tokens=shared blocks=block attn_norm=layer.0.layer_norm
+            cross_norm=layer.1.layer_norm mlp_norm=layer.2.layer_norm norm=final_layer_norm
+            attn=layer.0.SelfAttention cross=layer.1.EncDecAttention
+            mlp.proj=layer.2.DenseReluDense.wo mlp=layer.2.DenseReluDense gate=wi_0 fc=wi_1 proj=o
+            relative_bias=block.0.layer.0.SelfAttention.relative_attention_bias output=lm_head"""),
         r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight|'
         r'lm_head\.weight'),
     'llama': Family(
@@ -1075,11 +1064,10 @@ FAMILIES = {
         {'LlamaForCausalLM': '', 'LlamaModel': ''},
         LLAMA_FIELDS | pairs('attention_bias=bias mlp_bias=bias'),
         pairs('swish=swiglu silu=swiglu gelu_new=geglu gelu_pytorch_tanh=geglu'), 'model.',
-        pairs('tokens=embed_tokens decoder.norm=norm output=lm_head') | pairs(
-            """attn.q=self_attn.q_proj attn.k=self_attn.k_proj attn.v=self_attn.v_proj
-            attn.proj=self_attn.o_proj attn_norm=input_layernorm mlp_norm=post_attention_layernorm
-            mlp.gate=mlp.gate_proj mlp.fc=mlp.up_proj mlp.proj=mlp.down_proj""",
-            'decoder.blocks.N.', 'layers.N.'),
+        pairs("""tokens=embed_tokens decoder.norm=norm decoder.blocks=layers
+            attn_norm=input_layernorm mlp_norm=post_attention_layernorm attn=self_attn
+            .q=.q_proj .k=.k_proj .v=.v_proj mlp.gate=mlp.gate_proj mlp.fc=mlp.up_proj
+            mlp.proj=mlp.down_proj proj=o_proj output=lm_head"""),
         r'.*rotary_emb\.inv_freq|lm_head\.weight',
         r'.*_proj\.bias'),  # there are models with biases in the attention alone
 }
@@ -1172,14 +1160,14 @@ def config_to(kind, config):
 
 def hf_name(family, config, name):
     """Hugging Face's name of a weight of ours, without the prefix."""
-    module, kind = name.removeprefix('trunk.').rsplit('.', 1)
-    number = ''.join(re.findall(r'\d+', module))
-    theirs = family.names[module.replace(f'.{number}.', '.N.')].replace('.N.', f'.{number}.')
+    parts = '|'.join(map(re.escape, family.names))
+    theirs = re.sub(parts, lambda part: family.names[part[0]], name.removeprefix('trunk.'))
+    theirs = re.sub(r'(encoder\.block\.\d+\.layer)\.2', r'\1.1', theirs)  # no cross-attention
     if config.activation not in ('swiglu', 'geglu'):
         theirs = theirs.replace('.wi_1', '.wi')  # T5's name where there is no gate
     if config.task == 'qa':
         theirs = theirs.replace('classifier', 'qa_outputs')
-    return f'{theirs}.{kind}'
+    return theirs
 
 def hf_layout(name, t):
     """
