@@ -999,8 +999,8 @@ def pairs(text):
 
 class Family(NamedTuple):
     """What a family of models is called there."""
-    size: str             # the preset whose recipe suits to train on
-    base: Config          # what an empty config.json means
+    preset: str           # what an empty config.json means; its recipe suits to train on
+    unlike: dict          # but for these fields
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config
     activations: dict     # theirs -> ours; the last of several names is exported
@@ -1016,7 +1016,7 @@ LLAMA_FIELDS = USUAL_FIELDS | pairs("""head_dim num_key_value_heads=n_kv_head ro
 PLAIN = pairs('gelu_pytorch_tanh=gelu_tanh gelu_new=gelu_tanh gelu relu relu2')
 FAMILIES = {
     'gpt2': Family(
-        'gpt2-124m', PRESETS['gpt2-124m'], {'GPT2LMHeadModel': '', 'GPT2Model': ''},
+        'gpt2-124m', {}, {'GPT2LMHeadModel': '', 'GPT2Model': ''},
         pairs("""vocab_size n_positions=block_size n_embd n_layer n_head n_inner=mlp_dim
             activation_function=activation layer_norm_epsilon=norm_eps tie_word_embeddings=tied
             scale_attn_weights=scale_attention"""),
@@ -1026,7 +1026,7 @@ FAMILIES = {
             output=lm_head"""),
         r'h\.\d+\.attn\.(masked_)?bias|lm_head\.weight'),
     'bert': Family(
-        'bert-base', replace(PRESETS['bert-base'], mlp_dim=3072), {
+        'bert-base', {'mlp_dim': 3072}, {
             'BertForPreTraining': '', 'BertForMaskedLM': '', 'BertForNextSentencePrediction': '',
             'BertModel': '', 'BertForSequenceClassification': 'classify',
             'BertForTokenClassification': 'tag', 'BertForQuestionAnswering': 'qa'},
@@ -1044,7 +1044,7 @@ FAMILIES = {
         r'embeddings\.position_ids|cls\.predictions\.(decoder\.)?(weight|bias)',
         r'(pooler|cls)\..*'),
     't5': Family(
-        't5-small', replace(PRESETS['t5-small'], mlp_dim=2048),
+        't5-small', {'mlp_dim': 2048},
         {'T5ForConditionalGeneration': '', 'T5WithLMHeadModel': '', 'T5Model': ''},
         pairs("""vocab_size n_positions=block_size d_model=n_embd d_kv=head_dim d_ff=mlp_dim
             num_layers=n_layer num_heads=n_head feed_forward_proj=activation
@@ -1060,8 +1060,7 @@ FAMILIES = {
         r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight|'
         r'lm_head\.weight'),
     'llama': Family(
-        'llama-7b', replace(PRESETS['llama-7b'], n_kv_head=0),
-        {'LlamaForCausalLM': '', 'LlamaModel': ''},
+        'llama-7b', {'n_kv_head': 0}, {'LlamaForCausalLM': '', 'LlamaModel': ''},
         LLAMA_FIELDS | pairs('attention_bias=bias mlp_bias=bias'),
         pairs('swish=swiglu silu=swiglu gelu_new=geglu gelu_pytorch_tanh=geglu'), 'model.',
         pairs("""tokens=embed_tokens decoder.norm=norm decoder.blocks=layers
@@ -1072,8 +1071,7 @@ FAMILIES = {
         r'.*_proj\.bias'),  # there are models with biases in the attention alone
 }
 FAMILIES['mistral'] = FAMILIES['llama']._replace(  # Jiang et al. 2023: a Llama with a window
-    base=replace(PRESETS['llama-7b'], block_size=131072, n_kv_head=8, mlp_dim=14336,
-                 window='4096'),
+    unlike=dict(block_size=131072, n_kv_head=8, mlp_dim=14336, window='4096'),
     classes={'MistralForCausalLM': '', 'MistralModel': ''},
     fields=LLAMA_FIELDS | {'sliding_window': 'window'})
 ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
@@ -1139,8 +1137,8 @@ def config_from(theirs):
                 f"id2label={named}: must name each label from 0 on once")
         labels = labels or [f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))]
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
-    config = replace(family.base, **values, task=task, n_labels=len(labels))
-    return config, labels, sorted(not_read)
+    values = family.unlike | values | {'task': task, 'n_labels': len(labels)}
+    return replace(PRESETS[family.preset], **values), labels, sorted(not_read)
 
 def config_to(kind, config):
     """A Config as a config.json. What it cannot express is lost, which config_from shows."""
@@ -1170,13 +1168,10 @@ def hf_name(family, config, name):
     return theirs
 
 def hf_layout(name, t):
-    """
-    GPT-2's matrices are (inputs, outputs) there, and class 0 of Google's next sentences means that
-    B follows A. The same function leads there and back.
-    """
+    """A weight as it lies there, and back: both changes undo themselves."""
     if '.c_' in name and t.dim() == 2:
-        return t.mT
-    return t.flip(0) if name.startswith('cls.seq_relationship') else t
+        return t.mT  # a matrix of GPT-2 is (inputs, outputs)
+    return t.flip(0) if name.startswith('cls.seq_relationship') else t  # class 0: B follows A
 
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
@@ -1237,7 +1232,7 @@ def from_huggingface(folder):
         with reading(path, "fetch it again"):
             not_read += [name for name in json.loads(path.read_bytes())
                          if not FAMILIAR.fullmatch(name)]
-    return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.size},
+    return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.preset},
                    'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
 
 def spell_out(config):
