@@ -1410,7 +1410,7 @@ def prepare_task(settings, task, folder, files, val_files):
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
     many = task == 'classify' and len(labels) > max(10, len(found) // 2)
-    require(not many and (len(labels) != 1 or task == 'qa'),
+    require(not many and (len(labels) != 1 or task not in ('classify', 'tag')),
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
             "there must be two or more, each in several rows"
             f"{' and in the first column' * (task == 'classify')}")
