@@ -299,7 +299,7 @@ class Tokenizer:
         """
         pieces = regex.split(f'({CJK.pattern})', text)
         ids = np.concatenate([self.encode(piece) for piece in pieces])
-        ends = np.cumsum([0, *(len(self.token_bytes(i)) for i in ids.tolist())])
+        ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
         # The bytes of a character after its first one are 10xxxxxx.
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
         character = np.cumsum(is_first) - 1  # of each byte
@@ -1421,14 +1421,14 @@ def prepare_task(settings, task, folder, files, val_files):
                     f"{row['where']}: the label {row['label']!r} is nowhere else: leave the line "
                     "out (is it a header?), or add rows")
     check_labels(task, val_rows, labels)
-    characters = set().union(*(text for row in rows + val_rows for text in texts_of(row)))
-    unique = dict.fromkeys(text for row in splits[0] for text in texts_of(row))
+    train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
+    characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
-    for split, rows in zip(('train', 'val'), splits):
+    for split, rows, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
         examples = encode_rows(tokenizer, task, rows, labels, settings.block_size)
         sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
         counts[split] = {'tokens': sum(sizes), 'rows': len(rows), 'examples': len(examples),
-                         'bytes': sum(len(text.encode()) for row in rows for text in texts_of(row))}
+                         'bytes': len(''.join(texts).encode())}
         lines = [json.dumps(example, ensure_ascii=False) + '\n' for example in examples]
         path = folder / f'{split}.jsonl'
         path.write_text(''.join(lines), encoding='utf-8', newline='\n')
