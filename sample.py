@@ -64,7 +64,7 @@ def collate(examples, pad_id, device='cpu'):
     for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
         if key == 'meta':
             continue
-        rows = [torch.as_tensor(np.asarray(example[key], np.int64)) for example in examples]
+        rows = [torch.as_tensor(np.asarray(example[key])) for example in examples]
         batch[key] = torch.stack(rows) if not rows[0].dim() else pad_sequence(
             rows, batch_first=True, padding_value=fill.get(key, 0))
     lengths = torch.tensor([len(example['ids']) for example in examples])
@@ -615,7 +615,9 @@ TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match'
 
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
-BEST_SCORE = {'classify': 'accuracy', 'tag': 'f1', 'qa': 'f1', 'seq2seq': 'loss'}  # for best.pt
+BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by says another
+    'classify': ['accuracy', 'macro_f1'], 'tag': ['f1'], 'qa': ['f1', 'exact_match'],
+    'seq2seq': ['loss', *TARGET_SCORES]}
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores of labelled examples, and the loss, but not of text to text: decoded greedily."""
@@ -997,7 +999,7 @@ def format_answer(answer):
         return f'{tagged}\t{found}'.rstrip()
     if 'targets' in answer:
         return '\n'.join(one_line(target['text']) for target in answer['targets'])
-    return one_line(answer['answer'])
+    return one_line(str(next(iter(answer.values()))))
 
 def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
     """Answer a line with a line; an empty line stays empty. Returns the number of answers."""

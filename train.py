@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -99,7 +100,10 @@ class Data:
                     f"{self.highest}, and should hold {right} below {self.vocab_size}")
 
     def rng(self, *numbers):
-        """What draws (0, epoch) the order of rows, (1, index) an example, (2, epoch) an offset."""
+        """
+        What draws (0, epoch) the order of rows, (1, index) an example, (2, epoch) an offset; the
+        same numbers draw the same again.
+        """
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
@@ -454,8 +458,8 @@ class Settings:
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
     dry_run: bool = flag(False, 'print what the run would cost, and end')
     objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
-    best_by: str = flag('', 'score that chooses best.pt [that of the task]; for text to text any',
-                        ('', 'loss', *sample.TARGET_SCORES))
+    best_by: str = flag('', 'score of the task that chooses best.pt [accuracy, F1, else the loss]',
+                        dict.fromkeys(itertools.chain(['', 'loss'], *sample.BEST_SCORES.values())))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes', low=1)
@@ -785,7 +789,7 @@ class Trainer:
                 if checkpoint['scaler']:  # it was float16
                     runtime.scaler.load_state_dict(checkpoint['scaler'])
         self.tokens = tokens_per_step(s, data, model.config)
-        self.best_by = s.best_by or sample.BEST_SCORE.get(data.task, 'loss')
+        self.best_by = s.best_by or sample.BEST_SCORES.get(data.task, ['loss'])[0]
         self.started = time.perf_counter() - self.at.seconds
         fixed = not OBJECTIVES[s.objective].by_rows                        # shapes
         torch.backends.cuda.enable_cudnn_sdp(fixed)  # cuDNN plans 30 ms for each new shape
@@ -886,9 +890,10 @@ class Trainer:
             at.step, at.due = at.step + 1, False
         if s.target_loss and not reason:
             reason = f"target loss {s.target_loss} not reached"
+        best = -at.best[0] if self.best_by == 'loss' else at.best[0]
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
-                       f"validation {self.best_by} {abs(at.best[0]):.4f}. Ask the model: python "
-                       f"sample.py --out_dir {shlex.quote(s.out_dir)} --start \"...\"")
+                       f"validation {self.best_by} {best:.4f}. Ask the model: python sample.py "
+                       f"--out_dir {shlex.quote(s.out_dir)} --start \"...\"")
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return self.signal and 128 + self.signal
@@ -1032,8 +1037,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         else:
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
             longest = max(longest, split.longest if config.arch == 'encdec' else joined)
-    require(s.best_by not in sample.TARGET_SCORES or data.task == 'seq2seq',
-            f"--best_by {s.best_by}: only text to text has that score")
+    require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
+            f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with that one")
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),

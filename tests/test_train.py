@@ -732,9 +732,9 @@ def test_best_pt_of_a_task_has_its_best_score_and_of_equals_the_lowest_loss(
         at = read(tmp_path, 'best.pt')['progress']
         assert -at['best'][1] == pytest.approx(losses[best]) == pytest.approx(min(losses))
         assert f"best validation accuracy {at['best'][0]:.4f}" in capsys.readouterr().out
-    fit(tmp_path / 'b', folders / 'seq2seq', **{**WIDE, 'preset': 't5', 'best_by': 'rougeL',
-                                                'max_iters': 0})
-    assert 'best validation rougeL' in capsys.readouterr().out
+    for data, preset, by in (('seq2seq', 't5', 'rougeL'), ('classify', 'gpt2', 'macro_f1')):
+        fit(tmp_path / by, folders / data, **WIDE | dict(preset=preset, best_by=by, max_iters=0))
+        assert f'best validation {by}' in capsys.readouterr().out
 
 def test_target_loss_is_confirmed_on_the_whole_split(tmp_path, capsys):
     """An estimate below it does not end a run, the whole split does; that state is best.pt."""
