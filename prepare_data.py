@@ -861,7 +861,7 @@ def read_columns(path, *names):
         require(filled == texts and 2 <= len(texts) <= len(names),
                 f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
         for name, text in zip(names, texts):
-            quoted = '".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
+            quoted = '(?s)".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
             require(not re.fullmatch(quoted, text),
                     f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
         if is_label:  # as sample.py strips what it labels

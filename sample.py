@@ -608,7 +608,7 @@ def target_scores(answers, golds):
     guesses, rights = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
     rouges = map(fmean, zip(*map(rouge, guesses, rights)))                 # rouge1, rouge2, rougeL
     same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
-    return dict(zip(TARGET_SCORES, [bleu(guesses, rights), *rouges, fmean(same)]))
+    return dict(zip(TARGET_SCORES, [bleu(guesses, rights), *rouges, fmean(same)], strict=True))
 
 # Of text to text, and their digits in print
 TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
@@ -999,7 +999,7 @@ def format_answer(answer):
         return f'{tagged}\t{found}'.rstrip()
     if 'targets' in answer:
         return '\n'.join(one_line(target['text']) for target in answer['targets'])
-    return one_line(str(next(iter(answer.values()))))
+    return one_line(str(next(iter(answer.values()))))                      # qa, and tasks of forks
 
 def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
     """Answer a line with a line; an empty line stays empty. Returns the number of answers."""

@@ -1,9 +1,9 @@
 """
 Tokens per second in writing, beside transformers' `generate` with the same weights: GPT-2's 124 M, drawn at random.
+On a GPU transformers is asked with a static cache, too, which it compiles.
 
     python tests/bench/generate.py
     python tests/bench/generate.py --shapes 1x16 16x16 128x16     a GPU, where there is one
-On a GPU transformers is asked with a static cache, too, which it compiles.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 """
-What a GPU gives in training; writing is tests/bench/generate.py. Two tables, each a command:
-
-    python tests/bench/gpu.py [--nanogpt FOLDER]     training GPT-2 124M
-    python tests/bench/gpu.py --ladder               from float32 and eager to all of it, one thing at a time
+What a GPU gives in training; writing is tests/bench/generate.py. Two tables, each a command.
 MFU (model FLOPs utilisation) is what the formula of `train.flops_per_token` asks for, over what a large bfloat16 product reaches
 on this card. These are train.py's own steps on the text of the quick start, with GPT-2's number of tokens. --nanogpt takes a
 checkout of github.com/karpathy/nanoGPT and runs its bench.py with the same shape.
+
+    python tests/bench/gpu.py [--nanogpt FOLDER]     training GPT-2 124M
+    python tests/bench/gpu.py --ladder               from float32 and eager to all of it, one thing at a time
 """
 
 import argparse
