@@ -372,8 +372,8 @@ class Tokenizer:
         elif arch == 'bert':
             config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
         for name, (key, *_) in ROLES.items():
-            if special.get(name) in engine.get_added_tokens_decoder():  # else it is a word
-                config[key] = engine.id_to_token(special[name])
+            if token := engine.get_added_tokens_decoder().get(special.get(name)):  # else a word
+                config[key] = token.content  # id_to_token may write its normalized form
         return {'tokenizer.json': json.loads(engine.to_str()), 'tokenizer_config.json': config}
 
 def char_tokenizer(characters):
