@@ -1108,7 +1108,7 @@ def config_from(theirs):
         ours = fields.get(name)
         if ours == 'window':
             value = str(value or 0)
-        if value is None:
+        if value is None or (name, value) == ('type_vocab_size', 0):  # there, a BERT has segments
             continue
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')

@@ -379,14 +379,14 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
     ('nano', {}, 'norm_weight'), ('palm', {}, 'parallel'), ('transformer', {}, 'norm_first'),
     ('lstm', {}, 'arch'), ('gpt2', {'window': '5'}, 'window'), ('gpt2', {'n_kv_head': 2}, 'n_kv'),
     ('llama', {'window': '5 0'}, 'window'), ('t5', {'bias': True}, 'bias'),
-    ('llama', {'qk_norm': True}, 'qk_norm'), ('gpt2', {}, 'not empty')])
+    ('llama', {'qk_norm': True}, 'qk_n'), ('bert', {'segments': 0}, 'segm'), ('gpt2', {}, 'not e')])
 def test_what_no_class_computes_is_not_exported(preset, changes, named, place):
     """The choice in the way is named, nothing is written, and a full folder stays as it is."""
     sizes = dict(vocab_size=V, block_size=T, n_layer=1, n_head=4, n_embd=16, head_dim=4, mlp_dim=24)
     model, folder = build(dataclasses.replace(PRESETS[preset], **sizes | changes)), place()
     put(folder, 'notes', '')
     with pytest.raises(ValueError, match=named) as error:
-        export_huggingface(model, folder / ('' if named == 'not empty' else 'new'))
+        export_huggingface(model, folder / ('' if named == 'not e' else 'new'))
     assert one_line(error) and os.listdir(folder) == ['notes']
 
 # -----------------------------------------------------------------------------
