@@ -877,12 +877,12 @@ def open_model(path, device='cpu', **changes):
         print(f"{path}: not read: {', '.join(checkpoint['not_read'])}", file=sys.stderr)
     return model, checkpoint, tokenizer
 
-def export(model, tokenizer, labels, folder):
+def export(model, tokenizer, labels, folder, kind='text'):
     """Write model and tokenizer as a Hugging Face folder, without rows that were added to GPT-2."""
     config, ends = model.config, tokenizer.end_ids
     size = min(config.vocab_size, max(tokenizer.n_vocab, 1 + max(ends)))
-    if tokenizer.name == 'gpt2' and config.arch == 'gpt':
-        size = min(size, tokenizer.pad_id)  # the first token that was added
+    if (tokenizer.name, config.arch, kind) == ('gpt2', 'gpt', 'text'):
+        size = min(size, tokenizer.pad_id)  # the first token added; text to text needs its [SEP]
     files = tokenizer.export_files(size, config.arch, config.task)
     first = 'decoder_start_token_id' if config.arch == 'encdec' else 'bos_token_id'
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
@@ -1054,7 +1054,7 @@ def main(argv):
     if writes:
         store_by_columns(model)
     if use == 'export':
-        export(model, tokenizer, labels, settings.export)
+        export(model, tokenizer, labels, settings.export, kind)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)

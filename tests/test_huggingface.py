@@ -532,8 +532,7 @@ def new_ids(model, theirs, ids, ends, **more):
     hidden = sorted(special_ids(theirs, model.config.vocab_size) - ends)
     out = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=0,
                          suppress_tokens=hidden, eos_token_id=sorted(ends) or None, **more)
-    out = out[0].tolist()
-    new = out[1:] if model.config.is_encoder_decoder else out[len(ids):]
+    new = out[0, 1 if model.config.is_encoder_decoder else len(ids):].tolist()
     return new[:next((n for n, i in enumerate(new) if i in ends), len(new))]
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 't5'])
@@ -756,8 +755,9 @@ def test_rows_added_to_gpt2_are_never_sampled_and_never_exported(shared, tmp_pat
     model, _ = load(tmp_path / 'gpt2', vocab_size=tokenizer.n_vocab)
     suppressed = sample.suppressed_tokens(model, tokenizer)
     assert suppressed[50257:].all() and len(suppressed) > 50257 and not suppressed[:50257].any()
-    save(tmp_path / 'ckpt.pt', model, tokenizer=tokenizer.to_dict(), task='', labels=[])
-    sample.main(['--out_dir', str(tmp_path), '--export', str(tmp_path / 'new')])
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'new')
+    for task, rows in (('seq2seq', tokenizer.n_vocab), ('', 50257)):  # one answers behind [SEP]
+        save(tmp_path / 'ckpt.pt', model, tokenizer=tokenizer.to_dict(), task=task, labels=[])
+        sample.main(['--out_dir', str(tmp_path), '--export', new := str(tmp_path / f'new{task}')])
+        assert len(transformers.AutoTokenizer.from_pretrained(new)) == rows
+    back = transformers.AutoModelForCausalLM.from_pretrained(new)
     same(back.transformer.wte.weight, gpt2.transformer.wte.weight)
-    assert len(transformers.AutoTokenizer.from_pretrained(tmp_path / 'new')) == 50257
