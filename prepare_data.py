@@ -1369,8 +1369,8 @@ def choose_tokenizer(settings, characters, texts):
     if name == 'gpt2':
         return gpt2_tokenizer()
     folder = name if os.path.isdir(name) else os.path.join('data', name)
-    require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, or a data "
-            "folder, such as that of python prepare_data.py --dataset pydoc")
+    require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, a Hugging "
+            "Face folder, or a data folder, as that of python prepare_data.py --dataset pydoc")
     tokenizer = load_tokenizer(folder)
     require(tokenizer.end_id < tokenizer.n_vocab,
             f"--tokenizer {name}: no token ends a text: it needs an eos_token")
