@@ -723,8 +723,8 @@ def read_rows(path, *names):
                 ''.join(texts).encode()  # each a text, and no half of a surrogate pair
                 unread |= row.keys() - names
             except Exception:
-                raise ValueError(f"{path}, line {n}: a row must be JSON with a text for each of "
-                                 f"{', '.join(names[:2])}") from None
+                raise ValueError(f"{path}, line {n}: a row must be JSON with a text for "
+                                 f"{' and '.join(names[:2])}") from None
             yield n, texts
     if unread and len(names) > 1:  # plain text may have any others
         print(f"{path}: not read: {', '.join(sorted(unread))}", file=sys.stderr)
@@ -850,7 +850,7 @@ HEADERS = '''answer answers article category chinese class completion content de
 
 def read_columns(path, *names):
     """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
-    columns = '<TAB>'.join([*names[:2], *(f'[{name}]' for name in names[2:])])
+    columns = '<TAB>'.join(names[:2]) + ''.join(f'[<TAB>{name}]' for name in names[2:])
     is_label, blank = names[0] == 'label', 0
     for n, texts in read_rows(path, *names):
         where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]

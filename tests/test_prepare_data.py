@@ -582,7 +582,7 @@ LABELS = '好\t一\n坏\t二\n'
 MALFORMED = {  # name: (task, {file: text}, further flags, what the line must say)
     'a missing tab': ('classify', {'a.tsv': '好\t一\n\n没有\n'}, [], 'a.tsv, line 3'),
     'four columns': ('classify', {'a.tsv': '好\t一\r\n好\t一\t二\t三\r\n'}, [], 'a.tsv, line 2'),
-    'an empty text': ('classify', {'a.tsv': '好\t一\n好\t\u3000\n'}, [], 'a.tsv, line 2'),
+    'an empty text': ('classify', {'a.tsv': '好\t一\n好\t\u3000\n'}, [], 'text[<TAB>text_b]'),
     'a list': ('classify', {'a.json': '[{"label": "1", "text": "x"}]'}, [], 'as JSON lines'),
     'JSON over lines': ('lm', {'a.json': '{\n "text": "x"\n}' * 99}, [], 'as JSON lines'),
     'a JSON row too few': ('classify', {'A.JSONL': '{"label": "a"}'}, [], 'A.JSONL, line 1'),
@@ -793,7 +793,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
     ({'a.txt': ''}, ['--input', 'a.txt', '--tokenizer', 'char'], 'a.txt is empty'),
     ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files'),
     ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
-    ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a.jsonl, line 2'),
+    ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a text for text'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
         'a Hugging Face folder'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
