@@ -995,7 +995,7 @@ def adapt_model(model, checkpoint, path, data, runtime):
         return trunk
     if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
         runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
-                       + ', '.join(data.labels[:10]))
+                       + prepare_data.some_of(data.labels))
         model = TaskModel(replace(trunk.config, task=data.task, n_labels=len(data.labels)), trunk)
     return model
 
