@@ -1155,8 +1155,7 @@ def main(argv):
         if runtime.is_main:
             print('val ' + sample.format_scores(scores))
     else:
-        if runtime.is_main:
-            _lock = claim_folder(s, model.config, checkpoint, runtime)
+        lock = runtime.is_main and claim_folder(s, model.config, checkpoint, runtime)
         runtime.print0(
             f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
             f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
@@ -1167,7 +1166,9 @@ def main(argv):
         before = [signal.getsignal(number) for number in STOPS]
         try:
             status = Trainer(model, data, val, s, runtime, checkpoint).run()
-        finally:  # in a notebook Ctrl-C interrupts again
+        finally:  # in a notebook another run may follow, and Ctrl-C interrupts again
+            if lock:
+                lock.close()
             for number, handler in zip(STOPS, before):
                 signal.signal(number, handler)
     if world > 1:

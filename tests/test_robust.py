@@ -126,6 +126,8 @@ def test_a_resumed_run_writes_where_it_was_read(d, tmp_path, monkeypatch):
     saved = read('out')
     saved['progress']['seconds'] = 1e6
     torch.save(saved, 'out/ckpt.pt')
+    with pytest.raises(SystemExit) as _kept:  # with all that its frames hold, as in a notebook
+        train.main(['--init_from=resume', '--max_iters=3'])
     with pytest.raises(SystemExit):
         train.main(['--init_from=resume', '--max_iters=4'])
     assert read('out')['progress']['step'] == 4 and read('out')['progress']['seconds'] > 1e6

@@ -918,14 +918,12 @@ def test_the_picture_shows_both_losses_by_name(tmp_path, monkeypatch):
 def test_a_new_run_moves_the_files_of_an_old_one(d, tmp_path, capsys):
     """Nothing is overwritten, and each move is printed."""
     fit(tmp_path, d, max_iters=1)
-    names = ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml')
-    old = {name: (tmp_path / name).read_bytes() for name in names}
+    old = {tmp_path / name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     fit(tmp_path, d, max_iters=1, seed=6)
     out = capsys.readouterr().out
-    for name in names:
-        moved = name.replace('.', '.old.')
-        assert (tmp_path / moved).read_bytes() == old[name]
-        assert f'moved to {tmp_path / moved}' in out
+    for path in old.keys() - {tmp_path / '.lock'}:
+        moved = path.with_stem(f'{path.stem}.old')
+        assert moved.read_bytes() == old[path] and f'moved to {moved}' in out
 
 @pytest.mark.parametrize('preset, dataset, objective', [
     (preset, dataset, objective) for preset in SMALL_PRESETS for dataset, objective in ALL
