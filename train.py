@@ -725,9 +725,9 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     good = (loss + norm).isfinite().float()
     asked = runtime.device != 'cuda' or step % s.log_interval == 0
     if asked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
-        raise ValueError(
-            f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not finite: "
-            f"resume from {s.out_dir}/ckpt.pt with a lower --learning_rate or --adversarial")
+        raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not "
+                         f"finite: resume from {s.out_dir}/ckpt.pt with a lower --learning_rate, "
+                         "--muon_learning_rate or --adversarial")
     for optimizer in optimizers:
         optimizer.step(learning_rate(step, s) / s.learning_rate, good)
         optimizer.zero_grad()
