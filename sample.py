@@ -917,7 +917,7 @@ def read_start(start):
     try:
         if start == '-':
             require(sys.stdin, "--start -: standard input is closed: give a text")
-            sys.stdin.reconfigure(encoding='utf-8-sig')
+            sys.stdin.reconfigure(encoding='utf-8-sig', newline=None)  # as a file
             return sys.stdin.read()
         if start.startswith('FILE:'):
             return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')

@@ -871,7 +871,7 @@ def checkpoints(tmp_path_factory):
 def ask(checkpoints, monkeypatch, capsys):
     """ask(kind, flags...) -> what sample.py writes: .out, .err."""
     def ask(kind, *flags, stdin=''):
-        monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(stdin.encode()), newline='\n'))
         path = checkpoints / f'{kind}.pt' if kind in KINDS else kind
         sample.main(['--init_from', str(path), '--device', 'cpu', *map(str, flags)])
         return capsys.readouterr()
@@ -906,7 +906,7 @@ def test_text_is_what_generate_yields_and_is_read_from_flag_file_or_pipe(ask, tm
         n, seconds, rate = map(float, speed.groups())
         assert n == sum(map(len, rows)) and abs(n / rate - seconds) < 0.01, found.err  # rounded
         assert ask(kind, '--start', f'FILE:{tmp_path}/a.txt', *flags).out == expected
-        assert ask(kind, '--start', '-', *flags, stdin=prompt).out == expected
+        assert ask(kind, '--start', '-', *flags, stdin=prompt.replace('\n', '\r\n')).out == expected
         assert ask(kind, '--start', prompt, *flags, '--stream').out == expected
         rows = ask.lines(kind, '--start', prompt, *flags)
         assert [{*row} for row in rows] == [{'prompt', 'text'}] * 2
