@@ -671,7 +671,7 @@ def find_files(paths):
     wrong = [path for path in found if not os.path.isfile(path)]
     if wrong or (paths and not found):
         raise ValueError(f"{(wrong or paths)[0]} is no file (save a pipe as one), nor a folder of "
-                         "files: leave it out")
+                         "files: give another, or leave it out")
     return found
 
 def read_text(path, size=None):

@@ -791,7 +791,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
 @pytest.mark.parametrize('files, flags, says', [
     ({}, ['--input', 'none.txt'], 'none.txt'),
     ({'a.txt': ''}, ['--input', 'a.txt', '--tokenizer', 'char'], 'a.txt is empty'),
-    ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files'),
+    ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files: give another'),
     ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
     ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a text for text'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'sentencepiece'],
