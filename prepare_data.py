@@ -465,7 +465,8 @@ def bpe_tokenizer(texts, vocab_size):
             f"tokens: choose at least {least}")
     counts = collections.Counter()
     for text in texts:
-        counts.update(regex.findall(WORDS, text))
+        for piece in regex.findall(WORDS, text):  # DNA is one: each merge would read all of it
+            counts.update(piece[i:i + 100] for i in range(0, len(piece), 100))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
 def next_merge(ranks, parts):

@@ -101,6 +101,7 @@ def test_ids_are_the_obvious_ones(bpe, gpt2):
 def test_a_bpe_vocabulary_counts_everything(vocab_size):
     """vocab_size includes bytes and special tokens; below the least it is refused."""
     assert prepare_data.bpe_tokenizer([SAMPLE], vocab_size).n_vocab == vocab_size
+    assert max(map(len, prepare_data.bpe_tokenizer(['ab' * 999], 999).ranks)) <= 100  # it is cut
     with pytest.raises(ValueError, match=r'--vocab_size 360.*at least 361'):
         prepare_data.bpe_tokenizer([SAMPLE], 360)
 
@@ -558,8 +559,7 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     prepare(Settings(**same, task='classify', block_size=8, out_dir=str(tmp_path / 'out')))
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
-    write(tmp_path / 'a.jsonl',
-          '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
+    write(tmp_path / 'a.jsonl', '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
           '{"label": " b\\n c", "text": "y", "text_b": "z"}')
     assert rows_of('classify', tmp_path / 'a.jsonl') == [  # null is nothing
         {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'}]
