@@ -84,8 +84,8 @@ class Config:
     scale_attention: bool = flag(True, 'divide scores by sqrt(D); T5 does not')
     bias: bool = flag(True, 'biases in the linear layers of blocks and in LayerNorm')
     # positions and windows
-    positions: str = flag(
-        'learned', 'how order is told', ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
+    positions: str = flag('learned', 'how order is told',
+                          ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
     rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', low=1)
     rope_scaling: str = flag('', 'rotary, for longer texts: llama3 FACTOR LOW HIGH LENGTH')
     window: str = flag('0', 'how many tokens back a token sees, with itself; 0: all; "4 4 4 0": '
@@ -318,8 +318,8 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
-    # training step 1.3 times slower than the formula, and with dropout it is slower still. For long
-    # sequences it is needed all the same: the formula stores all T x S weights.
+    # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
+    # sequences need the kernel all the same: the formula stores all T x S weights.
     groups = q.size(1) // k.size(1)
     if (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
             and (q.dtype == torch.bfloat16 or p > 0)):
@@ -605,8 +605,8 @@ class Stack(nn.Module):
         """The arguments of attention about who sees whom, for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
-        # do T queries and T keys, if the window hides none: is_causal means their triangle. Several
-        # new tokens after a cache do: is_causal would align query 0 with key 0.
+        # do T queries and T keys where the window hides none: is_causal is their triangle. Several
+        # new tokens after a cache need one: is_causal aligns query 0 with key 0.
         if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
@@ -648,14 +648,14 @@ def init_weights(model):
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
-    fan_in   1 / sqrt(columns), and 1 for token embeddings, once they are scaled: section 5 of [5]
+    fan_in   1 / sqrt(columns); for token embeddings 1, after scale_embedding: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
              nothing yet
     """
     config = model.config
     for name, p in model.named_parameters():
         writes = name.endswith('proj.weight')
-        if p.dim() < 2:
+        if p.ndim != 2:
             if 'bias' in name:
                 nn.init.zeros_(p)
             continue
@@ -981,7 +981,7 @@ def optimizer_groups(model, weight_decay):
     tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
     for name, p in model.named_parameters():  # a tied weight comes once
-        kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.dim() > 1 else 'vectors'
+        kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.ndim == 2 else 'vectors'
         if p.requires_grad:
             groups[kind].append(p)
     return [{'name': kind, 'params': params,
@@ -999,7 +999,7 @@ def pairs(text):
 
 class Family(NamedTuple):
     """What a family of models is called there."""
-    preset: str           # what an empty config.json means; its recipe suits to train on
+    preset: str           # what an empty config.json means; its recipe is used to train on
     unlike: dict          # but for these fields
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config

@@ -1076,7 +1076,7 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
 
 def texts_of(row):
     """The texts of a row, from which a tokenizer may learn."""
-    texts = pick(row, 'text', 'text_b', 'question', 'context', 'source', 'target').values()
+    texts = [v for k, v in row.items() if isinstance(v, str) and k not in ('where', 'label', 'id')]
     return [*texts, ' '.join(row.get('tokens', []))]
 
 def tag_names(labels):

@@ -618,6 +618,7 @@ SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
 BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by says another
     'classify': ['accuracy', 'macro_f1'], 'tag': ['f1'], 'qa': ['f1', 'exact_match'],
     'seq2seq': ['loss', *TARGET_SCORES]}
+LOWER_IS_BETTER = ['loss']  # of those scores
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores of labelled examples, and the loss, but not of text to text: decoded greedily."""
@@ -961,7 +962,7 @@ def examples_of(tokenizer, kind, line, block_size):
     else:
         names = ('question', 'context') if kind == 'qa' else ('text', 'text_b')
         texts = [text.strip() for text in line.split('|||')]
-        fits = len(texts) == 2 or (len(texts) == 1 and kind != 'qa')
+        fits = len(texts) == len(names) or (len(texts) == 1 and kind != 'qa')
         require(fits and all(texts), f"{line[:60]!r}: write {' ||| '.join(names)}")
         if kind == 'masks':
             return [masked_example(tokenizer, texts, block_size)]

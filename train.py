@@ -101,8 +101,8 @@ class Data:
 
     def rng(self, *numbers):
         """
-        What draws (0, epoch) the order of rows, (1, index) an example, (2, epoch) an offset; the
-        same numbers draw the same again.
+        Draws the order of rows for (0, epoch), an example for (1, index), an offset for (2, epoch);
+        the same numbers draw the same again.
         """
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
@@ -325,9 +325,9 @@ ONE = torch.tensor(1.0)
 
 class Optimizer:
     """
-    Weights in groups, each with its own decay; `state` has the tensors kept for each weight. A
-    subclass has new_state(p), their list, and update(lr, decay, good, weights, gradients, *state),
-    where state has a list over the weights for each. Gradients may hold NaN where good is 0.
+    Weights in groups, each with its own decay. A subclass has new_state(p), a list of the tensors
+    kept for a weight, and update(lr, decay, good, weights, gradients, *state), each of the last a
+    list over the weights. Where good is 0, gradients may hold NaN, and nothing may move.
     """
 
     def __init__(self, groups, peak_lr):
@@ -616,7 +616,7 @@ class Runtime:
 def evaluate(model, data, s, runtime, limit=None):
     """
     Scores of a split: the loss and the share of targets that the model predicts, or the scores of
-    a task. limit: use so many examples, evenly spread; labels of val are scored on all of them.
+    a task. limit: use so many examples, evenly spread; but the labels of val are scored on all.
     """
     T, scores, example = model.config.block_size, {}, OBJECTIVES[s.objective].example
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
@@ -790,6 +790,7 @@ class Trainer:
                     runtime.scaler.load_state_dict(checkpoint['scaler'])
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORES.get(data.task, ['loss'])[0]
+        self.sign = -1 if self.best_by in sample.LOWER_IS_BETTER else 1
         self.started = time.perf_counter() - self.at.seconds
         fixed = not OBJECTIVES[s.objective].by_rows                        # shapes
         torch.backends.cuda.enable_cudnn_sdp(fixed)  # cuDNN plans 30 ms for each new shape
@@ -831,8 +832,7 @@ class Trainer:
                 reason = (f"target loss {s.target_loss} reached after {at.seconds:.1f} seconds, at "
                           f"step {at.step}: {sample.format_scores(scores)} over the whole split")
         loss = float(scores['loss'])
-        score = -loss if self.best_by == 'loss' else float(scores[self.best_by])
-        found = (score, -loss)                                             # the loss among equals
+        found = (self.sign * float(scores[self.best_by]), -loss)           # the loss among equals
         at.evals_since_best += 1
         if reason or found > at.best:
             at.best, at.evals_since_best = found, 0
@@ -890,10 +890,9 @@ class Trainer:
             at.step, at.due = at.step + 1, False
         if s.target_loss and not reason:
             reason = f"target loss {s.target_loss} not reached"
-        best = -at.best[0] if self.best_by == 'loss' else at.best[0]
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
-                       f"validation {self.best_by} {best:.4f}. Ask the model: python sample.py "
-                       f"--out_dir {shlex.quote(s.out_dir)} --start \"...\"")
+                       f"validation {self.best_by} {self.sign * at.best[0]:.4f}. Ask the model: "
+                       f"python sample.py --out_dir {shlex.quote(s.out_dir)} --start \"...\"")
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return self.signal and 128 + self.signal
@@ -1066,8 +1065,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
 def start(given):
     """
     Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
-    Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. Of a
-    checkpoint that is resumed or scored all settings count, else only its preset and data set.
+    Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. A checkpoint
+    that is resumed or scored gives all of its settings, else only its preset and data set.
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
