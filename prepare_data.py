@@ -1085,7 +1085,10 @@ def tag_names(labels):
     return ['O', *(prefix + kind for kind in kinds for prefix in ('B-', 'I-'))]
 
 class Task(NamedTuple):
-    """One kind of labelled data."""
+    """
+    One kind of labelled data. A new one also has a place in TASKS of model.py if it needs a head,
+    in DECODERS, SCORES and BEST_SCORES of sample.py, and in its examples_of: what a user writes.
+    """
     read: Callable                          # path -> rows
     examples: Callable                      # (tokenizer, row, labels, block_size) -> examples
     labels_of: Callable = lambda row: []    # row -> its labels
