@@ -576,7 +576,7 @@ class Stack(nn.Module):
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
         fixed = isinstance(past, torch.Tensor)                             # shapes: see KVCache
         end = cache.size if fixed else past + ids.size(1)
-        if end > self.config.block_size:
+        if end > self.config.block_size:  # a require would be compiled anew for each length
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         if cache is not None and end > cache.size:

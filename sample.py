@@ -58,15 +58,14 @@ def collate(examples, pad_id, device='cpu'):
         ids    7 8 9        attention_mask    T T T
                5 6 PAD                        T T F
     """
-    fill = {'ids': pad_id, 'decoder_ids': pad_id}
-    fill |= {key: IGNORE_INDEX for key in examples[0] if key.endswith('targets')}
     batch = {}
     for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
         if key == 'meta':
             continue
         rows = [torch.as_tensor(np.asarray(example[key])) for example in examples]
-        batch[key] = torch.stack(rows) if not rows[0].dim() else pad_sequence(
-            rows, batch_first=True, padding_value=fill.get(key, 0))
+        fill = pad_id if key.endswith('ids') else IGNORE_INDEX if key.endswith('targets') else 0
+        batch[key] = (pad_sequence(rows, batch_first=True, padding_value=fill) if rows[0].dim()
+                      else torch.stack(rows))
     lengths = torch.tensor([len(example['ids']) for example in examples])
     if lengths.min() < lengths.max():
         batch['attention_mask'] = torch.arange(lengths.max()) < lengths[:, None]

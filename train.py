@@ -109,9 +109,8 @@ class Data:
     def windows(self, T):
         """Windows in an epoch: of T tokens, and the one after them as the last target."""
         last = len(self.tokens) - 1
-        if last < T:
-            raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
-                             f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
+        require(last >= T, f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
+                f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
         if self.split == 'val':
             return -(-last // T)                                           # the last may be shorter
         return max(1, last // T - 1)                                       # room for an offset
