@@ -602,15 +602,15 @@ def rouge(guess, right):
     return [ngram_f1(guess, right, 1), ngram_f1(guess, right, 2),
             f1(row[-1], len(guess), len(right))]
 
+# Of text to text, and their digits in print
+TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
+
 def target_scores(answers, golds):
     """BLEU of the corpus; ROUGE and exact match, the means over the texts."""
     guesses, rights = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
     rouges = map(fmean, zip(*map(rouge, guesses, rights)))                 # rouge1, rouge2, rougeL
     same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
     return dict(zip(TARGET_SCORES, [bleu(guesses, rights), *rouges, fmean(same)], strict=True))
-
-# Of text to text, and their digits in print
-TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
 
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
@@ -785,26 +785,6 @@ draw()
 </script>
 """
 
-def write_attention(model, tokenizer, prompt, kind, settings, block_size):
-    """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
-    require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
-    example = examples_of(tokenizer, kind, prompt, block_size)[0]
-    if model.config.arch == 'encdec':
-        [[text]] = write_targets(model, tokenizer, [example], settings)
-        example['decoder_ids'] = [tokenizer.start_id, *text.ids]
-    elif kind == 'seq2seq':
-        example['ids'][-1] = tokenizer.id('[SEP]')
-    maps = attention_maps(model, collate([example], tokenizer.pad_id, device_of(model)))
-    source = [render_token(tokenizer, i) for i in example['ids']]
-    target = [render_token(tokenizer, i) for i in example.get('decoder_ids', example['ids'])]
-    data = [{'name': name, 'rows': source if name == 'encoder' else target,
-             'cols': target if name == 'decoder' else source,
-             'weights': (1000 * weights[:, 0]).round().int().tolist()}  # (layers, H, T, S)
-            for name, weights in maps.items()]
-    page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c'), 1).encode()
-    write_file(settings.attention, lambda f: f.write(page))
-    print(f"{settings.attention}: the weights of {len(source)} tokens", file=sys.stderr)
-
 # -----------------------------------------------------------------------------
 # The script
 
@@ -925,25 +905,6 @@ def read_start(start):
         raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-def print_texts(model, tokenizer, prompt, settings):
-    """Print the samples. Returns the number of their tokens."""
-    texts = []
-    ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
-    live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
-    show = lambda text: live and print(text, end='', flush=True)
-    if n * num_parameters(model) < 20e6:
-        torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
-    for rows in [[row] for row in range(n)] if live else [range(n)]:
-        show('\n---\n' * bool(texts) + prompt)
-        written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
-        texts += itertools.chain(*written)
-    if settings.json:
-        for text in texts:
-            print(json.dumps({'prompt': prompt} | text.to_dict(), ensure_ascii=False))
-    else:
-        print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
-    return sum(len(text.ids) for text in texts)
-
 # A word without the punctuation after it, or another sign
 TOKEN = regex.compile(r'[\p{L}\p{N}\p{M}_@#]\S*(?<=[\p{L}\p{N}\p{M}_])|\S')
 
@@ -1000,6 +961,45 @@ def format_answer(answer):
     if 'targets' in answer:
         return '\n'.join(one_line(target['text']) for target in answer['targets'])
     return one_line(str(next(iter(answer.values()))))                      # qa, and tasks of forks
+
+def write_attention(model, tokenizer, prompt, kind, settings, block_size):
+    """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
+    require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
+    example = examples_of(tokenizer, kind, prompt, block_size)[0]
+    if model.config.arch == 'encdec':
+        [[text]] = write_targets(model, tokenizer, [example], settings)
+        example['decoder_ids'] = [tokenizer.start_id, *text.ids]
+    elif kind == 'seq2seq':
+        example['ids'][-1] = tokenizer.id('[SEP]')
+    maps = attention_maps(model, collate([example], tokenizer.pad_id, device_of(model)))
+    source = [render_token(tokenizer, i) for i in example['ids']]
+    target = [render_token(tokenizer, i) for i in example.get('decoder_ids', example['ids'])]
+    data = [{'name': name, 'rows': source if name == 'encoder' else target,
+             'cols': target if name == 'decoder' else source,
+             'weights': (1000 * weights[:, 0]).round().int().tolist()}  # (layers, H, T, S)
+            for name, weights in maps.items()]
+    page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c'), 1).encode()
+    write_file(settings.attention, lambda f: f.write(page))
+    print(f"{settings.attention}: the weights of {len(source)} tokens", file=sys.stderr)
+
+def print_texts(model, tokenizer, prompt, settings):
+    """Print the samples. Returns the number of their tokens."""
+    texts = []
+    ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
+    live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
+    show = lambda text: live and print(text, end='', flush=True)
+    if n * num_parameters(model) < 20e6:
+        torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
+    for rows in [[row] for row in range(n)] if live else [range(n)]:
+        show('\n---\n' * bool(texts) + prompt)
+        written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
+        texts += itertools.chain(*written)
+    if settings.json:
+        for text in texts:
+            print(json.dumps({'prompt': prompt} | text.to_dict(), ensure_ascii=False))
+    else:
+        print('' if live else '\n---\n'.join(prompt + text.text for text in texts))
+    return sum(len(text.ids) for text in texts)
 
 def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
     """Answer a line with a line; an empty line stays empty. Returns the number of answers."""
