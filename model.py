@@ -711,7 +711,7 @@ class LanguageModel(nn.Module):
         return self.output(self.hidden(ids, cache=cache)[:, -1])
 
 class GPT(LanguageModel):
-    """A decoder-only Transformer [2]: P(x) = product over t of P(x_t given x_<t)."""
+    """A decoder-only, autoregressive Transformer [2]: P(x) = product of P(x_t given x_<t)."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -809,8 +809,8 @@ class EncoderDecoder(LanguageModel):
     def forward(self, ids, attention_mask=None, decoder_ids=None, targets=None, num_targets=None,
                 **inputs):
         """
-        ids and attention_mask (B, S) of the source; decoder_ids (B, T), the target shifted to the
-        right after a start token -> logits (B, T, V), and the loss where targets (B, T) are given.
+        ids and attention_mask (B, S) of the source; decoder_ids (B, T), the target moved behind
+        a start token (teacher forcing) -> logits (B, T, V), and the loss where targets are given.
         """
         memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
         return super().forward(decoder_ids, None, targets, num_targets, memory=memory,
@@ -846,12 +846,12 @@ class TaskModel(nn.Module):
         tag (B, T, L) against (B, T), qa (B, 2, T) against (B, 2), the places of the first and the
         last token of the answer.
         """
-        task, by_token = self.config.task, self.config.task in ('tag', 'qa')
+        task, whole_text = self.config.task, self.config.task not in ('tag', 'qa')
         attention_mask = None if attention_mask is None else attention_mask.bool()
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
-        if not by_token and self.config.arch == 'bert':
+        if whole_text and self.config.arch == 'bert':
             x = self.trunk.pool(x)                                         # (B, C)
-        elif not by_token:
+        elif whole_text:
             real = torch.ones_like(ids) if attention_mask is None else attention_mask
             x = x[torch.arange(len(x), device=x.device), real.sum(dim=1) - 1]  # the last, (B, C)
         logits = self.head(self.drop(x))
@@ -975,8 +975,8 @@ def resize(model, path, **changes):
 
 def optimizer_groups(model, weight_decay):
     """
-    The trainable weights in three groups: `embeddings` (tables, output layers and heads: one row
-    per token or label), `matrices` (all others), `vectors` (biases and norms; no decay).
+    The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
+    each token, position or label), `matrices` (all others), `vectors` (biases, norms; no decay).
     """
     tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
@@ -998,7 +998,7 @@ def pairs(text):
     return {a: b or a for a, _, b in split}
 
 class Family(NamedTuple):
-    """What a family of models is called there."""
+    """How Hugging Face writes down one family of models."""
     preset: str           # what an empty config.json means; its recipe is used to train on
     unlike: dict          # but for these fields
     classes: dict         # their class -> task; the first one of a task is exported
@@ -1102,10 +1102,10 @@ def config_from(theirs):
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
     family, values, not_read = FAMILIES[kind], {}, []
-    fields = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
+    known = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
     rope = {**(theirs.get('rope_scaling') or theirs.get('rope_parameters') or {})}
     for name, value in (theirs | rope).items():
-        ours = fields.get(name)
+        ours = known.get(name)
         if ours == 'window':
             value = str(value or 0)
         if value is None or (name, value) == ('type_vocab_size', 0):  # there, a BERT has segments

@@ -620,7 +620,7 @@ BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by say
 LOWER_IS_BETTER = ['loss']  # of those scores
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
-    """Scores of labelled examples, and the loss, but not of text to text: decoded greedily."""
+    """Scores of labelled examples, and their loss; of text to text no loss, and greedy targets."""
     settings = settings or Settings(temperature=0.0, seed=0)
     row_of = lambda example: example['meta']['row']
     rows = [list(row) for _, row in itertools.groupby(examples, row_of)]
@@ -818,7 +818,7 @@ class Settings:
             self.seed = int.from_bytes(os.urandom(4))
 
 def check_use(given, settings, kind, arch):
-    """What is wanted of a model for `kind`. Raises ValueError for a flag that would be ignored."""
+    """The use that the flags ask for. Raises ValueError for a flag that would be ignored."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
     writing, several = 'temperature', ''                                   # greedily

@@ -631,7 +631,7 @@ def evaluate(model, data, s, runtime, limit=None):
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
     kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
-    for kind in sorted(kinds, key=len):  # of which this process may have had none
+    for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
         if 'rows' not in data.counts and count == len(data.tokens) - 1:  # every token of a text
             return sample.text_scores(nats, count, data.counts['bytes'])
@@ -894,7 +894,7 @@ class Trainer:
                        f"python sample.py --out_dir {shlex.quote(s.out_dir)} --start \"...\"")
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
-        return self.signal and 128 + self.signal
+        return 128 + self.signal if self.signal else 0
 
 # -----------------------------------------------------------------------------
 # What a run costs
