@@ -100,7 +100,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
         chosen = order[start:start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
         kinds = [key for key in batch if key.endswith('targets')]
-        for kind in kinds or ['targets']:  # once where there are none, for the logits
+        for kind in kinds or ['targets']:  # a pass for each; one where there are none
             inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
@@ -244,9 +244,9 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     The likeliest continuations of ids (B, T): for each row at most `beams` of them, as [(score,
     tokens), ...], best first. Each step extends the `beams` best unfinished texts of a row by every
     token and keeps the best again; what has ended among the best is finished. The score is
-    log P(tokens) / length^length_penalty, with the end as a token (section 7 of Wu et al. 2016,
-    https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could beat its `beams`
-    finished ones by ending now; after max_new_tokens a text counts as it is.
+    log P(tokens) / length^length_penalty, with the end as a token (the first of section 7 of Wu et
+    al. 2016, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could beat
+    its `beams` finished ones by ending now; after max_new_tokens a text counts as it is.
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
     # Each row begins with one text, which is empty; later all have equally many, at most `beams`.

@@ -109,8 +109,9 @@ class Data:
     def windows(self, T):
         """Windows in an epoch: of T tokens, and the one after them as the last target."""
         last = len(self.tokens) - 1
-        require(last >= T, f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
-                f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
+        if last < T:
+            raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
+                             f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
         if self.split == 'val':
             return -(-last // T)                                           # the last may be shorter
         return max(1, last // T - 1)                                       # room for an offset
@@ -467,7 +468,7 @@ class Settings:
     eval_iters: int = flag(20, 'batches in an evaluation', low=1)
     log_interval: int = flag(20, 'steps between lines of the log', low=1)
     sample_tokens: int = flag(60, 'tokens of the sample at each evaluation; 0: none', low=0)
-    patience: int = flag(0, 'stop after so many evaluations without a better one; 0: never', low=0)
+    patience: int = flag(0, 'early stopping: after so many evaluations no better; 0: never', low=0)
     target_loss: float = flag(0.0, 'stop when the validation split has this loss; 0: never', low=0)
     # how
     optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', OPTIMIZERS)

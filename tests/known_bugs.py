@@ -119,7 +119,7 @@ BUGS = [
      "return {'ids': window[:-1], 'targets': window[1:]}",
      "return {'ids': window[:-2], 'targets': window[2:]}", 'test_train.py'),
     ('the last window is never taken', 'OpenVerifiableLLM#92', TRAIN,
-     'require(last >= T,', 'require(last > T,', 'test_train.py'),
+     'if last < T:', 'if last <= T:', 'test_train.py'),
     ('hiding a token overwrites its target', 'transformers!244', TRAIN,
      'return shown, targets', 'targets[chosen] = shown[chosen]\n    return shown, targets',
      'test_train.py'),
