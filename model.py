@@ -568,9 +568,9 @@ class Stack(nn.Module):
         that of the cache. Others go to the function attention_mask. Raises ValueError beyond
         block_size.
         """
-        past, source = 0, None
+        past, source_cache = 0, None
         if cache is not None:
-            past, source = cache.length, cache.cross
+            past, source_cache = cache.length, cache.cross
             memory, memory_mask = cache.memory, cache.memory_mask
         require(memory is not None or self.blocks[0].cross is None,
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
@@ -583,7 +583,7 @@ class Stack(nn.Module):
             raise ValueError(f"{end} tokens are more than the {cache.size} of this KVCache")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
-        shared, cross = {'cache': cache}, {'cache': source, 'memory': memory}
+        shared, cross = {'cache': cache}, {'cache': source_cache, 'memory': memory}
         if cache is not None:
             cache.positions = positions
         if self.config.positions == 'rotary':

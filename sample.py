@@ -987,7 +987,7 @@ def print_texts(model, tokenizer, prompt, settings):
     texts = []
     ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
     live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
-    show = lambda text: live and print(text, end='', flush=True)
+    show = functools.partial(print, end='', flush=True) if live else lambda text: None
     if n * num_parameters(model) < 20e6:
         torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
     for rows in [[row] for row in range(n)] if live else [range(n)]:

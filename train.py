@@ -52,6 +52,7 @@ SPLITS = {'train': 0, 'val': 1}
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, *seed):
+    """The order of the windows of an epoch (n,)."""
     return np.random.default_rng(seed).permutation(n)
 
 @functools.lru_cache(maxsize=4)
@@ -222,8 +223,8 @@ def sentence_pair(data, rng, room):
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    second = after = min(max(fitting, first + 1), high - 1)                # the first after A
-    follows = rng.random() < 0.5
+    after = min(max(fitting, first + 1), high - 1)                         # the first after A
+    follows, second = rng.random() < 0.5, after
     if not follows:
         second = rng.integers(len(document) - (high - low))
         second += (high - low) * (second >= low)                           # skip A's document
@@ -734,6 +735,63 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     runtime.scaler.update()
 
 # -----------------------------------------------------------------------------
+# What a run costs
+
+# FLOP/s that the makers of cards promise for dense bfloat16 products
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+
+def tokens_per_step(s, data, config):
+    """Tokens of a step; of labelled data, which are of many lengths, the mean."""
+    mean = data.lengths.mean() if data.rows else config.block_size
+    return round(s.batch_size * s.gradient_accumulation_steps * mean)
+
+def duration(seconds):
+    return datetime.timedelta(seconds=round(seconds))
+
+def flops_per_token(model):
+    """
+    Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
+    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B). That is for
+    decoders, and up to twice too much where a token meets only half of the weights: one of two
+    stacks, or of BERT's output one time in seven.
+    """
+    c, n = model.config, num_parameters(model)
+    looked_up = 0 if c.tied else c.vocab_size * c.n_embd
+    attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * (n - looked_up) + attention
+
+def dry_run(model, s, data, runtime):
+    """
+    Estimate what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
+    gradients and two moments (Muon has one); activations by equation 1 of Korthikanti et al. 2022,
+    https://arxiv.org/abs/2205.05198, and the logits with their gradients.
+    """
+    from torch.utils.benchmark import Timer  # slow to import
+    config = model.config
+    T, C, V = config.block_size, config.n_embd, config.vocab_size
+    L = config.n_layer * (2 if config.arch == 'encdec' else 1)             # blocks of all stacks
+    parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
+             for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
+    n, tokens = num_parameters(model), tokens_per_step(s, data, config)
+    flops = flops_per_token(model)
+    width = runtime.dtype.itemsize // 2                                    # times 16 bits
+    activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
+    x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
+    timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
+    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
+    total = tokens * s.max_iters
+    runtime.print0(
+        f"parameters {n:,}: {', '.join(parts)}\n"
+        f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
+        f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (about "
+        "20 make the best of compute: Hoffmann et al. 2022)\n"
+        f"compute    {flops / 1e6:,.1f} MFLOPs a token, {flops * total / 1e12:,.1f} TFLOPs in all\n"
+        f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
+        f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
+        f"time       {duration(flops * total / speed / runtime.world_size)} at "
+        f"{speed / 1e9:,.0f} GFLOP/s, half of a large product")
+
+# -----------------------------------------------------------------------------
 # The loop
 
 @dataclass
@@ -744,14 +802,6 @@ class Progress:
     seconds: float = 0.0
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
     evals_since_best: int = 0
-
-def tokens_per_step(s, data, config):
-    """Tokens of a step; of labelled data, which are of many lengths, the mean."""
-    mean = data.lengths.mean() if data.rows else config.block_size
-    return round(s.batch_size * s.gradient_accumulation_steps * mean)
-
-def duration(seconds):
-    return datetime.timedelta(seconds=round(seconds))
 
 def plot(log, path):
     """The losses as a picture, where matplotlib is installed."""
@@ -896,55 +946,6 @@ class Trainer:
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return 128 + self.signal if self.signal else 0
-
-# -----------------------------------------------------------------------------
-# What a run costs
-
-# FLOP/s that the makers of cards promise for dense bfloat16 products
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
-
-def flops_per_token(model):
-    """
-    Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
-    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B). That is for
-    decoders, and up to twice too much where a token meets only half of the weights: one of two
-    stacks, or of BERT's output one time in seven.
-    """
-    c, n = model.config, num_parameters(model)
-    looked_up = 0 if c.tied else c.vocab_size * c.n_embd
-    attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
-    return 6 * (n - looked_up) + attention
-
-def dry_run(model, s, data, runtime):
-    """
-    Estimate what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
-    gradients and two moments (Muon has one); activations by equation 1 of Korthikanti et al. 2022,
-    https://arxiv.org/abs/2205.05198, and the logits with their gradients.
-    """
-    from torch.utils.benchmark import Timer  # slow to import
-    config = model.config
-    T, C, V = config.block_size, config.n_embd, config.vocab_size
-    L = config.n_layer * (2 if config.arch == 'encdec' else 1)             # blocks of all stacks
-    parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
-             for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
-    n, tokens = num_parameters(model), tokens_per_step(s, data, config)
-    flops = flops_per_token(model)
-    width = runtime.dtype.itemsize // 2                                    # times 16 bits
-    activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
-    x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
-    timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
-    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
-    total = tokens * s.max_iters
-    runtime.print0(
-        f"parameters {n:,}: {', '.join(parts)}\n"
-        f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
-        f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (about "
-        "20 make the best of compute: Hoffmann et al. 2022)\n"
-        f"compute    {flops / 1e6:,.1f} MFLOPs a token, {flops * total / 1e12:,.1f} TFLOPs in all\n"
-        f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
-        f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
-        f"time       {duration(flops * total / speed / runtime.world_size)} at "
-        f"{speed / 1e9:,.0f} GFLOP/s, half of a large product")
 
 # -----------------------------------------------------------------------------
 # The script: from flags to a model, its settings and its data
