@@ -583,8 +583,8 @@ class Runtime:
     def move(self, t):
         """A tensor of the CPU on the device; a GPU copies it while it works on something else."""
         if self.device == 'cuda':
-            t = t.pin_memory()
-        return t.to(self.device, non_blocking=True)
+            return t.pin_memory().to(self.device, non_blocking=True)
+        return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
 
     def sum(self, *values):
         """Add numbers over all processes; each waits for the others, but not for its GPU."""
