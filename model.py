@@ -319,10 +319,11 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
         mask = mask.to(q.dtype)
     # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
     # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
-    # sequences need the kernel all the same: the formula stores all T x S weights.
+    # sequences need the kernel all the same: the formula stores all T x S weights. On mps it is
+    # wrong for tensors that are not contiguous (https://github.com/pytorch/pytorch/issues/181133).
     groups = q.size(1) // k.size(1)
-    if (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
-            and (q.dtype == torch.bfloat16 or p > 0)):
+    if q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
+                    and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale))
         return weights @ v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,

@@ -878,8 +878,11 @@ def export(model, tokenizer, labels, folder, kind='text'):
             write_json(temporary / name, data)
 
 def find_device(name):
-    """auto -> the best device there is. Raises ValueError where the machine lacks the one named."""
-    backends = {'cuda': torch.cuda, 'mps': torch.backends.mps, 'cpu': torch.cpu}
+    """
+    auto -> cuda, else cpu: mps multiplies large matrices wrongly on some chips, in torch up to 2.13
+    (https://github.com/pytorch/pytorch/issues/193487). Raises ValueError where there is no such.
+    """
+    backends = {'cuda': torch.cuda, 'cpu': torch.cpu, 'mps': torch.backends.mps}
     for device, backend in backends.items():
         if name in ('auto', device) and backend.is_available():
             return device
