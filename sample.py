@@ -878,10 +878,8 @@ def export(model, tokenizer, labels, folder, kind='text'):
             write_json(temporary / name, data)
 
 def find_device(name):
-    """
-    auto -> cuda, else cpu: mps multiplies large matrices wrongly on some chips, in torch up to 2.13
-    (https://github.com/pytorch/pytorch/issues/193487). Raises ValueError where there is no such.
-    """
+    """auto -> cuda, else cpu. Raises ValueError where the machine lacks the one named."""
+    # mps not by itself: torch up to 2.13 multiplies wrongly on some chips (pytorch#193487)
     backends = {'cuda': torch.cuda, 'cpu': torch.cpu, 'mps': torch.backends.mps}
     for device, backend in backends.items():
         if name in ('auto', device) and backend.is_available():
