@@ -809,7 +809,7 @@ class Settings:
     json: bool = flag(False, 'print JSON objects, one a line')
     export: str = flag('', 'write the model as a Hugging Face folder')
     attention: str = flag('', 'write an HTML page that shows the attention weights for --start')
-    device: str = flag('auto', 'where to compute', choices=('auto', 'cpu', 'cuda', 'mps'))
+    device: str = flag('auto', 'auto: cuda, else cpu', choices=('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU, else float32',
                       choices=('auto', 'float32', 'bfloat16', 'float16'))
 

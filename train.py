@@ -488,7 +488,7 @@ class Settings:
     adversarial: float = flag(0.0, 'learn again, the embedding moved so far up its gradient', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
-    device: str = flag('auto', 'where to compute', ('auto', 'cpu', 'cuda', 'mps'))
+    device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of products [bfloat16 where it is fast]; weights are float32',
                       ('auto', 'float32', 'bfloat16', 'float16'))
     compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]')

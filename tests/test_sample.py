@@ -816,8 +816,7 @@ def test_the_attention_maps_are_those_that_the_fused_kernel_used(preset, lengths
             layer.proj.register_forward_hook(lambda *args, to=outputs: to.append(args[1][0]))
             kind = 'cross' if name.endswith('cross') else name.split('.')[0]
             seen.setdefault(kind, []).append((values, outputs))
-    plain = model(**batch)[0]
-    maps = sample.attention_maps(model, batch)
+    plain, maps = model(**batch)[0], sample.attention_maps(model, batch)
     assert maps.keys() == seen.keys()
     real = batch.get('attention_mask', torch.ones_like(batch['ids'], dtype=torch.bool))
     for kind, layers in seen.items():

@@ -600,8 +600,7 @@ def test_adversarial_training_adds_the_gradient_where_the_embedding_hurts_most(
     weight = getattr(model, 'trunk', model).tokens.weight
     before = weight.detach().clone()
     plain = train.backward(0, model, model, data, s, runtime)
-    here = gradients(model)
-    g = weight.grad.clone()
+    here, g = gradients(model), weight.grad.clone()
     model.zero_grad()
     with torch.no_grad():
         weight += 0.7 * g / g.norm()
