@@ -142,12 +142,12 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # double: in float32 a draw can round to 1, and no token would be above the threshold.
-    logits, V = logits.double(), logits.size(-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature    # cannot overflow
-    order = None
+    order, V = None, logits.size(-1)
     if top_k or top_p < 1:
         logits, order = logits.topk(min(top_k or V, V))                    # likeliest first
+    # double: in float32 a draw can round to 1, and no token would be above the threshold.
+    logits = logits.double()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature    # cannot overflow
     p = logits.softmax(dim=-1)
     if top_p < 1:
         p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
