@@ -643,8 +643,8 @@ def load_tokenizer(folder):
         raise
     except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
         why = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({why}): fetch its "
-                         "tokenizer.json, or prepare the data, again") from None
+        raise ValueError(f"{folder}: its tokenizer is damaged or cannot be read here ({why}): "
+                         "fetch its tokenizer.json, or prepare the data, again") from None
 
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
@@ -766,18 +766,10 @@ def part(pieces, begin, end):
 def write_json(path, data):
     Path(path).write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding='utf-8')
 
-def read_json(path):
-    """Raises ValueError where the file is not JSON."""
-    data = Path(path).read_bytes()
-    try:
-        return json.loads(data)
-    except Exception as e:
-        raise ValueError(f"{path} is damaged ({e}): make or fetch it again") from None
-
 def read_any(folder, name):
     """The JSON of a file that a folder may lack."""
-    path = os.path.join(folder, name)
-    return read_json(path) if os.path.exists(path) else {}
+    path = Path(folder, name)
+    return json.loads(path.read_bytes()) if path.exists() else {}
 
 @contextlib.contextmanager
 def new_folder(path):

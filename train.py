@@ -43,7 +43,7 @@ import sample
 from model import (IGNORE_INDEX, PRESETS, TASKS, Config, TaskModel, build,
                    num_parameters, optimizer_groups, reading, require, resize, save, write_file)
 from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
-                          progress, read_flags, read_json, run, write_config)
+                          progress, read_flags, run, write_config)
 
 # -----------------------------------------------------------------------------
 # Data
@@ -78,8 +78,9 @@ class Data:
     def __init__(self, folder, split, seed=0, batch_size=1):
         self.folder, self.split, self.seed, self.batch_size = folder, split, seed, batch_size
         self.tokenizer, self.rows = load_tokenizer(folder), []
-        meta, path = read_json(Path(folder, 'meta.json')), Path(folder, split)
+        path = Path(folder, split)
         with reading(path, "prepare the data again"):
+            meta = json.loads(Path(folder, 'meta.json').read_bytes())
             require(meta['format'] == 'plainformer data 2', "its format is that of another version")
             self.task = '' if meta['task'] == 'lm' else meta['task']
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
