@@ -47,7 +47,6 @@ import operator
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import string
@@ -1110,8 +1109,12 @@ def split_rows(rows, val_fraction):
         split += groups[i]
     return train, val
 
-def some_of(labels):
-    return ', '.join(labels[:10]) + ', ...' * (len(labels) > 10)
+def some_of(names):
+    return ', '.join(map(str, names[:10])) + ', ...' * (len(names) > 10)
+
+def shell_word(name):
+    """As shells read it, that of Windows too, which knows double quotes only."""
+    return f'"{name}"' if re.search(r'[^\w./\\:-]', name) else name
 
 def check_labels(task, rows, labels):
     """Raise ValueError, with file and line, at the first row with a label that is not known."""
@@ -1393,8 +1396,8 @@ def prepare_text(settings, task, folder, files, val_files):
         counts[split] = write_ids(folder / f'{split}.bin', dtype, tokenizer,
                                   part(pieces(both), begin, end))
         progress('')
-        require(counts[split]['tokens'] > 1, f"{files[0]} is too short for a {split} split: add "
-                "text, change --val_fraction, or give --val FILE")
+        require(counts[split]['tokens'] > 1, f"{some_of(both)}: too short for a {split} split: "
+                "add text, change --val_fraction, or give --val FILE")
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
 def prepare_task(settings, task, folder, files, val_files):
@@ -1403,8 +1406,9 @@ def prepare_task(settings, task, folder, files, val_files):
     rows, val_rows = ([row for path in paths for row in spec.read(path)]
                       for paths in (files, val_files))
     splits = (rows, val_rows) if val_files else split_rows(rows, settings.val_fraction)
-    require(all(splits), f"{files[0]}: {len(rows)} rows, or one context, are too few for two "
-            "splits: add rows, change --val_fraction, or give --val FILE")
+    n_train, n_val = map(len, splits)
+    require(n_train and n_val, f"{some_of(files + val_files)}: {n_train} rows to train on, {n_val} "
+            "to validate: add rows or contexts, change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
     many = task == 'classify' and len(labels) > max(10, len(found) // 2)
@@ -1480,9 +1484,7 @@ def main(argv):
         print(f"{split + ':':6} {', '.join(parts)}")
     if meta['labels']:
         print(f"labels: {some_of(meta['labels'])}")
-    name = out_dir.removeprefix('data' + os.sep)
-    if re.search(r'[^\w./\\-]', name):
-        name = shlex.quote(name)
+    name = shell_word(out_dir.removeprefix('data' + os.sep))
     print(f"{out_dir}: {meta['tokenizer']} tokenizer, vocabulary of {meta['vocab_size']:,}. "
           f"Next: python train.py --dataset {name}")
 

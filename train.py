@@ -26,7 +26,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -43,7 +42,7 @@ import sample
 from model import (IGNORE_INDEX, PRESETS, TASKS, Config, TaskModel, build,
                    num_parameters, optimizer_groups, reading, require, resize, save, write_file)
 from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
-                          progress, read_flags, run, write_config)
+                          progress, read_flags, run, shell_word, write_config)
 
 # -----------------------------------------------------------------------------
 # Data
@@ -943,7 +942,7 @@ class Trainer:
             reason = f"target loss {s.target_loss} not reached"
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
                        f"validation {self.best_by} {self.sign * at.best[0]:.4f}. Ask the model: "
-                       f"python sample.py --out_dir {shlex.quote(s.out_dir)} --start \"...\"")
+                       f"python sample.py --out_dir {shell_word(s.out_dir)} --start \"...\"")
         if runtime.is_main:
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return 128 + self.signal if self.signal else 0

@@ -606,7 +606,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
     'no JSON': ('classify', {'a.jsonl': '{"label":"b","text":"c"}\nb\tc\n'}, [], 'a.jsonl, line 2'),
     'half a letter': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
-    'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
+    'no rows': ('classify', {'a.tsv': LABELS, 'v': '\n\n'}, ['--val', 'v'], 'v: 2 rows to'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
@@ -815,15 +815,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
 def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
     """Counts, the next command, and silence on standard error, also with a name in Chinese."""
     line = '床前明月光，疑是地上霜。\n'
-    write(tmp_path / '诗.txt', line * 30)
+    write(tmp_path / '诗 集.txt', line * 30)
     done = command(
-        'prepare_data.py', '--input', '诗.txt', '--tokenizer=char', '--val-fraction', 0.2,
+        'prepare_data.py', '--input', '诗 集.txt', '--tokenizer=char', '--val-fraction', 0.2,
         cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
     assert done.stderr == '' and done.stdout.splitlines() == [
         'train: 312 tokens, 312 characters, 1 document',
         'val:   79 tokens, 78 characters, 1 document',
-        f"data/诗: char tokenizer, vocabulary of {len(set(line)) + 105}. "
-        "Next: python train.py --dataset 诗"]
+        f"data/诗 集: char tokenizer, vocabulary of {len(set(line)) + 105}. "
+        'Next: python train.py --dataset "诗 集"']
     shown = command('prepare_data.py', '--show', '明月', '--tokenizer', 'byte', cwd=tmp_path).stdout
     assert shown.startswith('6 tokens: ‹E6› 230')
 
