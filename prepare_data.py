@@ -1114,7 +1114,7 @@ def some_of(names):
 
 def shell_word(name):
     """As shells read it, that of Windows too, which knows double quotes only."""
-    return f'"{name}"' if re.search(r'[^\w./\\:-]', name) else name
+    return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
 
 def check_labels(task, rows, labels):
     """Raise ValueError, with file and line, at the first row with a label that is not known."""

@@ -77,9 +77,10 @@ class Data:
     def __init__(self, folder, split, seed=0, batch_size=1):
         self.folder, self.split, self.seed, self.batch_size = folder, split, seed, batch_size
         self.tokenizer, self.rows = load_tokenizer(folder), []
-        path = Path(folder, split)
+        about, path = Path(folder, 'meta.json'), Path(folder, split)
+        with reading(about, "prepare the data again"):
+            meta = json.loads(about.read_bytes())
         with reading(path, "prepare the data again"):
-            meta = json.loads(Path(folder, 'meta.json').read_bytes())
             require(meta['format'] == 'plainformer data 2', "its format is that of another version")
             self.task = '' if meta['task'] == 'lm' else meta['task']
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
@@ -961,7 +962,7 @@ def find_dataset(name, runtime):
         prepare_data.prepare(prepare_data.Settings(dataset=name))
     runtime.sum(0)  # the others wait
     known = name in prepare_data.DATASETS
-    flags = f'--dataset {name}' if known else f'--input FILE --out_dir {folder}'
+    flags = f'--dataset {name}' if known else f'--input FILE --out_dir {shell_word(str(folder))}'
     require(meta.exists(), f"--dataset {name}: there is no {folder}: make it with python "
             f"prepare_data.py {flags}")
     return folder

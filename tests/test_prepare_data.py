@@ -598,15 +598,15 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'counted tokens': ('tag', {'a.conll': '1 EU B-组织\n2 说 O\n'}, [], 'first column counts'),
     'counted texts': ('tag', {'a.conll': 'S 1\tEU\tO\nS 1\t说\tO\n'}, [], 'first column counts'),
     'columns swapped': (
-        'classify', {'a.tsv': ''.join(f'film {i} is good\t1\n' for i in range(20))}, [],
-        'first column'),
+        'classify', {'a.tsv': ''.join(f'film {i}\t1\n' for i in range(20))}, [], 'first column'),
     'an unknown label': (
         'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown"),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
     'no JSON': ('classify', {'a.jsonl': '{"label":"b","text":"c"}\nb\tc\n'}, [], 'a.jsonl, line 2'),
     'half a letter': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
-    'no rows': ('classify', {'a.tsv': LABELS, 'v': '\n\n'}, ['--val', 'v'], 'v: 2 rows to'),
+    'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
+    'no validation': ('classify', {'a.tsv': LABELS, 'w': '\n'}, ['--val', 'w'], 'w: 2 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
@@ -615,9 +615,8 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'no answers': ('qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2'),
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
-    'a target too long': (
-        'seq2seq', {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9}, ['--tokenizer', 'byte'],
-        'a.tsv, line '),
+    'a target too long': ('seq2seq', {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9},
+                          ['--tokenizer', 'byte'], 'a.tsv, line '),
 }
 
 @pytest.mark.parametrize('name', MALFORMED)
@@ -812,18 +811,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
     assert line.startswith('prepare_data.py: error: ') and says in line, line
     assert contents(tmp_path) == before
 
-def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path):
+@pytest.mark.parametrize('name, quoted', [('诗', '诗'), ('诗 集', '"诗 集"')])
+def test_a_good_run_says_what_it_made_and_what_comes_next(tmp_path, name, quoted):
     """Counts, the next command, and silence on standard error, also with a name in Chinese."""
     line = '床前明月光，疑是地上霜。\n'
-    write(tmp_path / '诗 集.txt', line * 30)
+    write(tmp_path / f'{name}.txt', line * 30)
     done = command(
-        'prepare_data.py', '--input', '诗 集.txt', '--tokenizer=char', '--val-fraction', 0.2,
+        'prepare_data.py', '--input', f'{name}.txt', '--tokenizer=char', '--val-fraction', 0.2,
         cwd=tmp_path, env=os.environ | {'PYTHONIOENCODING': 'ascii'})
     assert done.stderr == '' and done.stdout.splitlines() == [
         'train: 312 tokens, 312 characters, 1 document',
         'val:   79 tokens, 78 characters, 1 document',
-        f"data/诗 集: char tokenizer, vocabulary of {len(set(line)) + 105}. "
-        'Next: python train.py --dataset "诗 集"']
+        f"data/{name}: char tokenizer, vocabulary of {len(set(line)) + 105}. "
+        f'Next: python train.py --dataset {quoted}']
     shown = command('prepare_data.py', '--show', '明月', '--tokenizer', 'byte', cwd=tmp_path).stdout
     assert shown.startswith('6 tokens: ‹E6› 230')
 
