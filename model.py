@@ -206,15 +206,14 @@ def rotary_angles(length, channels, theta, scaling=''):
 
 def rotate(x, cos, sin):
     """
-    Rotate each pair of channels of x (B, H, T, D) by the angle of its position: section 3.4.2 of
-    [6]. The product of a rotated query and key depends only on their distance. The two channels of
-    a pair lie half a head apart, as in LLaMA's code; the paper pairs neighbours.
+    Rotate each pair of channels (a, b) of x (B, H, T, D) by the angle of its position, to
+    (a cos - b sin, b cos + a sin): section 3.4.2 of [6]. cos and sin (T, D/2). The product of a
+    rotated query and key depends only on their distance. The two channels of a pair lie half a
+    head apart, as in LLaMA's code; the paper pairs neighbours.
     """
-    a, b = x.chunk(2, dim=-1)                                              # 2 x (B, H, T, D/2)
-    cos, sin = cos.type_as(x), sin.type_as(x)
-    first = torch.addcmul(a * cos, b, sin, value=-1)                       # a cos - b sin
-    second = torch.addcmul(b * cos, a, sin)                                # b cos + a sin
-    return torch.cat([first, second], dim=-1)
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)       # (T, D)
+    partner = x.roll(x.size(-1) // 2, dims=-1)                             # b for a, a for b
+    return torch.addcmul(x * cos.type_as(x), partner, sin.type_as(x))
 
 def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     """

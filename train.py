@@ -416,8 +416,9 @@ class Muon(Optimizer):
     def update(self, lr, decay, good, weights, gradients, means):
         old = torch.stack(means)                                           # (n, rows, columns)
         gradients = torch.stack(gradients).where(good > 0, old)            # old: means that stay
-        torch._foreach_lerp_(means, list(gradients), 1 - self.momentum)
-        ahead = gradients.lerp(torch.stack(means), self.momentum)          # Nesterov's momentum
+        new = old.lerp(gradients, 1 - self.momentum)
+        torch._foreach_copy_(means, list(new))
+        ahead = gradients.lerp(new, self.momentum)                         # Nesterov's momentum
         steps = orthogonal(ahead.to(self.dtype)).float()
         scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))
         torch._foreach_mul_(weights, 1 - lr * decay * good)
