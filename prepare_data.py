@@ -1078,7 +1078,8 @@ def tag_names(labels):
 class Task(NamedTuple):
     """
     One kind of labelled data. A new one also has a place in TASKS of model.py if it needs a head,
-    in DECODERS, SCORES and BEST_SCORES of sample.py, and in its examples_of: what a user writes.
+    and in DECODERS and SCORES of sample.py; in its BEST_SCORES, if a score and not the loss is to
+    choose best.pt; in its examples_of, if a user writes something else than a text.
     """
     read: Callable                          # path -> rows
     examples: Callable                      # (tokenizer, row, labels, block_size) -> examples

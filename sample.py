@@ -106,11 +106,12 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
             check_finite(logits.isfinite())
             if kinds:
-                targets, real = batch[kind], batch[kind] != IGNORE_INDEX
-                if logits.shape[:-1] != targets.shape:  # BERT: logits only where there is a target
+                guesses, targets, real = logits.argmax(-1), batch[kind], batch[kind] != IGNORE_INDEX
+                if guesses.shape != targets.shape:  # BERT: logits only where there is a target
                     targets = targets[real]
-                right = (logits.argmax(dim=-1) == targets).sum()
-                totals[kind] += np.array([loss.item(), real.sum().item(), right.item()])
+                is_choice = guesses.shape == targets.shape                 # not in some forks
+                right = (guesses == targets).sum().item() if is_choice else math.nan
+                totals[kind] += np.array([loss.item(), real.sum().item(), right])
         if postprocess:
             for i, row in zip(chosen, logits.float().cpu()):
                 results[i] = postprocess(examples[i], row)
@@ -477,8 +478,6 @@ def decode_span(examples, logits, labels):
         return {'answer': '', 'probability': no_answer}
     return best
 
-DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}
-
 def decode_masks(tokenizer, suppressed, k, example, logits):
     """(T, V) -> for each [MASK] the k likeliest tokens, [(text, probability)]."""
     guesses = []
@@ -612,6 +611,7 @@ def target_scores(answers, golds):
     same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
     return dict(zip(TARGET_SCORES, [bleu(guesses, rights), *rouges, fmean(same)], strict=True))
 
+DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
 BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by says another
@@ -844,9 +844,9 @@ def check_use(given, settings, kind, arch):
             "no more texts than beams: raise it")
     return use
 
-def open_model(path, device='cpu', **changes):
+def open_model(path, device='cpu'):
     """As `load` of model.py, and a third value: the tokenizer, or None where there is none."""
-    (model, checkpoint), tokenizer = load(path, device, **changes), None
+    (model, checkpoint), tokenizer = load(path, device), None
     if 'folder' in checkpoint:  # a Hugging Face model
         with contextlib.suppress(FileNotFoundError):
             tokenizer = load_tokenizer(checkpoint['folder'])

@@ -21,9 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-hypothesis.settings.register_profile(
-    'plain', deadline=None, derandomize=True, database=None, max_examples=25,
-    suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile('plain', deadline=None, derandomize=True, database=None,
+    max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile('plain')
 
 def pytest_configure(config):

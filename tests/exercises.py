@@ -20,7 +20,7 @@ from pathlib import Path
 from known_bugs import ROOT, put_in
 
 FLAGS = '''train.py --dataset text --n_layer 2 --n_head 2 --n_embd 32 --mlp_dim 64 --block_size 32
-    --batch_size 8 --max_iters 40 --eval_interval 40 --eval_iters 2 --sample_tokens 0'''.split()
+    --batch_size 8 --max_iters 40 --eval_interval 40 --eval_iters 2 --sample_tokens 0'''
 
 SOLUTIONS = {
     'ALiBi': ('--preset gpt2 --positions alibi', [
@@ -71,16 +71,36 @@ def masked_lm('''),
     if window:
         mask ='''),
     ]),
-    'backwards': ('--preset nano --objective backwards', [
-        ('train.py', "def masked_lm(", '''def backwards(data, index, T):
-    """At every position: which token came before?"""
-    window = data.window(index, T)[::-1].copy()
-    return {'ids': window[:-1], 'targets': window[1:]}
+    'several labels': ('--dataset rows --preset gpt2', [
+        ('model.py', "TASKS = ('classify',", "TASKS = ('topics', 'classify',"),
+        ('model.py', "        if task == 'qa':\n            logits =", '''
+        if task == 'topics':  # no or yes, for each label
+            logits = torch.stack([-logits, logits], dim=-1)                # (B, L, 2)
+        if task == 'qa':
+            logits ='''),
+        ('prepare_data.py', "TASKS = {\n", '''
+def topics_examples(tokenizer, row, labels, block_size):
+    [example] = classify_examples(tokenizer, pick(row, 'text'), labels, block_size)
+    if 'label' in row:
+        found = sorted(row['label'].split(','))
+        example['targets'] = [int(label in found) for label in labels]
+        example['meta']['label'] = ','.join(found)
+    return [example]
 
-def masked_lm('''),
-        ('train.py', "    'masked_lm': Objective(",
-         "    'backwards': Objective(backwards, ('gpt',), by_rows=False),\n"
-         "    'masked_lm': Objective("),
+TASKS = {
+    'topics': Task(lambda path: read_columns(path, 'label', 'text'), topics_examples,
+                   lambda row: row['label'].split(',')),
+'''),
+        ('sample.py', "DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}"
+         "\nSCORES = {", '''
+def decode_topics(examples, logits, labels):
+    p = logits[0].softmax(dim=-1)                                          # (L, 2)
+    found = [label for label, (no, yes) in zip(labels, p.tolist()) if yes > no]
+    return {'label': ','.join(found), 'probability': float(p.amax(dim=-1).prod())}
+
+DECODERS = {'topics': decode_topics, 'classify': decode_label, 'tag': decode_tags,
+            'qa': decode_span}
+SCORES = {'topics': label_scores, '''),
     ]),
     'another reading': ('--dataset rows --preset gpt2', [
         ('model.py',
@@ -115,10 +135,11 @@ def orthogonal(x):'''),
     ]),
 }
 
-def command(folder, *words):
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+def command(folder, flags):
+    words = [sys.executable, *flags.split()]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f'{" ".join(words)}: {done.stderr[-300:]}')
+        sys.exit(f'{flags}: {done.stderr[-300:]}')
     return done.stdout
 
 def main():
@@ -132,16 +153,15 @@ def main():
         for path in ROOT.glob('*.py'):
             shutil.copy(path, folder)
         (folder / 'text.txt').write_text('the cat sat on the mat. it purred.\n' * 200)
-        (folder / 'rows.tsv').write_text('yes\tgood film\nno\tbad film\n' * 50)
-        command(folder, 'prepare_data.py', '--input', 'text.txt', '--tokenizer', 'char')
-        command(folder, 'prepare_data.py', '--input', 'rows.tsv', '--task', 'classify',
-                '--tokenizer', 'byte')
-        for name, (flags, changes) in SOLUTIONS.items():
-            if word not in name:
-                continue
+        (folder / 'rows.tsv').write_text('yes\tgood\nno\tbad\nno,yes\tgood, bad\n' * 50)
+        command(folder, 'prepare_data.py --input text.txt --tokenizer char')
+        for name in [name for name in SOLUTIONS if word in name]:
+            flags, changes = SOLUTIONS[name]
             for change in changes:
                 put_in(folder, *change)
-            said = command(folder, *FLAGS, *flags.split())
+            task = 'topics' if name == 'several labels' else 'classify'
+            command(folder, f'prepare_data.py --input rows.tsv --task {task} --tokenizer byte')
+            said = command(folder, f'{FLAGS} {flags}')
             first, *_, last = map(float, re.findall(r'val .*?loss ([\d.]+)', said))
             print(f'{name}: {len(changes)} places, loss {first:.2f} -> {last:.2f}', flush=True)
             if not last < first:

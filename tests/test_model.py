@@ -111,10 +111,9 @@ def test_rows_of_presets_are_what_history_chose():
         'gpt2': 'gpt pre gelu_tanh learned tied', 't5': 'encdec pre relu relative tied',
         'palm': 'gpt pre swiglu rotary tied', 'llama': 'gpt pre swiglu rotary untied',
         'nano': 'gpt pre swiglu rotary untied', 'lstm': 'lstm pre gelu_tanh none untied'}
-    sizes = {
-        'gpt2-124m': (124_439_808, 1024), 'llama-7b': (6_738_415_616, 2048),
-        'palm-8b': (8_632_012_800, 2048), 'bert-base': (110_106_428, 512),
-        'transformer-base': (63_082_496, 512), 't5-small': (60_506_624, 512)}
+    sizes = {'gpt2-124m': (124_439_808, 1024), 'llama-7b': (6_738_415_616, 2048),
+             'palm-8b': (8_632_012_800, 2048), 'bert-base': (110_106_428, 512),
+             'transformer-base': (63_082_496, 512), 't5-small': (60_506_624, 512)}
     assert {*facts, *sizes} == {*PRESETS}
     for row, c in PRESETS.items():
         norms, ties = 'pre' if c.norm_first else 'post', 'tied' if c.tied else 'untied'

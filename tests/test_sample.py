@@ -703,9 +703,8 @@ def test_entity_scores_are_those_of_seqeval(rows, size):
     golds = [[{'meta': {'tags': tags[i:i + size], 'first': [1] * len(tags[i:i + size])}}
               for i in range(0, len(tags), size)] for tags in rights]
     found = SCORES['tag']([{'tags': tags} for tags in guesses], golds)
-    assert found == pytest.approx({'precision': precision_score(rights, guesses),
-                                   'recall': recall_score(rights, guesses),
-                                   'f1': entity_f1(rights, guesses)}, abs=1e-12)
+    theirs = {'precision': precision_score, 'recall': recall_score, 'f1': entity_f1}
+    assert found == pytest.approx({k: f(rights, guesses) for k, f in theirs.items()}, abs=1e-12)
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(*[st.sampled_from(['好', 'bad', 'x', ''])] * 2), min_size=1, max_size=9))
@@ -715,9 +714,8 @@ def test_label_scores_are_those_of_scikit_learn(pairs):
     right, guessed = zip(*pairs)
     golds = [[{'meta': {'label': label}}] for label in right]
     found = SCORES['classify']([{'label': label} for label in guessed], golds)
-    assert found == pytest.approx({
-        'accuracy': accuracy_score(right, guessed),
-        'macro_f1': f1_score(right, guessed, average='macro', zero_division=0)}, abs=1e-12)
+    f1 = f1_score(right, guessed, average='macro', zero_division=0)
+    assert found == pytest.approx({'accuracy': accuracy_score(right, guessed), 'macro_f1': f1})
 
 def squad_words(text):
     """normalize_answer of SQuAD's evaluate-v2.0.py; then each CJK character is a word."""
@@ -874,9 +872,8 @@ def ask(checkpoints, monkeypatch, capsys):
         path = checkpoints / f'{kind}.pt' if kind in KINDS else kind
         sample.main(['--init_from', str(path), '--device', 'cpu', *map(str, flags)])
         return capsys.readouterr()
-    ask.lines = lambda *args, **more: [
-        json.loads(line) if line else None
-        for line in ask(*args, '--json', **more).out.removesuffix('\n').split('\n')]
+    ask.lines = lambda *args, **more: [json.loads(line) if line else None for line in
+        ask(*args, '--json', **more).out.removesuffix('\n').split('\n')]
     ask.reader = capsys
     return ask
 
