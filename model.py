@@ -130,7 +130,7 @@ class Config:
                 "least 1 and LOW below HIGH")
         require(self.arch == 'bert' or not self.segments,
                 f"segments={self.segments}: only arch=bert reads segments")
-        require(self.n_labels or self.task in ('', 'qa'),
+        require(self.n_labels or self.task not in ('classify', 'tag'),
                 f"task={self.task} needs n_labels, the number of labels")
         require(self.arch != 'encdec' or not self.task,
                 f"task={self.task}: an encoder-decoder has no head: choose another arch")
@@ -256,8 +256,8 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     if real is not None:
         real = real.bool()                                                 # it may be 1 and 0
         mask = mask & real[:, None, :]                                     # (B, T, S)
-    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Only
-    # padding can, where its whole window is padding; its output is not used, so it may see all.
+    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Here
+    # only padding can, in a window of padding; its output is not used, so it may see all.
     mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
 
@@ -310,8 +310,8 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     """
     attention_weights(q, k) @ v: by F.scaled_dot_product_attention, or by the formula where that is
-    faster; the two agree up to rounding. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
-    drop: the Dropout of the weights.
+    faster; the two agree up to rounding, so a fork with another formula has to drop the kernel.
+    q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
     if mask is not None and mask.is_floating_point():

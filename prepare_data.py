@@ -182,6 +182,8 @@ def run(main):
     except BrokenPipeError:  # as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError, IndexError) as e:
+        if sys.flags.dev_mode:  # python -X dev train.py: where in a fork did it happen?
+            raise
         progress('')
         message = ' '.join(str(e).split())
         if isinstance(e, OSError) and e.strerror:
@@ -1077,9 +1079,9 @@ def tag_names(labels):
 
 class Task(NamedTuple):
     """
-    One kind of labelled data. A new one also has a place in TASKS of model.py if it needs a head,
-    and in DECODERS and SCORES of sample.py; in its BEST_SCORES, if a score and not the loss is to
-    choose best.pt; in its examples_of, if a user writes something else than a text.
+    One kind of labelled data. A new one is also a name in TASKS of model.py, if it needs a head,
+    and a row of DECODERS and SCORES in sample.py; there, BEST_SCORES chooses best.pt by a score
+    instead of the loss, and examples_of reads what a user writes, if it is not just a text.
     """
     read: Callable                          # path -> rows
     examples: Callable                      # (tokenizer, row, labels, block_size) -> examples

@@ -953,7 +953,7 @@ def format_answer(answer):
         lists = [[f'{one_line(text) or repr(text)} {p:.3f}' for text, p in guesses]
                  for guesses in answer['guesses']]
         return ' | '.join(map(', '.join, lists))
-    if 'label' in answer:
+    if 'probabilities' in answer:
         return f"{answer['label']} {answer['probability']:.4f}"
     if 'tags' in answer:
         tagged = ' '.join(map('/'.join, zip(answer['tokens'], answer['tags'])))

@@ -50,13 +50,13 @@ SOLUTIONS = {
 '''),
         ('model.py', '        y = attention(q, k, v, self.drop, mask, causal, self.scale)', '''
         weights = attention_weights(q, k, mask, causal, self.scale, self.sink)
-        y = weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)'''),
+        y = self.drop(weights) @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)'''),
     ]),
     'a prefix LM': ('--preset gpt2 --objective prefix_lm', [
         ('train.py', "def masked_lm(", '''def prefix_lm(data, index, T):
     """The first tokens of a window see each other; what follows them is predicted."""
     window, prefix = data.window(index, T), T // 4
-    targets = window[1:].copy()
+    targets = window[1:].copy()  # ids has the same memory
     targets[:prefix - 1] = IGNORE_INDEX
     return {'ids': window[:-1], 'targets': targets, 'prefix': prefix}
 
@@ -91,16 +91,14 @@ TASKS = {
     'topics': Task(lambda path: read_columns(path, 'label', 'text'), topics_examples,
                    lambda row: row['label'].split(',')),
 '''),
-        ('sample.py', "DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}"
-         "\nSCORES = {", '''
+        ('sample.py', "LOWER_IS_BETTER =", '''
 def decode_topics(examples, logits, labels):
-    p = logits[0].softmax(dim=-1)                                          # (L, 2)
-    found = [label for label, (no, yes) in zip(labels, p.tolist()) if yes > no]
-    return {'label': ','.join(found), 'probability': float(p.amax(dim=-1).prod())}
+    pairs = zip(labels, logits[0].tolist())
+    return {'label': ','.join(label for label, (no, yes) in pairs if yes > no)}
 
-DECODERS = {'topics': decode_topics, 'classify': decode_label, 'tag': decode_tags,
-            'qa': decode_span}
-SCORES = {'topics': label_scores, '''),
+DECODERS['topics'], SCORES['topics'] = decode_topics, label_scores
+BEST_SCORES['topics'] = ['accuracy']
+LOWER_IS_BETTER ='''),
     ]),
     'another reading': ('--dataset rows --preset gpt2', [
         ('model.py',

@@ -790,10 +790,11 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
     ({}, ['--imput', 'a.txt'], 'did you mean --input?'),
     ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
-    """Exit status 2, no traceback, nothing written."""
+    """Exit status 2, no traceback (but for python -X dev), nothing written."""
     for path, text in files.items():
         write(tmp_path / path, text)
-    before = contents(tmp_path)
+    before, dev = contents(tmp_path), os.environ | {'PYTHONDEVMODE': '1'}
+    assert 'Traceback' in command('prepare_data.py', *flags, cwd=tmp_path, status=1, env=dev).stderr
     line = refused('prepare_data.py', *flags, cwd=tmp_path)
     assert line.startswith('prepare_data.py: error: ') and says in line, line
     assert contents(tmp_path) == before
