@@ -356,8 +356,9 @@ class Optimizer:
         return list(self.state.values())
 
     def load_state_dict(self, saved):
-        for tensors, old in zip(self.state.values(), saved, strict=True):
-            torch._foreach_copy_(tensors, old)
+        mine, old = itertools.chain(*self.state.values()), itertools.chain(*saved)
+        for tensor, value in zip(mine, old, strict=True):
+            tensor.copy_(value)
 
 class AdamW(Optimizer):
     """
@@ -637,7 +638,7 @@ def evaluate(model, data, s, runtime, limit=None):
     kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
     for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
         nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
-        if 'rows' not in data.counts and count == len(data.tokens) - 1:  # every token of a text
+        if kinds == ['targets'] and 'rows' not in data.counts and count == len(data.tokens) - 1:
             return sample.text_scores(nats, count, data.counts['bytes'])
         if count:
             scores['loss'] += nats / count
@@ -1101,7 +1102,7 @@ def start(given):
         values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
         model = model or new_model(s, values, data, runtime)
         model = adapt_model(model, checkpoint, path, data, runtime)
-    model = resize(model, path, **pick(values, 'dropout', 'block_size'))
+    model = resize(model, path, **pick(values, 'dropout', 'label_smoothing', 'block_size'))
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size
