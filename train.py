@@ -328,8 +328,9 @@ ONE = torch.tensor(1.0)
 class Optimizer:
     """
     Weights in groups, each with its own decay. A subclass has new_state(p), a list of the tensors
-    kept for a weight, and update(lr, decay, good, weights, gradients, *state), each of the last a
-    list over the weights. Where good is 0, gradients may hold NaN, and nothing may move.
+    kept for a weight and in checkpoints, and update(lr, decay, good, weights, gradients, *state),
+    all but the first three lists over the weights, which it changes in place. Where good is 0,
+    gradients may hold NaN, and nothing may move.
     """
 
     def __init__(self, groups, peak_lr):
@@ -999,7 +1000,8 @@ def adapt_model(model, checkpoint, path, data, runtime):
     if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
         runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
                        + prepare_data.some_of(data.labels))
-        model = TaskModel(replace(trunk.config, task=data.task, n_labels=len(data.labels)), trunk)
+        model = TaskModel(replace(trunk.config, task=data.task, n_labels=len(data.labels),
+                                  label_smoothing=0.0), trunk)
     return model
 
 def freeze(model, s):

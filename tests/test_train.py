@@ -805,9 +805,10 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(folders, tmp_path, dataset, 
     strip = lambda out: [{**row, 'seconds': ''} for row in log_of(out)]
     assert strip(tmp_path / 'a') == strip(tmp_path / 'b')
 
-def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp_path, capsys):
+@pytest.mark.parametrize('how', [{'preset': 'bert'}, {'preset': 'gpt2', 'label_smoothing': 0.1}])
+def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp_path, capsys, how):
     """Pre-trained on text, then labels: the trunk is kept bit for bit, the head is new."""
-    text = fit(tmp_path / 'text', folders / 'text', **{**WIDE, 'preset': 'bert', 'max_iters': 2})
+    text = fit(tmp_path / 'text', folders / 'text', **{**WIDE, **how, 'max_iters': 2})
     flags = dict(init_from=tmp_path / 'text', dataset=folders / 'classify')
     keep = {k: WIDE[k] for k in ('device', 'dtype', 'batch_size', 'eval_iters', 'sample_tokens')}
     main({**keep, **flags, 'out_dir': tmp_path / 'task', 'max_iters': 0})
