@@ -328,9 +328,9 @@ ONE = torch.tensor(1.0)
 class Optimizer:
     """
     Weights in groups, each with its own decay. A subclass has new_state(p), a list of the tensors
-    kept for a weight and in checkpoints, and update(lr, decay, good, weights, gradients, *state),
-    all but the first three lists over the weights, which it changes in place. Where good is 0,
-    gradients may hold NaN, and nothing may move.
+    that are kept and saved for a weight, and update(lr, decay, good, weights, gradients, *state),
+    each of the last a list over the weights. Where good is 0, gradients may hold NaN, and nothing
+    may move.
     """
 
     def __init__(self, groups, peak_lr):
@@ -437,6 +437,9 @@ def muon(groups, s, dtype):
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}  # (groups of weights, settings, dtype) -> optimizers
 
+SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # share that is left
+             'linear': lambda done: 1 - done, 'constant': lambda done: 1.0}
+
 def learning_rate(step, s):
     """Up in a line for warmup_iters, then down to min_lr at lr_decay_iters, then level."""
     low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
@@ -444,8 +447,7 @@ def learning_rate(step, s):
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
     end = s.lr_decay_iters or s.max_iters
     done = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
-    left = {'cosine': 0.5 * (1 + math.cos(math.pi * done)), 'linear': 1 - done, 'constant': 1.0}
-    return low + (s.learning_rate - low) * left[s.lr_schedule]
+    return low + (s.learning_rate - low) * SCHEDULES[s.lr_schedule](done)
 
 # -----------------------------------------------------------------------------
 # Settings. The architecture has a home of its own, Config in model.py: it outlives the training.
@@ -483,7 +485,7 @@ class Settings:
     min_lr: float = flag(None, 'learning rate at the end [learning_rate / 10]', low=0)
     warmup_iters: int = flag(50, 'steps over which the learning rate rises', low=0)
     lr_decay_iters: int = flag(None, 'step at which it reaches min_lr [max_iters]', low=1)
-    lr_schedule: str = flag('cosine', 'how it falls', ('cosine', 'linear', 'constant'))
+    lr_schedule: str = flag('cosine', 'how it falls', SCHEDULES)
     weight_decay: float = flag(0.1, 'of matrices and embeddings', low=0, high=1e6)
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', low=0, below=1)
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
