@@ -33,11 +33,9 @@ def test_a_graph_writes_what_a_cpu_writes(preset, how):
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('preset, dataset, objective', LEARNED)
-def test_every_objective_trains_in_half_precision(folders, tmp_path, preset, dataset, objective,
-                                                  dtype):
-    fit(tmp_path, folders / dataset, **{**WIDE, 'preset': preset, 'objective': objective,
-                                        'max_iters': 20, 'device': 'cuda', 'dtype': dtype,
-                                        'optimizer': 'muon', 'eval_iters': 1})
+def test_every_objective_trains_in_16_bits(folders, tmp_path, preset, dataset, objective, dtype):
+    flags = dict(preset=preset, objective=objective, max_iters=20, device='cuda', dtype=dtype)
+    fit(tmp_path, folders / dataset, **{**WIDE, **flags, 'optimizer': 'muon', 'eval_iters': 1})
     assert all(math.isfinite(float(row['val_loss'])) for row in log_of(tmp_path))
 
 @pytest.mark.parametrize('preset, dataset', [('gpt2', 'd'), ('nano', 'd'), ('bert', 'text')])

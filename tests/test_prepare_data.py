@@ -687,9 +687,8 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
     """Made twice in processes of their own; nothing of Python's library is imported."""
     code = ("import sys, hashlib; sys.path.insert(0, sys.argv[1]); import prepare_data as p;"
         "n = set(sys.modules); names = 'pydoc', 'pytopics', 'pytokens', 'numbers', 'recall';"
-        "texts = [getattr(p, name)() for name in names];"
-        "assert not {'tkinter', 'turtle', 'torch'} & (set(sys.modules) - n);"
-        "print(*(hashlib.sha256(repr(t).encode()).hexdigest() for t in texts))")
+        "print(*(hashlib.sha256(repr(getattr(p, k)()).encode()).hexdigest() for k in names));"
+        "assert not {'tkinter', 'turtle', 'torch'} & (set(sys.modules) - n)")
     run = lambda seed: subprocess.run([sys.executable, '-c', code, str(ROOT)], capture_output=True,
         text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': seed})
     assert run('1').stdout == run('2').stdout

@@ -1088,9 +1088,8 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
     assert 0.1 < np.mean(right) < 0.9, 'the test would not notice'
 
 QUESTIONS = {'data': [{'paragraphs': [
-    {'context': '北京的小狗 😀 won the race.', 'qas': [
-        {'id': '1', 'question': '谁?', 'answers': [{'text': '小狗', 'answer_start': 3}]},
-        {'id': '2', 'question': 'Why?', 'answers': []}]},
+    {'context': '北京的小狗 😀 won the race.', 'qas': [{'id': '2', 'question': '?', 'answers': []},
+        {'id': '1', 'question': '谁?', 'answers': [{'text': '小狗', 'answer_start': 3}]}]},
     {'context': 'one two three four five six seven eight nine ten, 十一 十二', 'qas': [
         {'id': '3', 'question': 'Ten?', 'answers': [{'text': '十一', 'answer_start': 50}]}]}]}]}
 LABELLED = {  # a file of each task, with the metrics that DESIGN names
