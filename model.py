@@ -978,7 +978,7 @@ def optimizer_groups(model, weight_decay):
     The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
     each token, position or label), `matrices` (all others), `vectors` (biases, norms; no decay).
     """
-    tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'  # and a fork's
+    tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'  # a fork's go here
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
     for name, p in model.named_parameters():  # a tied weight comes once
         kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.ndim == 2 else 'vectors'

@@ -259,13 +259,20 @@ class Tokenizer:
                                           special_tokens=self.special)
         self.n_vocab = self.encoding.n_vocab
         self.end_ids = [self.special['<|endoftext|>']]
-        self.end_id, self.pad_id = self.end_ids[0], self.special['[PAD]']
 
     def id(self, text):
         """The id of a special token, by our name for it."""
         require(text in self.special, f"the tokenizer ({self.name}) has no token {text}: choose "
                 "another")
         return self.special[text]
+
+    @property
+    def end_id(self):
+        return self.end_ids[0]
+
+    @property
+    def pad_id(self):
+        return self.special['[PAD]']
 
     @property
     def start_id(self):
@@ -528,7 +535,6 @@ class HFTokenizer(Tokenizer):
         engine.no_padding()
         engine.encode_special_tokens = True  # where they are written in a text, they are text
         self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
-        self.end_id, self.pad_id = end_ids[0], special['[PAD]']
         self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
         self.marks = [i for i in special.values()  # not a word that ends a text, such as .
