@@ -415,6 +415,13 @@ class Attention(nn.Module):
         self.head_size = D
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
+    def project(self, x, source):
+        """
+        x (B, T, C), source (B, S, C) -> all heads of q (B, T, H D), k and v (B, S, G D). For
+        writing, arrange_weights of sample.py puts one product in the place of three.
+        """
+        return self.q(x), self.k(source), self.v(source)
+
     def split_heads(self, t):
         return t.unflatten(-1, (-1, self.head_size)).transpose(1, 2)       # (B, H, T, D)
 
@@ -424,13 +431,13 @@ class Attention(nn.Module):
         last so many keys; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
         holds only the new tokens; the first call fills the cache of a memory.
         """
-        q = self.q_norm(self.split_heads(self.q(x)))                       # (B, H, T, D)
         if memory is not None and cache is not None and self.layer in cache.layers:
+            q = self.q_norm(self.split_heads(self.q(x)))                   # (B, H, T, D)
             k, v = cache.layers[self.layer]                                # of a source read before
         else:
-            source = x if memory is None else memory                       # (B, S, C)
-            k = self.k_norm(self.split_heads(self.k(source)))              # (B, G, S, D)
-            v = self.split_heads(self.v(source))
+            parts = self.project(x, x if memory is None else memory)
+            q, k, v = map(self.split_heads, parts)                         # k, v (B, G, S, D)
+            q, k = self.q_norm(q), self.k_norm(k)
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             if cache is not None:

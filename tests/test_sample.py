@@ -35,8 +35,8 @@ from torch.nn import functional as F
 import sample
 from model import IGNORE_INDEX, PRESETS, Attention, KVCache, build, save
 from prepare_data import bpe_tokenizer, byte_tokenizer, char_tokenizer, encode_rows, load_tokenizer
-from sample import (DECODERS, SCORES, Settings, TextStream, beam_search, collate, generate,
-                    predict, sample_token, suppressed_tokens, task_scores)
+from sample import (DECODERS, SCORES, Settings, TextStream, arrange_weights, beam_search, collate,
+                    generate, predict, sample_token, suppressed_tokens, task_scores)
 
 WRITERS = [*DECODER_ONLY, 'transformer', 't5']
 VERSE = '人之初，性本善。\n性相近，习相远。\n'
@@ -187,11 +187,12 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
     if preset in ('transformer', 't5'):  # text behind a source has one window
         prompt, block_size = 1, 15
         sources = [rng.integers(2, 7, rng.integers(1, 9)).tolist() for _ in range(rows)]
-    model = tiny(preset, 7, block_size, seed)
+    model, plain = (tiny(preset, 7, block_size, seed) for _ in range(2))
+    arrange_weights(model)
     ids = torch.from_numpy(rng.integers(7, size=(rows, prompt)))
     found = written(model, ids, n, seed=seed, end_ids=end_ids, cache=encoded(model, sources), **how)
     for i, tokens in enumerate(found):
-        alone = slow_text(model, ids[i].tolist(), n, sources[i], i, seed, end_ids, **how)
+        alone = slow_text(plain, ids[i].tolist(), n, sources[i], i, seed, end_ids, **how)
         assert tokens[:len(alone)] == alone, f'row {i}: {tokens}, alone {alone}'
         assert {*tokens[len(alone):]} <= {*end_ids}, f'row {i} goes on behind its end: {tokens}'
         other = written(model, ids[i:i + 1], n, seed=seed, rows=[i], end_ids=end_ids,
@@ -199,6 +200,16 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
         assert other == [alone], f'row {i} by its number: {other}, not {alone}'
     lengths = [next((t + 1 for t, x in enumerate(row) if x in end_ids), n) for row in found]
     assert len(found[0]) == max(lengths), 'it goes on although all rows have ended, or stops early'
+
+def test_arranged_weights_leave_the_layers_of_a_fork_alone():
+    """Such as LoRA, which adds to the product of nn.Linear."""
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    model, ids = tiny('llama', 7), torch.tensor([[1, 2, 3]])
+    model.decoder.blocks[1].attn.k.__class__ = Twice
+    before = model(ids)[0]
+    close(arrange_weights(model)(ids)[0], before, 1e-4)
 
 def test_each_step_reads_one_token_of_the_rows_that_go_on():
     """Where the window is full its newer half is read again, and ended rows are not read. b10"""

@@ -55,7 +55,7 @@ def main():
         for batch, length in (map(int, shape.split('x')) for shape in args.shapes):
             ids = torch.randint(50257, (batch, length), device=device)
             for dtype in (torch.float32, torch.bfloat16):
-                net = sample.store_by_columns(model.load(folder)[0].to(device, dtype).eval())  # as sample.py does
+                net = sample.arrange_weights(model.load(folder)[0].to(device, dtype).eval())  # as sample.py does
                 there = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
                 runs = {'ours': ours(net, ids), 'transformers': theirs(there, ids)}
                 if device == 'cuda':
