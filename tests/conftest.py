@@ -83,8 +83,7 @@ def tiny(preset, **changes):
     from model import PRESETS
     c = PRESETS[preset]
     sizes = dict(vocab_size=50, block_size=16, n_layer=2, n_head=4, n_embd=32, dropout=0.0,
-                 n_kv_head=min(c.n_kv_head, 4), head_dim=min(c.head_dim, 12),
-                 mlp_dim=min(c.mlp_dim, 40))
+        n_kv_head=min(c.n_kv_head, 4), head_dim=min(c.head_dim, 12), mlp_dim=min(c.mlp_dim, 40))
     return replace(c, **{**sizes, **changes})
 
 def awake(model):

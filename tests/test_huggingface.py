@@ -105,8 +105,7 @@ bools, few = st.booleans(), st.integers(1, 3)
 rows = st.lists(st.integers(2, T), min_size=1, max_size=3)  # lengths, before they are padded
 options = lambda **values: st.fixed_dictionaries({
     name: st.sampled_from(of) if isinstance(of, list) else of for name, of in values.items()})
-ropes = st.one_of(
-    options(rope_type=['default'], rope_theta=[100.0, 1e4, 5e5]),
+ropes = st.one_of(options(rope_type=['default'], rope_theta=[100.0, 1e4, 5e5]),
     options(rope_type=['llama3'], rope_theta=[100.0, 1e4], factor=[2.0, 8.0], low_freq_factor=[1.0],
             high_freq_factor=[2.0, 4.0], original_max_position_embeddings=[8, 24, 200]))
 CHOICES = {  # sizes of 12 make matrices square: a transposed one would load, and compute nonsense
@@ -440,9 +439,8 @@ def write_llama(folder):
                                            unk_token='<unk>', fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = hf.normalizers.Sequence([
         hf.normalizers.Prepend('▁'), hf.normalizers.Replace(' ', '▁')])
-    tokenizer.decoder = hf.decoders.Sequence([
-        hf.decoders.Replace('▁', ' '), hf.decoders.ByteFallback(), hf.decoders.Fuse(),
-        hf.decoders.Strip(' ', 1, 0)])
+    tokenizer.decoder = hf.decoders.Sequence([hf.decoders.Replace('▁', ' '),
+        hf.decoders.ByteFallback(), hf.decoders.Fuse(), hf.decoders.Strip(' ', 1, 0)])
     tokenizer.add_special_tokens([hf.AddedToken(token, normalized=True) for token in tokens[:3]])
     put_tokenizer(folder, tokenizer, '<s> $A', bos_token='<s>')
 
@@ -649,9 +647,8 @@ BPE, BYTE = prepare_data.bpe_tokenizer(LINES * 3, 420), prepare_data.byte_tokeni
 def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto, place, capsys):
     """AutoModel and AutoTokenizer give the same ids, logits and text; load() the same bits."""
     out, folder = place(), place() / 'new'
-    model = wide(build(dataclasses.replace(
-        PRESETS[preset], vocab_size=tokenizer.n_vocab, block_size=32, n_layer=2, n_head=2,
-        n_embd=16, head_dim=8, mlp_dim=24)))
+    model = wide(build(dataclasses.replace(PRESETS[preset], vocab_size=tokenizer.n_vocab,
+        block_size=32, n_layer=2, n_head=2, n_embd=16, head_dim=8, mlp_dim=24)))
     save(out / 'ckpt.pt', model, tokenizer=tokenizer.to_dict(), task='', labels=[])
     sample.main(['--out_dir', str(out), '--export', str(folder)])
     theirs = transformers.AutoTokenizer.from_pretrained(folder)

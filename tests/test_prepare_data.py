@@ -504,8 +504,7 @@ def test_windows_overlap_by_half():
 
 def test_rows_to_be_answered_have_no_targets():
     """What a user writes has no label, tags or answers: the same examples, no targets."""
-    rows = {
-        'classify': ({'text': '床前明月光'}, {'label': 'b'}),
+    rows = {'classify': ({'text': '床前明月光'}, {'label': 'b'}),
         'tag': ({'tokens': ['明', '月']}, {'tags': ['O', 'O']}),
         'qa': ({'question': '谁？', 'context': '月光 ' * 9}, {'id': 'q', 'answers': [(0, '月')]})}
     for task, (asked, gold) in rows.items():

@@ -354,9 +354,8 @@ def test_a_flag_that_contradicts_a_checkpoint_is_refused(trained, tmp_path, refu
     shutil.copytree(trained / 'd', tmp_path / 'out')
     words = ['--n_layer=3', '--norm=rmsnorm', '--preset=bert', '--vocab_size=9', '--block_size=64']
     if resumed:
-        words += ['--block_size=4', '--freeze=embed', '--objective=masked_lm', '--seed=1',
-                  '--optimizer=muon', '--batch_size=8', '--gradient_accumulation_steps=2',
-                  '--best_by=loss']
+        words += ['--block_size=4', '--freeze=embed', '--objective=masked_lm', '--optimizer=muon',
+                  '--seed=1', '--batch_size=8', '--gradient_accumulation_steps=2', '--best_by=loss']
     for word in words:
         line = refusal([f'--init_from={"resume" if resumed else "out"}', '--max_iters=9', word])
         assert word[2:].split('=')[0] in line
