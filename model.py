@@ -1131,6 +1131,9 @@ def config_from(theirs):
             f"is_causal={not causal} is not supported here")
     if kind == 't5':
         values.setdefault('scale_output', values.get('tied', True))
+        depth = theirs.get('num_decoder_layers')
+        require(depth in (None, values.get('n_layer', 6)),
+                f"num_decoder_layers={depth} is not supported here: it must be num_layers")
     rope.setdefault('rope_type', rope.get('type', 'default'))
     if rope['rope_type'] != 'default':
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)

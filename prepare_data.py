@@ -276,8 +276,8 @@ class Tokenizer:
 
     @property
     def start_id(self):
-        """What the target of a decoder begins with."""
-        return self.special.get('<|start|>', self.end_id)
+        """What the target of a decoder, or a text of which nothing is given, begins with."""
+        return self.special.get('<|start|>', self.special.get('<|bos|>', self.end_id))
 
     def encode(self, text):
         """text -> uint32 ids (T,). Raises ValueError where it cannot be written in tokens."""
@@ -575,7 +575,7 @@ ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
     '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
     '[SEP]': ('sep_token', '[SEP]', '</s>'), '[MASK]': ('mask_token', '[MASK]'),
-    '<|start|>': ('bos_token', '<s>'), 'unknown': ('unk_token',),
+    '<|start|>': ('bos_token', '<s>'), '<|bos|>': ('bos_token',), 'unknown': ('unk_token',),
 }
 
 def open_huggingface(folder):
@@ -601,10 +601,11 @@ def open_huggingface(folder):
             if text in vocab:
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
-    # What stands before a text: a Llama's tokenizer puts <s> there; T5's files name a token.
+    # What stands before a text: a Llama's tokenizer puts <s> there, and BERT's [CLS], with which
+    # there are GPT-2s, too; T5's files name a token.
     start, frame = special.pop('<|start|>', None), engine.encode('').ids
-    if frame[:1] != [start]:
-        start = None
+    first = special.get('[CLS]') if config.get('model_type') == 'gpt2' else start
+    start = next((i for i in frame[:1] if i in (start, first)), None)
     if is_t5 and engine.num_special_tokens_to_add(False) > 1:
         special['<|source|>'] = frame[0]  # CodeT5 reads <s> source </s>
     for settings in (config, read_any(folder, 'generation_config.json')):

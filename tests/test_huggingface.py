@@ -305,7 +305,7 @@ REFUSED = {  # family: [(field, a value with an effect that is not computed here
     'bert': [('hidden_act', 'silu'), ('is_causal', True), ('is_decoder', True),
              ('problem_type', 'regression'), ('position_embedding_type', 'relative_key'),
              ('pruned_heads', {'0': [1]})],
-    't5': [('feed_forward_proj', 'gated-relu'),
+    't5': [('feed_forward_proj', 'gated-relu'), ('num_decoder_layers', 3),
            ('architectures', ['T5ForTokenClassification'])],
     'llama': [('hidden_act', 'relu'), ('partial_rotary_factor', 0.5), ('model_type', 'gemma2'),
               ('rope_parameters', {'rope_type': 'dynamic'}), ('rope_scaling', {'type': 'yarn'}),
@@ -473,7 +473,7 @@ def folders(place):
 
 @pytest.mark.parametrize('name', [
     *WRITE, 'gpt2 tokenizer.json', 'bert tokenizer.json', 'bert cased'])
-def test_ids_offsets_and_text_are_those_of_transformers(name, folders, capsys):
+def test_ids_offsets_and_text_are_those_of_transformers(name, folders, place):
     """For any text; special tokens that are written in it are text."""
     ours = prepare_data.load_tokenizer(folders[name])
     theirs = transformers.AutoTokenizer.from_pretrained(folders[name])
@@ -496,16 +496,19 @@ def test_ids_offsets_and_text_are_those_of_transformers(name, folders, capsys):
         with pytest.raises(ValueError, match='no token for the answer'):
             prepare_data.TASKS['qa'].examples(ours, {
                 'question': 'cat', 'context': 'the \u200b', 'answers': [(4, '\u200b')]}, [], 32)
+        chinese = shutil.copytree(folders[name], place() / 'copy')
+        put(chinese, 'config.json', {'model_type': 'gpt2', 'tokenizer_class': 'BertTokenizer'})
+        assert prepare_data.load_tokenizer(chinese).start_id == theirs.cls_token_id != ours.start_id
 
 def test_added_tokens_are_words_unless_they_have_a_role_or_no_row(folders, place):
     """Roles of a chat and markers of entities are read as in transformers, and may be written."""
     folder = shutil.copytree(folders['gpt2 tokenizer.json'], place() / 'copy')
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     theirs.add_special_tokens({'additional_special_tokens': ['<|user|>']})
-    theirs.add_special_tokens({'pad_token': '[PAD]'})
+    theirs.add_special_tokens({'pad_token': '[PAD]', 'bos_token': '<|bos|>'})
     theirs.save_pretrained(folder)
-    user, pad = theirs.convert_tokens_to_ids(['<|user|>', '[PAD]'])
-    for rows, pad_id in ((max(user, pad) + 1, pad), (pad, theirs.eos_token_id)):
+    user, pad, bos = theirs.convert_tokens_to_ids(['<|user|>', '[PAD]', '<|bos|>'])
+    for rows, pad_id in ((len(theirs), pad), (min(pad, bos), theirs.eos_token_id)):
         about = json.loads((folder / 'config.json').read_text()) | {'vocab_size': rows}
         put(folder, 'config.json', about)
         ours = prepare_data.load_tokenizer(folder)
@@ -517,6 +520,8 @@ def test_added_tokens_are_words_unless_they_have_a_role_or_no_row(folders, place
         assert again.encode(text).tolist() == ours.encode(text).tolist()
         exported, ids = ours.export_files(rows, 'gpt')['tokenizer.json'], theirs(text)['input_ids']
         assert (pad < rows) == (pad in [token['id'] for token in exported['added_tokens']])
+        named = ours.export_files(rows, 'gpt')['tokenizer_config.json'].get('bos_token')
+        assert (named, ours.start_id) == (('<|bos|>', bos) if bos < rows else (None, pad_id))
         shown = hf.Tokenizer.from_str(json.dumps(exported)).decode(ids)
         assert shown == theirs.decode(ids, skip_special_tokens=True)
 
