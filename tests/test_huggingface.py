@@ -364,9 +364,8 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
     refuses(folder, 'pytorch_model.bin', 'safetensors')
     (folder / 'tokenizer.json').rename(folder / 'tokenizer.model')
     refuses(folder, 'tokenizer.json', opens=prepare_data.load_tokenizer)
-    monkeypatch.setattr(huggingface_hub, 'snapshot_download',
-                        lambda name, allow_patterns: {'somebody/gpt2': str(shards)}.get(name)
-                        if {'*.json', '*.txt'} < {*allow_patterns} else None)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, allow_patterns: {
+        'somebody/gpt2': shards}.get(name) if {'*.json', '*.txt'} < {*allow_patterns} else None)
     model, checkpoint = load('somebody/gpt2')  # files that the index does not name do not count
     assert checkpoint['new'] == []
     for a, b in zip(model.parameters(), load(write(place(), about, tensors))[0].parameters()):

@@ -808,9 +808,8 @@ def test_optimizer_groups_hold_each_weight_once(name):
     groups = optimizer_groups(model, 0.3)
     kinds = [(id(p), group['name']) for group in groups for p in group['params']]
     tables = ('tokens', 'positions', 'segments', 'relative_bias', 'output', 'head', 'nsp_head')
-    expected = [(id(p), 'vectors' if p.dim() != 2 else
-                 'embeddings' if key.split('.')[-2] in tables else 'matrices')
-                for key, p in model.named_parameters()]
+    expected = [(id(p), 'vectors' if p.dim() != 2 else 'embeddings' if key.split('.')[-2] in tables
+                 else 'matrices') for key, p in model.named_parameters()]
     assert sorted(kinds) == sorted(expected) and trunk.scales.eq(1).all()
     assert all(g['params'] and g['weight_decay'] == 0.3 * (g['name'] != 'vectors') for g in groups)
     trunk.tokens.weight.requires_grad_(False)  # a frozen weight takes no part

@@ -345,9 +345,8 @@ def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Eight times the text, about the same peak of the whole process."""
-    code = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[-1]);"
-        "sys.argv.pop(); runpy.run_path(sys.argv[0], run_name='__main__');"
+    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:];"
+        "sys.path.insert(0, sys.argv.pop()); runpy.run_path(sys.argv[0], run_name='__main__');"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     peaks = []
     for n in (100_000, 800_000):
@@ -462,9 +461,8 @@ def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_pat
     path = shared / 'data/xquad.en.json'
     prepare(Settings(input=[str(path)], task='qa', vocab_size=1000, block_size=128,
         out_dir=str(tmp_path / 'out')))
-    gold = {q['id']: (p['context'], q['answers'][0]['text'])
-            for article in json.loads(path.read_bytes())['data']
-            for p in article['paragraphs'] for q in p['qas']}
+    gold = {q['id']: (p['context'], q['answers'][0]['text']) for article in json.loads(
+            path.read_bytes())['data'] for p in article['paragraphs'] for q in p['qas']}
     found, contexts = set(), collections.defaultdict(set)
     for split in ('train', 'val'):
         for made in map(json.loads, (tmp_path / f'out/{split}.jsonl').read_bytes().splitlines()):

@@ -187,8 +187,8 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
     if preset in ('transformer', 't5'):  # text behind a source has one window
         prompt, block_size = 1, 15
         sources = [rng.integers(2, 7, rng.integers(1, 9)).tolist() for _ in range(rows)]
-    model, plain = (tiny(preset, 7, block_size, seed) for _ in range(2))
-    arrange_weights(model)
+    plain = tiny(preset, 7, block_size, seed)
+    model = arrange_weights(tiny(preset, 7, block_size, seed))
     ids = torch.from_numpy(rng.integers(7, size=(rows, prompt)))
     found = written(model, ids, n, seed=seed, end_ids=end_ids, cache=encoded(model, sources), **how)
     for i, tokens in enumerate(found):
@@ -204,8 +204,7 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
 def test_arranged_weights_leave_the_layers_of_a_fork_alone():
     """Such as LoRA, which adds to the product of nn.Linear."""
     model, ids = tiny('llama', 7), torch.tensor([[1, 2, 3]])
-    attn = model.decoder.blocks[1].attn
-    attn.k = torch.nn.Sequential(attn.k, torch.nn.Tanh())
+    model.decoder.blocks[1].attn.k = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh())
     before = model(ids)[0]
     close(arrange_weights(model)(ids)[0], before, 1e-4)
 
