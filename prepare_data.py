@@ -575,7 +575,7 @@ ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
     '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
     '[SEP]': ('sep_token', '[SEP]', '</s>'), '[MASK]': ('mask_token', '[MASK]'),
-    '<|start|>': ('bos_token', '<s>'), '<|bos|>': ('bos_token',), 'unknown': ('unk_token',),
+    '<|bos|>': ('bos_token', '<s>'), 'unknown': ('unk_token',),
 }
 
 def open_huggingface(folder):
@@ -603,7 +603,7 @@ def open_huggingface(folder):
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: a Llama's tokenizer puts <s> there, and BERT's [CLS], with which
     # there are GPT-2s, too; T5's files name a token.
-    start, frame = special.pop('<|start|>', None), engine.encode('').ids
+    start, frame = special.get('<|bos|>'), engine.encode('').ids
     first = special.get('[CLS]') if config.get('model_type') == 'gpt2' else start
     start = next((i for i in frame[:1] if i in (start, first)), None)
     if is_t5 and engine.num_special_tokens_to_add(False) > 1:
