@@ -693,7 +693,7 @@ def read_text(path, size=None):
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
     for n, line in enumerate(read_text(path), 1):
-        yield n, line.removesuffix('\n')
+        yield n, line.removesuffix('\n').lstrip('\ufeff')  # the marks of files put together
 
 def is_json_lines(path):
     """
@@ -777,13 +777,14 @@ def read_any(folder, name):
 def new_folder(path):
     """
     with new_folder(path) as temporary: ... The folder gets its name when all of it is written, in
-    the place of an older data folder; after an error nothing is left.
+    the place of an older data folder that holds nothing else; after an error nothing is left.
     """
     path = Path(path).resolve()  # a link stays a link
     meta = path / 'meta.json'
-    is_full = path.exists() and any(path.iterdir())
-    require(not is_full or (meta.exists() and b'plainformer data' in meta.read_bytes()),
-            f"--out_dir {path} holds files that are no data: choose another name")
+    is_data = meta.exists() and b'plainformer data' in meta.read_bytes()
+    for old in path.glob('*'):
+        require(is_data and re.fullmatch(r'.*\.(bin|jsonl?)|source(\.val)?\.txt', old.name),
+                f"--out_dir {path} holds {old.name}, which is no data: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:
         new, old = Path(temporary, 'new'), Path(temporary, 'old')
@@ -910,8 +911,9 @@ def read_questions(path):
                         if not is_there or not answer.strip():
                             wrong.append(f"{answer[:40]!r} of {where}")
     except Exception as e:
-        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}), where each question has a list "
-                         "of answers, empty where the context has none") from None
+        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}), which is one object, data > "
+                         "paragraphs > context and qas, where each question has a list of answers, "
+                         "empty where the context has none") from None
     if wrong:
         raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}")
     return rows
@@ -1461,6 +1463,9 @@ def prepare(settings):
                 path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
+        above = {folder for path in files + val_files for folder in Path(path).resolve().parents}
+        require(Path(out_dir).resolve() not in above,
+                f"--out_dir {out_dir} holds the input, which would be lost: choose another name")
         held_out = {*map(os.path.realpath, val_files)}
         files = [path for path in files
                  if os.path.realpath(path) not in held_out] or files       # where none is left

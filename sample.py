@@ -802,7 +802,7 @@ class Settings:
     length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', low=0, high=10)
     top_k: int = flag(0, 'the k likeliest tokens; 0: all. For [MASK]: how many to show', low=0)
     top_p: float = flag(1.0, 'the fewest tokens that reach this probability', low=0, high=1)
-    stop: list = flag([], 'texts at which to stop')
+    stop: list = flag([], "texts at which to stop; a line end is $'\\n' in most shells")
     seed: int = flag(-1, 'the same seed writes the same text; -1: a new one every time', low=-1)
     stream: bool = flag(False, 'print text as it is generated, one sample after the other')
     score: str = flag('', 'a file to score: a text, or labelled rows as prepare_data.py reads them')
