@@ -416,10 +416,7 @@ class Attention(nn.Module):
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
-        """
-        x (B, T, C), source (B, S, C) -> all heads of q (B, T, H D), k and v (B, S, G D). For
-        writing, arrange_weights of sample.py puts one product in the place of three.
-        """
+        """All heads of q (B, T, H D), k and v (B, S, G D). Writing makes it one product."""
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
@@ -1131,9 +1128,8 @@ def config_from(theirs):
             f"is_causal={not causal} is not supported here")
     if kind == 't5':
         values.setdefault('scale_output', values.get('tied', True))
-        depth = theirs.get('num_decoder_layers')
-        require(depth in (None, values.get('n_layer', 6)),
-                f"num_decoder_layers={depth} is not supported here: it must be num_layers")
+        require(theirs.get('num_decoder_layers') in (None, values.get('n_layer', 6)),
+                "num_decoder_layers is not num_layers, which is not supported here")
     rope.setdefault('rope_type', rope.get('type', 'default'))
     if rope['rope_type'] != 'default':
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
