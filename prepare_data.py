@@ -782,8 +782,9 @@ def new_folder(path):
     path = Path(path).resolve()  # a link stays a link
     meta = path / 'meta.json'
     is_data = meta.exists() and b'plainformer data' in meta.read_bytes()
+    ours = r'(meta|tokenizer)\.json|(train|val)\.jsonl|.*\.bin|source(\.val)?\.txt|\.DS_Store'
     for old in path.glob('*'):
-        require(is_data and re.fullmatch(r'.*\.(bin|jsonl?)|source(\.val)?\.txt', old.name),
+        require(is_data and re.fullmatch(ours, old.name),
                 f"--out_dir {path} holds {old.name}, which is no data: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:

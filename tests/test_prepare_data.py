@@ -338,8 +338,8 @@ def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
     (tmp_path / 'link').symlink_to(out)
     prepare(Settings(input=[path], tokenizer='char', out_dir=str(tmp_path / 'link')))
     assert (tmp_path / 'link').is_symlink() and contents(out) != before
-    for name, inputs in (('thesis/chapter.tex', [path]), ('out/in.jsonl', [str(out / 'in.jsonl')]),
-                         ('out/book.txt', [path])):
+    for name, inputs in (('thesis/chapter.tex', [path]),
+                         ('out/train.jsonl', [str(out / 'train.jsonl')]), ('out/notes.md', [path])):
         write(kept := tmp_path / name, '{"text": "years"}\n' * 30)
         with pytest.raises(ValueError, match='choose another name'):
             prepare(Settings(input=inputs, tokenizer='byte', out_dir=str(kept.parent)))
