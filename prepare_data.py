@@ -783,7 +783,7 @@ def new_folder(path):
     meta = path / 'meta.json'
     is_data = meta.exists() and b'plainformer data' in meta.read_bytes()
     ours = r'(meta|tokenizer)\.json|(train|val)\.jsonl|.*\.bin|source(\.val)?\.txt|\.DS_Store'
-    for old in path.glob('*'):
+    for old in path.iterdir() if path.exists() else ():
         require(is_data and re.fullmatch(ours, old.name),
                 f"--out_dir {path} holds {old.name}, which is no data: choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -194,8 +194,7 @@ def test_offsets_slice_the_original_text(bpe, gpt2, text):
         at = 0
         for i, (start, end) in zip(ids.tolist(), offsets.tolist()):
             part = tokenizer.token_bytes(i)
-            assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), (
-                tokenizer.name, text)
+            assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), tokenizer.name
             at += len(part)
         assert at == len(owner), tokenizer.name
 
@@ -324,8 +323,7 @@ def test_meta_tells_the_truth(tmp_path):
 def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
     """A slip in --out_dir must not cost a thesis; an error leaves the old folder."""
     path, out = write(tmp_path / 'a.txt', 'some words ' * 30), tmp_path / 'out'
-    make = lambda **flags: prepare(Settings(
-        input=[path], tokenizer='byte', out_dir=str(out), **flags))
+    make = lambda **kw: prepare(Settings(input=[path], tokenizer='byte', out_dir=f'{out}', **kw))
     make()
     before = contents(out)
     write(out / 'left.bin', 'over')
@@ -338,6 +336,8 @@ def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
     (tmp_path / 'link').symlink_to(out)
     prepare(Settings(input=[path], tokenizer='char', out_dir=str(tmp_path / 'link')))
     assert (tmp_path / 'link').is_symlink() and contents(out) != before
+    with pytest.raises(NotADirectoryError):
+        prepare(Settings(input=[path], out_dir=path))
     for name, inputs in (('thesis/chapter.tex', [path]),
                          ('out/train.jsonl', [str(out / 'train.jsonl')]), ('out/notes.md', [path])):
         write(kept := tmp_path / name, '{"text": "years"}\n' * 30)
@@ -510,8 +510,7 @@ def test_rows_to_be_answered_have_no_targets():
     for task, (asked, gold) in rows.items():
         plain = TASKS[task].examples(BYTE, asked, ['O', 'b'], 40)
         right = TASKS[task].examples(BYTE, asked | gold, ['O', 'b'], 40)
-        assert not any('targets' in made for made in plain) and all(
-            'targets' in made for made in right)
+        assert ['targets' in a for a in plain + right] == [False] * len(plain) + [True] * len(right)
         assert [made['ids'] for made in plain] == [made['ids'] for made in right], task
 
 # -----------------------------------------------------------------------------

@@ -205,8 +205,7 @@ def test_arranged_weights_leave_the_layers_of_a_fork_alone():
     """Such as LoRA, which adds to the product of nn.Linear."""
     model, ids = tiny('llama', 7), torch.tensor([[1, 2, 3]])
     model.decoder.blocks[1].attn.k = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh())
-    before = model(ids)[0]
-    close(arrange_weights(model)(ids)[0], before, 1e-4)
+    close(model(ids)[0], arrange_weights(model)(ids)[0], 1e-4)  # the left one first
 
 def test_each_step_reads_one_token_of_the_rows_that_go_on():
     """Where the window is full its newer half is read again, and ended rows are not read. b10"""
@@ -1094,8 +1093,8 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
     assert found == [{'masked_accuracy': pytest.approx(np.mean(right))}]
     assert 0.1 < np.mean(right) < 0.9, 'the test would not notice'
 
-QUESTIONS = {'data': [{'paragraphs': [
-    {'context': '北京的小狗 😀 won the race.', 'qas': [{'id': '2', 'question': '?', 'answers': []},
+QUESTIONS = {'data': [{'paragraphs': [{
+    'context': '北京的小狗 😀 won the race.', 'qas': [{'id': '2', 'question': '?', 'answers': []},
         {'id': '1', 'question': '谁?', 'answers': [{'text': '小狗', 'answer_start': 3}]}]},
     {'context': 'one two three four five six seven eight nine ten, 十一 十二', 'qas': [
         {'id': '3', 'question': 'Ten?', 'answers': [{'text': '十一', 'answer_start': 50}]}]}]}]}
