@@ -651,7 +651,7 @@ def load_tokenizer(folder):
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
 
-MARKER = re.compile(r'(?m)^<\|endoftext\|>(?:\n|\Z)')  # on its own line it ends a document
+MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line it ends a document
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out. Each once."""
@@ -840,10 +840,11 @@ def write_ids(path, dtype, tokenizer, pieces):
 IGNORE_INDEX = -100  # a position without a target, as in model.py
 # names of columns: a first line of these is no row
 HEADERS = '''answer answers article category chinese class completion content de description
-    document en english fr french german gold_label highlights hypothesis input instruction label
-    labels output premise prompt question response review sentence sentence1 sentence2 sentiment
-    source spanish src src_text summary target text text_b texts tgt tgt_text title translation
-    zh cn ja ru it 中文 英文 源文本 目标文本 标签 文本 标题 摘要'''.split()
+    dialogue document en english fr french german gold_label highlights hypothesis input input_text
+    instruction label labels output premise prompt question response review sentence sentence1
+    sentence2 sentiment source source_text spanish src src_text summary target target_text text
+    text_a text_b texts tgt tgt_text title translation trg
+    zh cn ja ru it es pt vi ko 中文 英文 源文本 目标文本 标签 文本 标题 摘要'''.split()
 
 def read_columns(path, *names):
     """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
@@ -1133,17 +1134,20 @@ def check_labels(task, rows, labels):
 
 def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
-    examples = []
+    examples, wrong = [], []
     for i, row in enumerate(rows):
         try:
             made = TASKS[task].examples(tokenizer, row, labels, block_size)
         except ValueError as e:
-            raise ValueError(f"{row['where']}: {e}" if 'where' in row else str(e)) from None
+            wrong.append(f"{row['where']}: {e}" if 'where' in row else str(e))
+            continue
         for example in made:
             example['meta']['row'] = i
         examples += made
         progress(f"encoding: row {i:,} of {len(rows):,}")
     progress('')
+    if wrong:
+        raise ValueError(wrong[0] + f" (one of {len(wrong):,} such rows)" * (len(wrong) > 1))
     return examples
 
 # -----------------------------------------------------------------------------
@@ -1385,13 +1389,16 @@ def choose_tokenizer(settings, characters, texts):
 def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
     pieces = lambda paths: itertools.chain.from_iterable(map(read_pieces, paths))
-    size, characters, both = 0, set(), files + val_files
+    size, characters, both, inside = 0, set(), files + val_files, 0
     for paths in (files, val_files):
         cut = size  # in the end: where val_files begin
         for text, _ in pieces(paths):
             size += len(text)
             characters.update(text)
+            inside += text.count('<|endoftext|>')
             progress(f"reading: {size / 1e6:,.1f} M characters")
+    if inside:
+        print(f"{inside:,} <|endoftext|> do not stand alone on a line: there they are only text")
     require(size, f"{files[0]} is empty: add text")
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
@@ -1418,10 +1425,13 @@ def prepare_task(settings, task, folder, files, val_files):
             "to validate: add rows or contexts, change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
-    many = task == 'classify' and len(labels) > max(10, len(found) // 2)
+    last, usual = {row.get('text_b', row.get('text')) for row in rows}, max(10, len(found) // 2)
+    if all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels):  # numbers to be predicted
+        usual = 10
+    many = task == 'classify' and len(labels) > min(len(last), usual)
     require(not many and (len(labels) != 1 or task not in ('classify', 'tag')),
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
-            "there must be two or more, each in several rows"
+            "there must be two or more classes, no measurements, each in several rows"
             f"{' and in the first column' * (task == 'classify')}")
     if task == 'classify' and len(found) > 2 * len(labels):
         inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}

@@ -32,7 +32,7 @@ import string
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -351,7 +351,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
     block_size tokens: beams continue the newest part of a long prompt.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
-    length, beams, block_size = settings.max_new_tokens, settings.num_beams, model.config.block_size
+    beams, block_size = settings.num_beams, model.config.block_size
+    length = settings.max_new_tokens or 200
     if sources:
         prompts = [()] * len(prompts)  # they are no part of the target
     elif beams > 1:
@@ -390,6 +391,8 @@ def write_targets(model, tokenizer, examples, settings):
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
+    longest = max(len(example.get('decoder_ids', ())) for example in examples)  # target, if known
+    settings = replace(settings, max_new_tokens=settings.max_new_tokens or longest or None)
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
     while rest:
@@ -796,7 +799,8 @@ class Settings:
     out_dir: str = flag('out', 'the folder that train.py wrote')
     init_from: str = flag('', 'instead: a checkpoint, a Hugging Face folder, or a name on the hub')
     num_samples: int = flag(1, 'how many texts; with beams, that many of the best', low=1)
-    max_new_tokens: int = flag(200, 'tokens in a text, at most', low=1)
+    max_new_tokens: int = flag(None, 'tokens in a text, at most [200, or as many as the longest '
+                                     'target that it is scored by]', low=1)
     temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
                                    'text to text 0 if not given', low=0, high=1e6)
     num_beams: int = flag(1, 'above 1: search the likeliest text by beams', low=1, high=4096)
@@ -927,8 +931,8 @@ def read_start(start):
         raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-# A word without the punctuation after it, or another sign
-TOKEN = regex.compile(r'[\p{L}\p{N}\p{M}_@#]\S*(?<=[\p{L}\p{N}\p{M}_])|\S')
+# A word without the punctuation after it, or another sign, such as an emoji of several characters
+TOKEN = regex.compile(r'[\p{L}\p{N}_@#]\S*(?<=[\p{L}\p{N}_]\p{M}*)|(?!\s)\X')
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""
