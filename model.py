@@ -926,14 +926,19 @@ def find_checkpoint(path):
     for found in (Path(path), Path(path, 'best.pt'), Path(path, 'ckpt.pt')):
         if found.is_file():
             return found
-    if Path(path, 'config.json').exists():
-        return path
-    with contextlib.suppress(Exception):  # not installed, no network, or no such model
-        from huggingface_hub import snapshot_download
-        return snapshot_download(path, allow_patterns=['*.json', 'model*.safetensors', '*.txt'])
+    folder, patterns = path, ['*.json', 'model*.safetensors', '*.txt', '*.model']
+    if not os.path.isdir(path):
+        with contextlib.suppress(Exception):  # not installed, no network, or no such model
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(path, allow_patterns=patterns)
+    if Path(folder, 'config.json').exists():
+        return folder
+    require(not Path(folder, 'adapter_config.json').exists(),
+            f"{path} is an adapter, without its model: merge the two first, with peft")
     raise FileNotFoundError(
-        f"there is no checkpoint {path}: train a model first, with python train.py, or download "
-        f"https://huggingface.co/{path} into a folder (pip install huggingface_hub does so itself)")
+        f"there is no checkpoint {path}, which is a .pt file or a folder with a config.json: train "
+        f"a model first, with python train.py, or download https://huggingface.co/{path} into a "
+        "folder (pip install huggingface_hub does so itself)")
 
 def load(path, device='cpu', **changes):
     """
@@ -1214,10 +1219,13 @@ def from_huggingface(folder):
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
-    head = tensors.get(f"{family.names['output']}.weight")
+    tokens, output = (f"{family.names[name]}.weight" for name in ('tokens', 'output'))
+    head = tensors.get(output)
     if config.tied or theirs['model_type'] == 't5':  # a head counts, unless it is a copy
-        config.tied = head is None or head.equal(
-            tensors.get(f"{family.names['tokens']}.weight", head))
+        config.tied = head is None or head.equal(tensors.get(tokens, head))
+    copy = tensors.get('decoder.embed_tokens.weight', head if config.tied else None)
+    if copy is not None:  # of several names of one table, a file may hold another
+        tensors.setdefault(tokens, copy)
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))

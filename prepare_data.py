@@ -151,6 +151,8 @@ def read_flags(argv, description, groups):
         return given
     try:
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
+        if 'eval_only' in given:  # of the run itself, not of the model that it began with
+            values.pop('init_from', None)
         words = []
         for name, found in values.items():
             several = isinstance(found, list) and kinds.get(f'--{name}') is list
@@ -583,6 +585,8 @@ def open_huggingface(folder):
     if {*os.listdir(folder)}.isdisjoint({'tokenizer.json', 'tokenizer_config.json'}):
         print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
               "transformers", file=sys.stderr)
+    if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
+        optional('sentencepiece')
     kind = read_any(folder, 'tokenizer_config.json').get('tokenizer_class') or ''
     # its words are found by a program, not by a table
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")

@@ -779,7 +779,7 @@ def dry_run(model, s, data, runtime):
     parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
              for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
     n, tokens = num_parameters(model), tokens_per_step(s, data, config)
-    flops = flops_per_token(model)
+    flops = flops_per_token(model) * (2 if s.adversarial else 1)
     width = runtime.dtype.itemsize // 2                                    # times 16 bits
     activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
     x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
@@ -1006,6 +1006,14 @@ def adapt_model(model, checkpoint, path, data, runtime):
                                   label_smoothing=0.0), trunk)
     return model
 
+def sort_head(model, checkpoint, data):
+    """Others have the labels of a head in another order: let it be that of the data."""
+    labels = checkpoint.get('labels', [])
+    if data.task != 'qa' and labels != data.labels and sorted(labels) == sorted(data.labels):
+        for p in model.head.parameters():
+            p.data = p.data[[labels.index(label) for label in data.labels]]
+        checkpoint['labels'] = data.labels
+
 def freeze(model, s):
     """
     Keep the weights with one of some words in their names: `trunk` is all but the head, which makes
@@ -1100,6 +1108,7 @@ def start(given):
         data.task = val.task = ''
         data.labels = val.labels = []
     torch.manual_seed(s.seed)
+    sort_head(model, checkpoint, data)
     if is_new:
         kind = data.task or ('more text' if path else 'pretrain')
         recipes = RECIPES.get(kind, RECIPES['classify'])
@@ -1153,7 +1162,8 @@ def claim_folder(s, config, resumed, runtime):
 def main(argv):
     groups = {"training (RECIPES may have other defaults)": Settings,
               "architecture (defaults: the preset's)": Config}
-    model, s, data, val, checkpoint, runtime = start(read_flags(argv, __doc__, groups))
+    given = read_flags(argv, __doc__, groups)
+    model, s, data, val, checkpoint, runtime = start(given)
     world, status = runtime.world_size, 0
     if s.dry_run:
         dry_run(model, s, data, runtime)
@@ -1162,7 +1172,8 @@ def main(argv):
         if runtime.is_main:
             print('val ' + sample.format_scores(scores))
     else:
-        lock = runtime.is_main and claim_folder(s, model.config, checkpoint, runtime)
+        written = replace(s, objective=given.get('objective', ''))         # else the data says it
+        lock = runtime.is_main and claim_folder(written, model.config, checkpoint, runtime)
         runtime.print0(
             f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
             f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
