@@ -283,9 +283,11 @@ def test_a_head_in_the_file_counts_although_the_fields_call_it_tied(family, whol
     """As in transformers; and what generation_config.json asks for, and is not done, is named."""
     about, tensors = whole(family)
     head = 'cls.predictions.decoder.weight' if family == 'bert' else 'lm_head.weight'
-    copy = tensors[EMBEDDINGS[family]]
-    for tensors[head] in (copy, torch.randn(copy.shape)):
-        folder = write(place(), about | {'tie_word_embeddings': True}, tensors)
+    copy, other = tensors[EMBEDDINGS[family]], {'t5': 'decoder.embed_tokens.weight'}
+    heads = [{head: copy}, {head: torch.randn(copy.shape)}, {other.get(family, head): copy}]
+    for i, found in enumerate(heads):  # the last without the table's usual name
+        found = found | {name: t for name, t in tensors.items() if i < 2 or t is not copy}
+        folder = write(place(), about | {'tie_word_embeddings': True}, found)
         put(folder, 'generation_config.json', {'repetition_penalty': 1.3, 'eos_token_id': None})
         theirs = getattr(transformers, MODELS[family][0]).from_pretrained(folder)
         (model, checkpoint), (inputs, ours) = load(folder), batch_of(family, [T], 2)
@@ -372,6 +374,7 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
         same(a, b)
     monkeypatch.undo()  # now the hub cannot be reached
     refuses('somebody/gpt2', 'https://huggingface.co/somebody/gpt2')
+    refuses(put(place(), 'adapter_config.json', {}).parent, 'is an adapter')
 
 @pytest.mark.parametrize('preset, changes, named', [
     ('nano', {}, 'norm_weight'), ('palm', {}, 'parallel'), ('transformer', {}, 'norm_first'),

@@ -227,10 +227,10 @@ def test_pieces_are_cut_where_no_token_crosses(bpe, parts, size):
         assert not any(piece.endswith('>') for piece in pieces[:-1]), 'it would end a document'
         assert [i for piece in pieces for i in bpe.encode(piece).tolist()] == whole
 
-def test_files_folders_rows_and_markers_begin_documents(tmp_path):
+def test_files_folders_rows_and_markers_begin_documents(tmp_path, capsys):
     """Each document ends in one <|endoftext|>; hidden files and empty documents are left out."""
     marker = '<|endoftext|>\n'
-    write(tmp_path / 'in/a.txt', f'one\n{marker}{marker}two\r\n\r\nstill two{marker}')
+    write(tmp_path / 'in/a.txt', f'one\n{marker}<|endoftext|> \t\ntwo\r\n\r\nstill two{marker}')
     write(tmp_path / 'in/b/rows.jsonl', '{"text": "three\\n<|endoftext|>\\n"}\n\n{"text": ""}\n')
     write(tmp_path / 'in/.hidden', 'no')
     many = [write(tmp_path / f'many/{i}.txt', 'x') for i in range(10, 30)]
@@ -244,6 +244,7 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path):
     _, meta = prepare(Settings(input=[str(tmp_path / 'in')], out_dir=str(tmp_path / 'out'),
                                val=[str(tmp_path / 'in/b/../val.txt')], tokenizer='byte'))
     assert meta['counts']['train']['documents'] == 3 and meta['counts']['val']['documents'] == 1
+    assert '2 <|endoftext|> do not stand alone' in capsys.readouterr().out
     both = [str(tmp_path / 'val' / 'all.txt')]  # one file for both splits is taken as it is given
     write(tmp_path / 'val/all.txt', 'v v')
     _, meta = prepare(Settings(input=both, val=both, tokenizer='byte', out_dir=str(tmp_path / 'n')))
@@ -586,6 +587,10 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'counted texts': ('tag', {'a.conll': 'S 1\tEU\tO\nS 1\t说\tO\n'}, [], 'first column counts'),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i}\t1\n' for i in range(20))}, [], 'first column'),
+    'the label last': ('classify', {'a.tsv': ''.join(
+        f'film {i // 3}\t问 {i}\t{i % 2}\n' for i in range(30))}, [], 'first column'),
+    'measurements': ('classify', {'a.tsv': ''.join(
+        f'{i % 20 / 5}\t一 {i}\n' for i in range(60))}, [], 'no measurements'),
     'an unknown label': (
         'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown"),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
@@ -603,7 +608,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
     'a target too long': ('seq2seq', {'a.tsv': ('one\t' + '1' * 99 + '\n') * 9},
-                          ['--tokenizer', 'byte'], 'a.tsv, line '),
+                          ['--tokenizer', 'byte'], '(one of 8 such rows)'),
 }
 
 @pytest.mark.parametrize('name', MALFORMED)

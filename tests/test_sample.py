@@ -621,7 +621,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.weight, self.classes, self.task = torch.nn.Parameter(torch.zeros(1)), classes, task
         arch = {'seq2seq': 'transformer'}.get(task, 'bert')
-        self.config = dataclasses.replace(PRESETS[arch], vocab_size=classes, block_size=64)
+        self.config = dataclasses.replace(PRESETS[arch], vocab_size=classes, block_size=999)
         self.known = {tuple(e['ids']): e.get('targets') for e in examples}
 
     def forward(self, ids, targets=None, attention_mask=None, num_targets=None, **inputs):
@@ -641,8 +641,8 @@ class Oracle(torch.nn.Module):
         cache.length += 1
         return 30.0 * F.one_hot(target, self.classes)
 
-def oracle_scores(tokenizer, task, rows, labels):
-    examples = encode_rows(tokenizer, task, rows, labels, 64)
+def oracle_scores(tokenizer, task, rows, labels, size=64):
+    examples = encode_rows(tokenizer, task, rows, labels, size)
     classes = tokenizer.n_vocab if task == 'seq2seq' else max(1, len(labels))
     return task_scores(Oracle(task, classes, examples), tokenizer, examples, task, labels)
 
@@ -685,8 +685,9 @@ def test_the_right_targets_score_1_for_every_task_and_any_text(foreign, texts, t
 
 def test_the_right_targets_score_100_in_bleu_and_1_in_rouge():
     """Five words in three scripts; and hidden tokens are all found by their own targets."""
-    rows = [{'source': 'a', 'target': 'кот and 人之 été'}, {'source': 'b', 'target': 'नमस्ते ok 1 2'}]
-    found = oracle_scores(byte_tokenizer(), 'seq2seq', rows, [])
+    rows = [{'source': a, 'target': b * 20}  # longer than other texts are by default
+            for a, b in (('a', 'кот and 人之 été '), ('b', 'नमस्ते ok 1 2 '))]
+    found = oracle_scores(byte_tokenizer(), 'seq2seq', rows, [], 999)
     assert [*found.values()] == pytest.approx([100, 1, 1, 1, 1]), found
     tokenizer = byte_tokenizer()
     oracle, ids = Oracle('masks', tokenizer.n_vocab), tokenizer.encode(STORY)
@@ -1009,7 +1010,7 @@ def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
 @pytest.mark.parametrize('line, tokens', [
     ('Angela Merkel spoke.', 'Angela Merkel spoke .'), ('北京 is big', '北 京 is big'),
     ('(e\u0301!)', '( e\u0301 ! )'), ('@user', '@user'), ('a ||| b', 'a | | | b'),
-    ('x中y 3.14', 'x 中 y 3.14')], ids=str)
+    ('x中y 3.14', 'x 中 y 3.14'), ('❤\ufe0fx👍🏽 न\u094d', '❤\ufe0f x 👍🏽 न\u094d')], ids=str)
 def test_a_tagger_answers_with_tokens_tags_and_entities(ask, line, tokens):
     """Punctuation and each CJK character are tokens; an entity is named behind the tokens."""
     row = ask.lines('tag', '--start', line)[0]

@@ -821,6 +821,10 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     assert 'a head for classify, of 2 labels: bad, 好' in capsys.readouterr().out
     main({**keep, 'init_from': tmp_path / 'task', 'out_dir': tmp_path / 'same', 'max_iters': 0})
     assert not different(task, read(tmp_path / 'same'))  # the same labels: the head stays too
+    turned = {name: p.flip(0) if name[:4] == 'head' else p for name, p in task['model'].items()}
+    torch.save(task | {'labels': ['好', 'bad'], 'model': turned}, tmp_path / 'turned.pt')
+    main({**keep, 'init_from': tmp_path / 'turned.pt', 'out_dir': tmp_path / 'u', 'max_iters': 0})
+    assert not different(task, read(tmp_path / 'u'))     # nor does their order matter
     prepared(tmp_path / 'other', '\n'.join(f'{i % 11}\t{i}' for i in range(42)), task='classify',
              tokenizer='byte', block_size=40)
     main({**keep, 'init_from': tmp_path / 'task', 'out_dir': tmp_path / 'others', 'max_iters': 0,
@@ -829,6 +833,9 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     main({**keep, 'init_from': tmp_path / 'task', 'out_dir': tmp_path / 'back', 'max_iters': 0,
           'dataset': folders / 'text'})
     assert not different(text, read(tmp_path / 'back'))
+    out, config = tmp_path / 'back', tmp_path / 'back/config.toml'  # which describes that run
+    assert eval_only(out, capsys) == eval_only(out, capsys, config=config)
+    assert not re.search('objective = "."', config.read_text()), 'other data may need another'
 
 def test_a_vocabulary_without_special_tokens_grows(folders, tmp_path, capsys):
     """The rows that were there stay, new ones come behind; it is said how many."""
