@@ -47,7 +47,7 @@ IGNORE_INDEX = -100  # a position with this target has no target: it does not co
 # Configuration. It is saved in every checkpoint, so a model can be rebuilt from its file alone.
 
 def require(holds, message):
-    """Raise ValueError with the message unless something holds."""
+    """Raise ValueError with the message unless `holds` is true."""
     if not holds:
         raise ValueError(message)
 
@@ -158,7 +158,8 @@ PRESETS = {
     'palm': Config(parallel=True, positions='rotary', activation='swiglu', n_kv_head=1, bias=False,
                    scale_output=True, init='fan_in'),
     'llama': Config(norm='rmsnorm', norm_eps=1e-6, positions='rotary', activation='swiglu',
-                    mlp_dim=344, n_kv_head=2, bias=False, tied=False, init='normal'),
+                    mlp_dim=344, n_kv_head=2, bias=False, tied=False, init='normal'),  # G=2: GQA
+    # no model of history: what learns fastest on a laptop (tests/bench/README.md)
     'nano': Config(norm_weight=False, qk_norm=True, bias=False, positions='rotary',
                    window='2 4 8 0', activation='swiglu', mlp_dim=256, tied=False, init='zero'),
     'lstm': Config(arch='lstm', positions='none', n_layer=2, n_embd=256, tied=False, init='fan_in'),
@@ -256,8 +257,8 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     if real is not None:
         real = real.bool()                                                 # it may be 1 and 0
         mask = mask & real[:, None, :]                                     # (B, T, S)
-    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Here
-    # only padding can, in a window of padding; its output is not used, so it may see all.
+    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Only a
+    # query of padding whose window is all padding can; its output is not used, so it may see all.
     mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
 
@@ -416,7 +417,7 @@ class Attention(nn.Module):
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
-        """All heads of q (B, T, H D), k and v (B, S, G D). Writing makes it one product."""
+        """All heads of q (B, T, H D), k and v (B, S, G D). sample.py makes it one product."""
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
@@ -438,7 +439,7 @@ class Attention(nn.Module):
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             if cache is not None:
-                k, v = cache.append(self.layer, k, v)[..., -newest:, :]      # -0: all
+                k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # 0: all
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
@@ -538,8 +539,8 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             x = x + self.sinusoids[positions]
         if self.segments is not None:
-            known = self.segments.num_embeddings  # where it is 1, a second text has 0 as well
-            x = x + self.segments(ids * 0 if segments is None else segments.clamp(max=known - 1))
+            segments = torch.zeros_like(ids) if segments is None else segments
+            x = x + self.segments(segments.clamp(max=self.segments.num_embeddings - 1))  # of one: 0
         return self.drop(self.norm(x))
 
 class Stack(nn.Module):
@@ -552,14 +553,15 @@ class Stack(nn.Module):
     def __init__(self, config, tokens, causal, cross=False):
         super().__init__()
         self.causal, self.config = causal, config
-        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip ends in time
+        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd, config.norm_first)
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
-            self.register_buffer('rotary', torch.stack([angles.cos(), angles.sin()]), False)
+            self.register_buffer('rotary', torch.stack([angles.cos(), angles.sin()]),
+                                 persistent=False)
         elif config.positions == 'relative':
             self.relative_bias = nn.Embedding(config.buckets, config.n_head)  # for all blocks
 
@@ -568,9 +570,9 @@ class Stack(nn.Module):
         """
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
-        holds only the new tokens, attention_mask is of all that were read, too, and the memory is
-        that of the cache. Others go to the function attention_mask. Raises ValueError beyond
-        block_size.
+        holds only the new tokens, attention_mask also covers the earlier ones, and the memory is
+        that of the cache. others: further arguments of the function attention_mask, of a fork.
+        Raises ValueError beyond block_size.
         """
         past, source_cache = 0, None
         if cache is not None:
@@ -652,7 +654,7 @@ def init_weights(model):
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
-    fan_in   1 / sqrt(columns); for token embeddings 1, after scale_embedding: section 5 of [5]
+    fan_in   1 / sqrt(columns); token embeddings 1, or 1 once they are scaled: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
              nothing yet
     """

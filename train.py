@@ -13,8 +13,8 @@ The data flow, which is all that the loop knows of a task:
     data --objective--> examples --collate--> batch --model(**batch)--> (logits, loss)
 
 An example is a dict whose keys are arguments of model.forward(). A step is a pure function of the
-checkpoint and its number: example i and the dropout of a step are drawn from (seed, i), so nothing
-about the loader needs saving, and a resumed run is the unbroken one.
+checkpoint and its number: example i is drawn from (seed, i), and dropout from the number of the
+first example, so nothing about the loader needs saving, and a resumed run is the unbroken one.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def row_order(data, epoch):
     length, but for a batch that begins in one epoch and ends in the next.
     """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # the rest of a batch
+    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # rows of an open batch
     middle = order[begin:begin + (n - begin) // size * size]               # the whole batches
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
@@ -321,7 +321,7 @@ def get_batch(data, objective, T, first, n):
     return sample.collate(examples, data.tokenizer.pad_id)
 
 # -----------------------------------------------------------------------------
-# Optimizers. Those of torch.optim would do, but making one imports the compiler: two seconds
+# Optimizers. Those of torch.optim would do, but they import the compiler, which takes two seconds
 
 ONE = torch.tensor(1.0)
 
@@ -417,7 +417,7 @@ class Muon(Optimizer):
 
     def update(self, lr, decay, good, weights, gradients, means):
         old = torch.stack(means)                                           # (n, rows, columns)
-        gradients = torch.stack(gradients).where(good > 0, old)            # old: means that stay
+        gradients = torch.stack(gradients).where(good > 0, old)            # else the means stay
         new = old.lerp(gradients, 1 - self.momentum)
         torch._foreach_copy_(means, list(new))
         ahead = gradients.lerp(new, self.momentum)                         # Nesterov's momentum
@@ -623,7 +623,7 @@ class Runtime:
 def evaluate(model, data, s, runtime, limit=None):
     """
     Scores of a split: the loss and the share of targets that the model predicts, or the scores of
-    a task. limit: use so many examples, evenly spread; but the labels of val are scored on all.
+    a task. limit: use so many examples, evenly spread; but labels of val are always scored on all.
     """
     T, scores, example = model.config.block_size, {}, OBJECTIVES[s.objective].example
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
@@ -757,9 +757,9 @@ def duration(seconds):
 def flops_per_token(model):
     """
     Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
-    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B). That is for
-    decoders, and up to twice too much where a token meets only half of the weights: one of two
-    stacks, or of BERT's output one time in seven.
+    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B). Too much where
+    there are windows, or where a token meets only a part of the weights: one of two stacks, or
+    BERT's output one time in seven.
     """
     c, n = model.config, num_parameters(model)
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
@@ -839,6 +839,7 @@ class Trainer:
         self.at, self.log, self.signal = Progress(), [], 0
         if checkpoint:
             with reading(s.out_dir, "its ckpt.pt is of another version, start a new run"):
+                # at.step also says which examples come next
                 self.at, self.log = Progress(**checkpoint['progress']), checkpoint['log']
                 for optimizer, saved in zip(self.optimizers, checkpoint['optimizer'], strict=True):
                     optimizer.load_state_dict(saved)
@@ -1075,8 +1076,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
-        old = fixed.get(name, value)
-        require(value == old, f"--{name} {value}: {path or folder} has {old!r}: leave the flag out")
+        has = fixed.get(name, value)
+        require(value == has, f"--{name} {value}: {path or folder} has {has!r}: leave the flag out")
 
 def start(given):
     """
