@@ -941,6 +941,14 @@ def pick(row, *names):
     """The part of a dict with these keys, as far as it has them."""
     return {name: row[name] for name in names if name in row}
 
+def some_of(names):
+    return ', '.join(map(str, names[:10])) + ', ...' * (len(names) > 10)
+
+def class_of(label, labels):
+    """The number of a label. Raises ValueError where the model does not know it."""
+    require(label in labels, f"the label {label!r} is unknown: choose one of {some_of(labels)}")
+    return labels.index(label)
+
 def classify_examples(tokenizer, row, labels, block_size):
     """
     One class for a text, or for a pair. What is too long loses the end of the longer text.
@@ -955,7 +963,7 @@ def classify_examples(tokenizer, row, labels, block_size):
     ids, segments = add_special_tokens(tokenizer, *texts)
     example = {'ids': ids, 'segments': segments}
     if 'label' in row:
-        example['targets'] = labels.index(row['label'])
+        example['targets'] = class_of(row['label'], labels)
     return [example | {'meta': pick(row, 'label', 'text', 'text_b')}]
 
 def tag_examples(tokenizer, row, labels, block_size):
@@ -994,7 +1002,7 @@ def tag_examples(tokenizer, row, labels, block_size):
             example['targets'] = [IGNORE_INDEX] * len(framed)
             for place, tag in zip(first, row['tags'][begin:end]):
                 if place >= 0:
-                    example['targets'][place] = labels.index(tag)
+                    example['targets'][place] = class_of(tag, labels)
         examples.append(example)
     return examples
 
@@ -1121,20 +1129,9 @@ def split_rows(rows, val_fraction):
         split += groups[i]
     return train, val
 
-def some_of(names):
-    return ', '.join(map(str, names[:10])) + ', ...' * (len(names) > 10)
-
 def shell_word(name):
     """As shells read it, that of Windows too, which knows double quotes only."""
     return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
-
-def check_labels(task, rows, labels):
-    """Raise ValueError, with file and line, at the first row with a label that is not known."""
-    for row in rows:
-        unknown = set(TASKS[task].labels_of(row)).difference(labels)
-        if unknown and task != 'qa':  # any question may be one without an answer
-            raise ValueError(f"{row['where']}: the label {min(unknown)!r} is unknown: choose one "
-                             f"of {some_of(labels)}")
 
 def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
@@ -1443,7 +1440,6 @@ def prepare_task(settings, task, folder, files, val_files):
             require(not inside or row['label'] in inside,
                     f"{row['where']}: the label {row['label']!r} is nowhere else: leave the line "
                     "out (is it a header?), or add rows")
-    check_labels(task, val_rows, labels)
     train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
     characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}

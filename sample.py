@@ -45,9 +45,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
                    require, write_file)
-from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, check_labels,
-                          encode_rows, find_files, flag, load_tokenizer, new_folder, progress,
-                          read_flags, read_pieces, render_token, run, write_ids, write_json)
+from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, encode_rows,
+                          find_files, flag, load_tokenizer, new_folder, progress, read_flags,
+                          read_pieces, render_token, run, write_ids, write_json)
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -682,7 +682,6 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
     """Scores on labelled rows, read as prepare_data.py reads them. ours: train.py made it."""
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
     require(rows, f"--score {path}: no rows in it")
-    check_labels(task, rows, labels)
     if task == 'qa' and not ours:  # it does not say whether it knows questions without an answer
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
     # No loss, and no answers (only qa has any) that guide how a context is cut into tokens.
