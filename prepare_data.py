@@ -49,7 +49,6 @@ import random
 import re
 import shutil
 import signal
-import string
 import sys
 import tempfile
 import tokenize
@@ -305,9 +304,8 @@ class Tokenizer:
         pieces = regex.split(f'({CJK.pattern})', text)
         ids = np.concatenate([self.encode(piece) for piece in pieces])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
-        # The bytes of a character after its first one are 10xxxxxx.
-        is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
-        character = np.cumsum(is_first) - 1  # of each byte
+        # The bytes of a character after its first one are 10xxxxxx, as int8 below -64.
+        character = np.cumsum(np.frombuffer(text.encode(), np.int8) >= -64) - 1  # of each byte
         return ids, np.stack([character[ends[:-1]], character[ends[1:] - 1] + 1], axis=1)
 
     def decode(self, ids):
@@ -659,22 +657,16 @@ MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line i
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out. Each once."""
-    found, seen = [], set()
-
-    def visit(path):
+    found, seen, rest = [], set(), [*reversed(paths)]
+    while rest:
+        path = rest.pop()
         real = os.path.realpath(path)
-        if real in seen:  # links may lead in circles
-            return
-        seen.add(real)
-        if os.path.isdir(path):
-            for name in sorted(os.listdir(path)):
-                if not name.startswith('.'):
-                    visit(os.path.join(path, name))
-        else:
+        if os.path.isdir(path) and real not in seen:  # links may lead in circles
+            names = sorted(os.listdir(path), reverse=True)
+            rest += [os.path.join(path, name) for name in names if not name.startswith('.')]
+        elif real not in seen:
             found.append(str(path))
-
-    for path in paths:
-        visit(path)
+        seen.add(real)
     wrong = [path for path in found if not os.path.isfile(path)]
     if wrong or (paths and not found):
         raise ValueError(f"{(wrong or paths)[0]} is no file (save a pipe as one), nor a folder of "
@@ -1331,7 +1323,7 @@ def recall():
     for n in (40_000, 1000):
         documents = []
         for _ in range(n):
-            pairs = [f'{c}{rng.randrange(10)}' for c in rng.sample(string.ascii_lowercase, 8)]
+            pairs = [f'{c}{rng.randrange(10)}' for c in rng.sample('abcdefghijklmnopqrstuvwxyz', 8)]
             documents.append(''.join(rng.choices(pairs, k=30)) + '\n')
         texts.append('<|endoftext|>\n'.join(documents))
     return texts
