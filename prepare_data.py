@@ -400,6 +400,8 @@ def merge(tokens, pair, new):
 
     >>> merge([1, 2, 3, 1, 2], (1, 2), 4)
     [4, 3, 4]
+    >>> merge([1, 1, 1], (1, 1), 2)
+    [2, 1]
     """
     merged = []
     for token in tokens:
@@ -470,28 +472,22 @@ def bpe_tokenizer(texts, vocab_size):
             counts.update(piece[i:i + 100] for i in range(0, len(piece), 100))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
-def next_merge(ranks, parts):
-    """
-    (rank, i): parts[i] and parts[i + 1] are merged next, the neighbours whose union was learned
-    first. The rank is infinite where no two of them make a token.
-
-    >>> next_merge({b'a': 0, b'b': 1, b'c': 2, b'bc': 3, b'ab': 4}, [b'a', b'b', b'c'])
-    (3, 1)
-    """
-    pairs = enumerate(itertools.pairwise(parts))
-    return min(((ranks.get(a + b, math.inf), i) for i, (a, b) in pairs), default=(math.inf, 0))
-
 def explain(tokenizer, text):
-    """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
+    """
+    How a text becomes tokens, as lines: the pieces, and in each the merges in their order. Next
+    come the neighbours whose union was learned first, and so has the lowest rank.
+    """
     ids = tokenizer.encode(text).tolist()
     for piece in regex.findall(WORDS, text) if tokenizer.name in ('bpe', 'gpt2') else []:
         parts, why = [bytes([b]) for b in piece.encode()], 'bytes'
         yield render_bytes(piece.encode())
         while True:
             yield f"    {' '.join(map(render_bytes, parts)):<40} {why}"
-            rank, i = next_merge(tokenizer.ranks, parts)
+            ranks = [tokenizer.ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+            rank = min(ranks, default=math.inf)
             if rank == math.inf:
                 break
+            i = ranks.index(rank)
             why = f"{' + '.join(map(render_bytes, parts[i:i + 2]))} = token {rank}"
             parts[i:i + 2] = [b''.join(parts[i:i + 2])]
     yield f"{len(ids):,} tokens: " + ', '.join(f'{render_token(tokenizer, i)} {i}' for i in ids)
