@@ -724,21 +724,22 @@ def read_rows(path, *names):
     if unread and len(names) > 1:  # plain text may have any others
         print(f"{path}: not read: {', '.join(sorted(unread))}", file=sys.stderr)
 
-def read_pieces(path):
+def read_pieces(paths):
     """
-    Yield a file as (text, ends_document), about PIECE characters at a time. Documents are the rows
+    Yield files as (text, ends_document), about PIECE characters at a time. Documents are the rows
     of JSON lines, or what lies between lines that hold only <|endoftext|>; they may be empty.
     """
-    if is_json_lines(path):
-        for _, (text,) in read_rows(path, 'text'):
-            yield text, True
-        return
-    for piece in safe_pieces(read_text(path, PIECE)):
-        *documents, rest = MARKER.split(piece)
-        for text in documents:
-            yield text, True
-        yield rest, False
-    yield '', True
+    for path in paths:
+        if is_json_lines(path):
+            for _, (text,) in read_rows(path, 'text'):
+                yield text, True
+            continue
+        for piece in safe_pieces(read_text(path, PIECE)):
+            *documents, rest = MARKER.split(piece)
+            for text in documents:
+                yield text, True
+            yield rest, False
+        yield '', True
 
 def part(pieces, begin, end):
     """
@@ -1377,11 +1378,10 @@ def choose_tokenizer(settings, characters, texts):
 
 def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
-    pieces = lambda paths: itertools.chain.from_iterable(map(read_pieces, paths))
     size, characters, both, inside = 0, set(), files + val_files, 0
     for paths in (files, val_files):
         cut = size  # in the end: where val_files begin
-        for text, _ in pieces(paths):
+        for text, _ in read_pieces(paths):
             size += len(text)
             characters.update(text)
             inside += text.count('<|endoftext|>')
@@ -1391,13 +1391,13 @@ def prepare_text(settings, task, folder, files, val_files):
     require(size, f"{files[0]} is empty: add text")
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
-    sample = part(pieces(files), 0, min(cut, BPE_SAMPLE))
+    sample = part(read_pieces(files), 0, min(cut, BPE_SAMPLE))
     tokenizer = choose_tokenizer(settings, characters, (text for text, _ in sample))
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     counts = {}
     for split, begin, end in (('train', 0, cut), ('val', cut, size)):
         counts[split] = write_ids(folder / f'{split}.bin', dtype, tokenizer,
-                                  part(pieces(both), begin, end))
+                                  part(read_pieces(both), begin, end))
         progress('')
         require(counts[split]['tokens'] > 1, f"{some_of(both)}: too short for a {split} split: "
                 "add text, change --val_fraction, or give --val FILE")

@@ -662,9 +662,8 @@ def format_scores(scores):
 
 def score_text(model, tokenizer, path, kind):
     """Scores on a text, read as prepare_data.py reads it."""
-    pieces = itertools.chain.from_iterable(map(read_pieces, find_files([path])))
     with tempfile.TemporaryDirectory() as folder:
-        counts = write_ids(f'{folder}/ids', 'int64', tokenizer, pieces)
+        counts = write_ids(f'{folder}/ids', 'int64', tokenizer, read_pieces(find_files([path])))
         ids = np.fromfile(f'{folder}/ids', 'int64')
     require(len(ids) > 1, f"--score {path}: no text in it")
     if kind == 'masks':
