@@ -484,13 +484,11 @@ def decode_span(examples, logits, labels):
 
 def decode_masks(tokenizer, suppressed, k, example, logits):
     """(T, V) -> for each [MASK] the k likeliest tokens, [(text, probability)]."""
-    guesses = []
-    for token, row in zip(example['ids'], logits):
-        if token == tokenizer.id('[MASK]'):
-            p, best = row.masked_fill(suppressed, -math.inf).softmax(dim=-1).topk(min(k, len(row)))
-            guesses.append([(tokenizer.decode([i]), value)
-                            for i, value in zip(best.tolist(), p.tolist()) if value])
-    return {'guesses': guesses}
+    masked = torch.tensor(example['ids']) == tokenizer.id('[MASK]')
+    logits = logits[:len(masked)][masked].masked_fill(suppressed, -math.inf)
+    p, best = logits.softmax(dim=-1).topk(min(k, logits.size(-1)))
+    return {'guesses': [[(tokenizer.decode([i]), value) for i, value in zip(*row) if value]
+                        for row in zip(best.tolist(), p.tolist())]}
 
 def answer_rows(model, tokenizer, rows, task, labels, settings):
     """Rows, each a list of its examples -> (an answer for each, totals of `predict`)."""
