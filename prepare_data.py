@@ -367,11 +367,9 @@ class Tokenizer:
                      for text, i in special.items() if engine.id_to_token(i)]
             engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
                 *frames[arch], names)
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-        if arch == 'gpt':
-            config['padding_side'] = 'left'  # so that the text goes on behind the prompt
-        elif arch == 'bert':
-            config['model_input_names'] = ['input_ids', 'token_type_ids', 'attention_mask']
+        more = {'gpt': {'padding_side': 'left'},  # so that the text goes on behind the prompt
+                'bert': {'model_input_names': ['input_ids', 'token_type_ids', 'attention_mask']}}
+        config = {'tokenizer_class': 'PreTrainedTokenizerFast', **more.get(arch, {})}
         for name, (key, *_) in ROLES.items():
             if token := engine.get_added_tokens_decoder().get(special.get(name)):  # else a word
                 config[key] = token.content  # id_to_token may write its normalized form
@@ -1360,14 +1358,10 @@ class Settings:
 def choose_tokenizer(settings, characters, texts):
     """The tokenizer of the flags: char has a set of characters, bpe learns from texts."""
     name = settings.tokenizer
-    if name == 'char':
-        return char_tokenizer(characters)
-    if name == 'byte':
-        return byte_tokenizer()
-    if name == 'bpe':
-        return bpe_tokenizer(texts, settings.vocab_size)
-    if name == 'gpt2':
-        return gpt2_tokenizer()
+    makers = {'char': lambda: char_tokenizer(characters), 'byte': byte_tokenizer,
+              'bpe': lambda: bpe_tokenizer(texts, settings.vocab_size), 'gpt2': gpt2_tokenizer}
+    if name in makers:
+        return makers[name]()
     folder = name if os.path.isdir(name) else os.path.join('data', name)
     require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, a Hugging "
             "Face folder, or a data folder, as that of python prepare_data.py --dataset pydoc")

@@ -374,14 +374,13 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
                       top_p=settings.top_p, seed=settings.seed, rows=rows, **how)
     if not (settings.stop or settings.stream):  # nobody looks before the end
         chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
-    for tokens in chosen:
+    ends = torch.full((len(ids), 1), tokenizer.end_id)                     # after so many tokens
+    for tokens in itertools.chain(chosen, [ends]):
         texts = [stream.add(*new) for stream, new in
                  zip(streams, tokens.view(len(streams), -1).tolist())]
         show(texts[0])
         if all(stream.done for stream in streams):
             break
-    texts = [stream.add(tokenizer.end_id) for stream in streams]
-    show(texts[0])
     return [[stream] for stream in streams]
 
 def write_targets(model, tokenizer, examples, settings):
