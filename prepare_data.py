@@ -471,10 +471,7 @@ def bpe_tokenizer(texts, vocab_size):
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
 def explain(tokenizer, text):
-    """
-    How a text becomes tokens, as lines: the pieces, and in each the merges in their order. Next
-    come the neighbours whose union was learned first, and so has the lowest rank.
-    """
+    """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
     ids = tokenizer.encode(text).tolist()
     for piece in regex.findall(WORDS, text) if tokenizer.name in ('bpe', 'gpt2') else []:
         parts, why = [bytes([b]) for b in piece.encode()], 'bytes'
@@ -482,7 +479,7 @@ def explain(tokenizer, text):
         while True:
             yield f"    {' '.join(map(render_bytes, parts)):<40} {why}"
             ranks = [tokenizer.ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-            rank = min(ranks, default=math.inf)
+            rank = min(ranks, default=math.inf)  # the union that was learned first
             if rank == math.inf:
                 break
             i = ranks.index(rank)
@@ -668,10 +665,7 @@ def find_files(paths):
     return found
 
 def read_text(path, size=None):
-    """
-    The lines of a text file, or pieces of it of `size` characters; its line ends become \\n. Raises
-    ValueError at a bad byte.
-    """
+    """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
         try:
             yield from iter(lambda: f.read(size), '') if size else f
@@ -699,10 +693,7 @@ def is_json_lines(path):
     return as_rows
 
 def read_rows(path, *names):
-    """
-    (number, texts) of every row: JSON lines with these keys, of which the third may be missing, or
-    columns between tabs.
-    """
+    """(number, texts) of every row: columns between tabs, or what JSON lines have of these keys."""
     as_json, unread = is_json_lines(path), set()
     for n, line in read_lines(path):
         if not as_json:
@@ -740,10 +731,7 @@ def read_pieces(paths):
         yield '', True
 
 def part(pieces, begin, end):
-    """
-    Of pieces (text, ends_document), the characters from begin to end. A piece that is cut off at
-    the end ends no document.
-    """
+    """The characters from begin to end of pieces (text, ends_document). A cut ends no document."""
     at = 0
     for text, ends in pieces:
         first, last = max(0, begin - at), end - at
@@ -860,10 +848,7 @@ def read_columns(path, *names):
         yield {'where': where, **dict(zip(names, texts))}
 
 def read_tagged(path):
-    """
-    CoNLL: a token a line and its tag (O, B-kind or I-kind) in the last column, with tabs or spaces
-    between columns, and a blank line between texts.
-    """
+    """CoNLL: a token a line, its tag in the last column, and a blank line between texts."""
     row, columns, counts = None, 0, []
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
@@ -1237,10 +1222,7 @@ def documented_library():
             yield module, [(title, text) for title, text in found if text or title == module]
 
 def pydoc():
-    """
-    Python's documentation: the topics of its manual, and the docstrings of its library. A topic or
-    a module is a document.
-    """
+    """The topics of Python's manual, and the docstrings of its modules: each a document."""
     from pydoc_data.topics import topics
     documents = [f'{name}\n\n{text.strip()}\n' for name, text in topics.items()]
     for module, found in documented_library():

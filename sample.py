@@ -332,10 +332,7 @@ class TextStream:
         return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """
-    (V,) bool: True for special tokens, which are never text, and for rows that no token has; for
-    the ends of a text only with ends=False.
-    """
+    """(V,) bool: True for special tokens (ends of a text: with ends=False) and for empty rows."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -556,10 +553,7 @@ def answer_scores(answers, golds):
     return {'exact_match': fmean(exact), 'f1': fmean(overlap)}
 
 def bleu_words(text):
-    """
-    sacrebleu's 13a rule: punctuation apart, but not . and , in a number. CJK, with its
-    punctuation, by characters.
-    """
+    """sacrebleu's 13a rule: punctuation apart, but . and , in a number; CJK by characters."""
     text = f' {cjk_apart(text)} '
     for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
                            ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
