@@ -889,9 +889,8 @@ def read_questions(path):
                         if not is_there or not answer.strip():
                             wrong.append(f"{answer[:40]!r} of {where}")
     except Exception as e:
-        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}), which is one object, data > "
-                         "paragraphs > context and qas, where each question has a list of answers, "
-                         "empty where the context has none") from None
+        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}): an object, data > paragraphs > "
+                         "context and qas, each with a list of answers, maybe empty") from None
     if wrong:
         raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}")
     return rows
@@ -1396,14 +1395,13 @@ def prepare_task(settings, task, folder, files, val_files):
     many = task == 'classify' and len(labels) > min(len(last), usual)
     require(not many and (len(labels) != 1 or task not in ('classify', 'tag')),
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
-            "there must be two or more classes, no measurements, each in several rows"
-            f"{' and in the first column' * (task == 'classify')}")
+            "there must be two or more, each in several rows (to classify: in the first column, "
+            "and no measurements)")
     if task == 'classify' and len(found) > 2 * len(labels):
         inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}
         for row in rows:
             require(not inside or row['label'] in inside,
-                    f"{row['where']}: the label {row['label']!r} is nowhere else: leave the line "
-                    "out (is it a header?), or add rows")
+                    f"{row['where']}: the label {row['label']!r} is nowhere else: leave it out")
     train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
     characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
@@ -1456,7 +1454,6 @@ def prepare(settings):
 def main(argv):
     settings = Settings(**read_flags(argv, __doc__, {'flags': Settings}))
     if settings.show:
-        check_flags(settings)
         if settings.tokenizer == 'bpe':  # learned before: that of a data set
             settings.tokenizer = settings.out_dir or settings.dataset or 'pydoc'
         tokenizer = choose_tokenizer(settings, {*settings.show}, [])
