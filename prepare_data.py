@@ -1127,32 +1127,28 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
 # train, one to validate
 
 UPSTREAM = 'https://raw.githubusercontent.com/'
-M30K = 'multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw/'
-DOWNLOADS = {  # {address below UPSTREAM: sha256}
-    'shakespeare': {
-        'karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt':
-        '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'},
-    'rotten_tomatoes': {
-        'yoonkim/CNN_sentence/23e0e1f7355705bb083043fda05c031b15acb38c/rt-polarity.pos':
-        '2da124ec187a9d5a29c9f04e91c540e02baed5af8868f550a26bd6fd4dbf8bf0',
-        'yoonkim/CNN_sentence/23e0e1f7355705bb083043fda05c031b15acb38c/rt-polarity.neg':
-        '4ace77d558c3714723843f1d65b60c01e3417b208180f0728808d76ad0eeeaca'},
-    'wnut17': {
-        'leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/wnut17train.conll':
-        '731820e13f71af324c6b55a1575ec2ce59fbaa2a0806f8f0400b98d56cd6a7a5',
-        'leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603/emerging.dev.conll':
-        'e053b752b8155113ca66e7db08af5f2f5f43ab993694e4774f1ec5bad42312d8'},
-    'multi30k': {
-        M30K + 'train.en.gz': 'd79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f',
-        M30K + 'train.de.gz': '726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6',
-        M30K + 'val.en.gz': '14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28',
-        M30K + 'val.de.gz': 'f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a'},
+DOWNLOADS = {  # a folder below UPSTREAM, and the sha256 of files in it
+    'shakespeare': (
+        'karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare', {
+        'input.txt': '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'}),
+    'rotten_tomatoes': ('yoonkim/CNN_sentence/23e0e1f7355705bb083043fda05c031b15acb38c', {
+        'rt-polarity.pos': '2da124ec187a9d5a29c9f04e91c540e02baed5af8868f550a26bd6fd4dbf8bf0',
+        'rt-polarity.neg': '4ace77d558c3714723843f1d65b60c01e3417b208180f0728808d76ad0eeeaca'}),
+    'wnut17': ('leondz/emerging_entities_17/e52a2d2a71ac1a051ca2d532eef28653c5c02603', {
+        'wnut17train.conll': '731820e13f71af324c6b55a1575ec2ce59fbaa2a0806f8f0400b98d56cd6a7a5',
+        'emerging.dev.conll': 'e053b752b8155113ca66e7db08af5f2f5f43ab993694e4774f1ec5bad42312d8'}),
+    'multi30k': ('multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw', {
+        'train.en.gz': 'd79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f',
+        'train.de.gz': '726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6',
+        'val.en.gz': '14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28',
+        'val.de.gz': 'f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a'}),
 }
 
 def download(name, mirror):
     """Yield the files of a data set. mirror: a URL or a folder in the place of UPSTREAM."""
-    for path, sha256 in DOWNLOADS.get(name, {}).items():
-        address = (mirror or UPSTREAM).rstrip('/') + '/' + path
+    folder, files = DOWNLOADS.get(name, ('', {}))
+    for file, sha256 in files.items():
+        address = f"{(mirror or UPSTREAM).rstrip('/')}/{folder}/{file}"
         progress(f"downloading {address}")
         try:
             data = (urllib.request.urlopen(address, timeout=60).read() if '://' in address
@@ -1410,9 +1406,8 @@ def prepare_task(settings, task, folder, files, val_files):
         sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
         counts[split] = {'tokens': sum(sizes), 'rows': len(rows), 'examples': len(examples),
                          'bytes': len(''.join(texts).encode())}
-        lines = [json.dumps(example, ensure_ascii=False) + '\n' for example in examples]
-        path = folder / f'{split}.jsonl'
-        path.write_text(''.join(lines), encoding='utf-8', newline='\n')
+        text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)
+        (folder / f'{split}.jsonl').write_text(text, encoding='utf-8', newline='\n')
         if task == 'classify' and settings.block_size in sizes:
             print(f"{split}: {sizes.count(settings.block_size):,} examples fill --block_size "
                   f"{settings.block_size}: their texts may be cut")
