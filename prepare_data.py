@@ -75,10 +75,7 @@ BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
           'above': ('above', operator.gt), 'below': ('below', operator.lt)}
 
 def flag(default, help, choices=(), **bounds):
-    """
-    A field that describes itself. `low` and `high` are allowed values, `above` and `below` are
-    not. A default of None stands for a value that is derived or missing.
-    """
+    """A field that describes itself. None stands for a value that is derived or missing."""
     rules = dict(help=help, choices=choices, **bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)

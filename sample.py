@@ -632,10 +632,7 @@ def text_scores(nats, predictions, text_bytes):
             'bits_per_byte': nats / math.log(2) / text_bytes}
 
 def masked_accuracy(model, tokenizer, ids):
-    """
-    How often BERT predicts a token of a text, ids (n,), from all others of its window: one token at
-    a time is hidden, at most 1024 of a long text, evenly spaced.
-    """
+    """The share of ids (n,), hidden one at a time, that BERT guesses; of at most 1024 of them."""
     room, examples = model.config.block_size - 2, []
     for i in range(0, len(ids), 1 + len(ids) // 1024):
         shown, segments = add_special_tokens(tokenizer, ids[i // room * room:][:room].tolist())
@@ -687,10 +684,7 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
 # Attention
 
 def attention_maps(model, batch):
-    """
-    A batch -> the attention weights of each kind of layer: {'encoder' | 'decoder' | 'cross':
-    (layers, B, H, T, S)}. Raises ValueError where the model has no attention.
-    """
+    """A batch -> the weights, {'encoder' | 'decoder' | 'cross': (layers, B, H, T, S)}."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Attention)}
     require(layers, "an LSTM has no attention to show")
     maps = collections.defaultdict(list)
