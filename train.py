@@ -1173,23 +1173,20 @@ def main(argv):
         if runtime.is_main:
             print('val ' + sample.format_scores(scores))
     else:
-        written = replace(s, objective=given.get('objective', ''))         # else the data says it
-        lock = runtime.is_main and claim_folder(written, model.config, checkpoint, runtime)
-        runtime.print0(
-            f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
-            f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
-            f"{data.counts['tokens']:,} tokens, vocabulary of {data.vocab_size:,}")
-        if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
-            runtime.print0(f"{data.folder} has no two documents with sentences that follow each "
-                           "other: no next sentence prediction")
-        before = [signal.getsignal(number) for number in STOPS]
-        try:
+        with contextlib.ExitStack() as after:  # in a notebook other runs and Ctrl-C may follow
+            for number in STOPS:
+                after.callback(signal.signal, number, signal.getsignal(number))
+            if runtime.is_main:
+                written = replace(s, objective=given.get('objective', ''))  # else the data says it
+                after.enter_context(claim_folder(written, model.config, checkpoint, runtime))
+            runtime.print0(
+                f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
+                f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
+                f"{data.counts['tokens']:,} tokens, vocabulary of {data.vocab_size:,}")
+            if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
+                runtime.print0(f"{data.folder} has no two documents with sentences that follow "
+                               "each other: no next sentence prediction")
             status = Trainer(model, data, val, s, runtime, checkpoint).run()
-        finally:  # in a notebook another run may follow, and Ctrl-C interrupts again
-            if lock:
-                lock.close()
-            for number, handler in zip(STOPS, before):
-                signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
     sys.exit(status)
