@@ -1158,12 +1158,10 @@ def config_to(kind, config):
     family = FAMILIES[kind]
     classes = [name for name, task in family.classes.items() if task == config.task]
     activations = {ours: theirs for theirs, ours in family.activations.items()}
+    values = asdict(config) | {'activation': activations.get(config.activation),
+                               'window': int(config.window.split()[0])}
     theirs = {'model_type': kind, 'architectures': classes[:1] or None}
-    for name, ours in family.fields.items():
-        value = getattr(config, ours)
-        theirs[name] = activations.get(value) if ours == 'activation' else value
-    if kind == 'mistral':
-        theirs['sliding_window'] = int(config.window.split()[0])
+    theirs |= {name: values[ours] for name, ours in family.fields.items()}
     if 'rope_theta' in theirs:
         rope_type, *numbers = config.rope_scaling.split() or ['default']
         theirs['rope_parameters'] = dict(zip(ROPE, [rope_type, *map(json.loads, numbers)]))
@@ -1268,11 +1266,9 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
         raise ValueError("exporting needs one more package: pip install safetensors") from e
     model = resize(model.cpu(), folder, vocab_size=vocab_size or model.config.vocab_size)
     config = spell_out(model.config)
-    kind = {'relative': 't5', 'rotary': 'llama'}.get(config.positions, 'gpt2')
-    if config.arch == 'bert':
-        kind = 'bert'
-    elif kind == 'llama' and config.window != '0':
-        kind = 'mistral'
+    rotary = 'llama' if config.window == '0' else 'mistral'
+    kind = {'relative': 't5', 'rotary': rotary}.get(config.positions, 'gpt2')
+    kind = 'bert' if config.arch == 'bert' else kind
     family, theirs = FAMILIES[kind], config_to(kind, config) | fields
     there = spell_out(config_from(theirs)[0])
     lost = [f'{name}={value}' for name, value in asdict(config).items()
