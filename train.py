@@ -1067,8 +1067,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             f"{config.task or 'text'} with {old_labels[:10]}")
     # the vocabulary of others may end before that of their tokenizer
     require((data.highest if path else data.vocab_size - 1) < config.vocab_size,
-            f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size} "
-            "allows")
+            f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size}")
     require(longest <= config.block_size,
             f"{folder} has an example of {longest} tokens, more than block_size="
             f"{config.block_size}: raise --block_size, or prepare the data with a lower one")
