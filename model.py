@@ -339,8 +339,7 @@ def make_norm(config, channels, wanted=True):
         return nn.Identity()
     if config.norm == 'layernorm':
         return nn.LayerNorm(channels, config.norm_eps, config.norm_weight, config.bias)
-    if config.norm == 'rmsnorm':
-        return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
+    return nn.RMSNorm(channels, config.norm_eps, config.norm_weight)
 
 class KVCache:
     """
@@ -1089,7 +1088,7 @@ ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
         'original_max_position_embeddings')  # the words of Config.rope_scaling
 
 # Fields that change what a model computes, but not here: unless its family reads it, each of these
-# must be null, false, empty, or have this one value.
+# must be null or have this one value. None: it must be false or empty.
 UNSUPPORTED = dict.fromkeys("""
     add_cross_attention attention_bias attention_sinks final_logit_softcapping is_decoder
     layer_types mlp_bias num_experts num_local_experts pruned_heads quantization_config
@@ -1113,6 +1112,7 @@ def config_from(theirs):
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
     family, values, not_read = FAMILIES[kind], {}, []
+    only = UNSUPPORTED | {'is_causal': kind != 'bert'}
     known = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
     rope = {**(theirs.get('rope_scaling') or theirs.get('rope_parameters') or {})}
     for name, value in (theirs | rope).items():
@@ -1125,14 +1125,11 @@ def config_from(theirs):
             value = family.activations.get(value, f'{name}={value}')
         if ours:
             values[ours] = value or values.get(ours, value)  # either of Llama's two biases: both
-        elif name in UNSUPPORTED:
-            require(value in (False, '', [], {}, UNSUPPORTED[name]),
+        elif name in only:
+            require(value == only[name] or not (value or only[name]),
                     f"{name}={value!r} is not supported here")
         elif not FAMILIAR.fullmatch(name):
             not_read.append(name)
-    causal = kind != 'bert'
-    require(theirs.get('is_causal') in (None, causal),
-            f"is_causal={not causal} is not supported here")
     if kind == 't5':
         values.setdefault('scale_output', values.get('tied', True))
         require(theirs.get('num_decoder_layers') in (None, values.get('n_layer', 6)),

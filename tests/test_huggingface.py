@@ -374,7 +374,8 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
         same(a, b)
     monkeypatch.undo()  # now the hub cannot be reached
     refuses('somebody/gpt2', 'https://huggingface.co/somebody/gpt2')
-    refuses(put(place(), 'adapter_config.json', {}).parent, 'is an adapter')
+    put(folder := place(), 'adapter_config.json', {})
+    refuses(folder, 'is an adapter')
 
 @pytest.mark.parametrize('preset, changes, named', [
     ('nano', {}, 'norm_weight'), ('palm', {}, 'parallel'), ('transformer', {}, 'norm_first'),
