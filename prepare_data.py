@@ -180,7 +180,7 @@ def run(main):
     except BrokenPipeError:  # as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError, RuntimeError, IndexError) as e:
-        if sys.flags.dev_mode:  # python -X dev train.py: where in a fork did it happen?
+        if sys.flags.dev_mode:  # python -X dev train.py shows where it happened
             raise
         progress('')
         message = ' '.join(str(e).split())
@@ -462,8 +462,8 @@ def bpe_tokenizer(texts, vocab_size):
     require(vocab_size >= least, f"--vocab_size {vocab_size}: bpe has all bytes and some special "
             f"tokens: choose at least {least}")
     counts = collections.Counter()
-    for text in texts:
-        for piece in regex.findall(WORDS, text):  # DNA is one: each merge would read all of it
+    for text in texts:  # a long piece, such as DNA, is cut: a merge rewrites whole pieces
+        for piece in regex.findall(WORDS, text):
             counts.update(piece[i:i + 100] for i in range(0, len(piece), 100))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
@@ -591,8 +591,8 @@ def open_huggingface(folder):
             if text in vocab:
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
-    # What stands before a text: a Llama's tokenizer puts <s> there, and BERT's [CLS], with which
-    # there are GPT-2s, too; T5's files name a token.
+    # What stands before a text: a Llama's tokenizer puts <s> there, BERT's (some GPT-2s have it,
+    # too) [CLS]; T5's files name a token.
     start, frame = special.get('<|bos|>'), engine.encode('').ids
     first = special.get('[CLS]') if config.get('model_type') == 'gpt2' else start
     start = next((i for i in frame[:1] if i in (start, first)), None)
@@ -735,7 +735,7 @@ def part(pieces, begin, end):
         at += len(text)
         if last < 0:
             break
-        if at >= begin:  # =: an empty text may end a document
+        if at >= begin:  # or equal: an empty text may end a document
             yield text[first:last], ends and at <= end
 
 # -----------------------------------------------------------------------------
@@ -999,7 +999,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     if row.get('answers'):
         start, text = row['answers'][0]
         stop = start + len(text)
-        for cuts in ((), (start, stop)):  # cut where the answer begins or ends inside of a token
+        for cuts in ((), (start, stop)):  # cut if a token crosses an end of the answer
             ids, offsets = encode_parts(tokenizer, context, cuts)
             first = int(np.searchsorted(offsets[:, 1], start, side='right'))
             last = int(np.searchsorted(offsets[:, 0], stop)) - 1
@@ -1013,8 +1013,8 @@ def qa_examples(tokenizer, row, labels, block_size):
         ids, offsets = tokenizer.encode_with_offsets(context)
         first = last = -1  # in no window
     holds = lambda begin: begin <= first and last < begin + size
-    end = max(0, len(ids) - size)
-    begins = {*range(0, end, max(1, size // 2)), end}
+    last_begin = max(0, len(ids) - size)
+    begins = {*range(0, last_begin, max(1, size // 2)), last_begin}
     if first >= 0 and not any(map(holds, begins)):
         begins.add(first)
     examples = []
@@ -1093,8 +1093,7 @@ def split_rows(rows, val_fraction):
     groups = [*groups.values()]
     for i in np.random.default_rng(0).permutation(len(groups)):
         fits = len(train) + len(groups[i]) <= round(len(rows) * (1 - val_fraction))
-        split = train if fits or not train else val
-        split += groups[i]
+        (train if fits or not train else val).extend(groups[i])
     return train, val
 
 def shell_word(name):
@@ -1224,7 +1223,7 @@ def pydoc():
     return ['<|endoftext|>\n'.join(shuffled(documents))]
 
 def pytopics():
-    """Docstrings of Python's library and their package, of the twelve with the most of them."""
+    """Docstrings of Python's library, labelled by their package: the twelve with the most."""
     texts = collections.defaultdict(set)
     for module, found in documented_library():
         for _, text in found:
@@ -1314,7 +1313,7 @@ class Settings:
     """The flags of this script."""
     dataset: str = flag('', 'a built-in data set; pydoc needs no network', ('', *DATASETS))
     input: list = flag([], 'UTF-8 text files, folders of them, or .jsonl files with a "text" a row')
-    val: list = flag([], 'the same for the validation split, instead of the end of the text')
+    val: list = flag([], 'the same for the validation split, instead of a share of the input')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune '
                          '[lm, or that of the data set]', ('', 'lm', *TASKS))
     tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data or Hugging Face folder whose '
@@ -1348,7 +1347,7 @@ def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
     size, characters, both, inside = 0, set(), files + val_files, 0
     for paths in (files, val_files):
-        cut = size  # in the end: where val_files begin
+        cut = size  # in the end that of `files`, behind which val_files begin
         for text, _ in read_pieces(paths):
             size += len(text)
             characters.update(text)
@@ -1398,10 +1397,10 @@ def prepare_task(settings, task, folder, files, val_files):
     train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
     characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
-    for split, rows, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
-        examples = encode_rows(tokenizer, task, rows, labels, settings.block_size)
+    for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
+        examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
         sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
-        counts[split] = {'tokens': sum(sizes), 'rows': len(rows), 'examples': len(examples),
+        counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
                          'bytes': len(''.join(texts).encode())}
         text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)
         (folder / f'{split}.jsonl').write_text(text, encoding='utf-8', newline='\n')

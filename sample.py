@@ -111,7 +111,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
                 guesses, targets, real = logits.argmax(-1), batch[kind], batch[kind] != IGNORE_INDEX
                 if guesses.shape != targets.shape:  # BERT: logits only where there is a target
                     targets = targets[real]
-                is_choice = guesses.shape == targets.shape                 # not in some forks
+                is_choice = guesses.shape == targets.shape                 # else no accuracy
                 right = (guesses == targets).sum().item() if is_choice else math.nan
                 totals[kind] += np.array([loss.item(), real.sum().item(), right])
         if postprocess:
@@ -180,7 +180,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
         chosen = sample_token(logits, uniform, temperature, top_k, top_p)
-        return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # a graph cannot raise
+        return chosen.where(logits.amax(dim=-1).isfinite(), -1)     # refused below: a graph cannot
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
     size = -(-(new.size(1) + max_new_tokens) // 16) * 16                   # where kernels are fast
@@ -219,8 +219,9 @@ capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory 
 
 def capture(step, cache, *inputs):
     """
-    step(*inputs) as a CUDA graph: returns a function that runs it with other inputs. Launching the
-    hundreds of small kernels of a step from Python takes longer than running them.
+    step(*inputs) as a CUDA graph: returns a function that runs it with other inputs of the same
+    shapes. All of its hundreds of small kernels are launched at once, since launching them from
+    Python takes longer than running them; so whatever changes is a tensor, as cache.length.
     """
     inputs, length = [t.clone() for t in inputs], cache.length.clone()
     stream, graph = capture_stream(), torch.cuda.CUDAGraph()
@@ -315,7 +316,7 @@ class TextStream:
         decode = lambda ids: self.tokenizer.decode(self.prompt + ids)[self.begin:]
         whole, n = decode(self.ids), len(self.ids)
         clean = whole
-        while clean.endswith('\ufffd'):  # Llama's tokenizer spoils all of a run of bytes
+        while clean.endswith('\ufffd'):  # Llama's decoder spoils whole characters before a half
             n -= 1
             clean = decode(self.ids[:n])
         text = max(clean, whole.rstrip('\ufffd'), key=len)
@@ -371,7 +372,7 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
                       top_p=settings.top_p, seed=settings.seed, rows=rows, **how)
     if not (settings.stop or settings.stream):  # nobody looks before the end
         chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
-    ends = torch.full((len(ids), 1), tokenizer.end_id)                     # after so many tokens
+    ends = torch.full((len(ids), 1), tokenizer.end_id)                     # nothing is held back
     for tokens in itertools.chain(chosen, [ends]):
         texts = [stream.add(*new) for stream, new in
                  zip(streams, tokens.view(len(streams), -1).tolist())]
@@ -566,17 +567,16 @@ def bleu_words(text):
 def bleu(guesses, rights):
     """
     BLEU of a corpus, 0 to 100 (Papineni et al. 2002; Post 2018, https://arxiv.org/abs/1804.08771):
-    the geometric mean of the shares of its 1- to 4-grams that are in the reference, times a penalty
-    where it is shorter. Orders without a match count as 1/2, 1/4, ... of a match.
+    the geometric mean of the shares of its 1- to 4-grams that are in the reference, times a brevity
+    penalty where it is shorter. An n without a match counts as 1/2, 1/4, ... of a match.
     """
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
     n_guessed, n_right = sum(map(len, guesses)), sum(map(len, rights))
     log_mean, smooth = min(0.0, 1 - n_right / max(1, n_guessed)), 1.0
     for n in range(1, 5):
-        hits = total = 0
-        for guess, right in zip(guesses, rights):
-            hits += (ngrams(guess, n) & ngrams(right, n)).total()
-            total += ngrams(guess, n).total()
+        pairs = [(ngrams(guess, n), ngrams(right, n)) for guess, right in zip(guesses, rights)]
+        hits = sum((guess & right).total() for guess, right in pairs)
+        total = sum(guess.total() for guess, _ in pairs)
         if not total or (n == 1 and not hits):
             return 0.0
         smooth /= 1 if hits else 2
@@ -590,9 +590,9 @@ def rouge(guess, right):
     guess, right = [ROUGE_WORD.findall(cjk_apart(text.lower())) for text in (guess, right)]
     row = [0] * (len(right) + 1)  # longest common subsequence with the first i words of `right`
     for word in guess:
-        diagonal = 0
+        old = row[:]
         for i, other in enumerate(right, 1):
-            diagonal, row[i] = row[i], diagonal + 1 if word == other else max(row[i], row[i - 1])
+            row[i] = old[i - 1] + 1 if word == other else max(old[i], row[i - 1])
     return [ngram_f1(guess, right, 1), ngram_f1(guess, right, 2),
             f1(row[-1], len(guess), len(right))]
 
@@ -669,9 +669,9 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
     """Scores on labelled rows, read as prepare_data.py reads them. ours: train.py made it."""
     rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
     require(rows, f"--score {path}: no rows in it")
-    if task == 'qa' and not ours:  # it does not say whether it knows questions without an answer
+    if task == 'qa' and not ours:  # others do not say if they know questions without an answer
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
-    # No loss, and no answers (only qa has any) that guide how a context is cut into tokens.
+    # No answers (only qa has any), which guide how a context is cut into tokens; so no loss.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)
     for example in examples:
@@ -788,7 +788,7 @@ class Settings:
                                    'text to text 0 if not given', low=0, high=1e6)
     num_beams: int = flag(1, 'above 1: search the likeliest text by beams', low=1, high=4096)
     length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', low=0, high=10)
-    top_k: int = flag(0, 'the k likeliest tokens; 0: all. For [MASK]: how many to show', low=0)
+    top_k: int = flag(0, 'the k likeliest tokens; 0: all. Of [MASK], how many to show; 0: 5', low=0)
     top_p: float = flag(1.0, 'the fewest tokens that reach this probability', low=0, high=1)
     stop: list = flag([], "texts at which to stop; a line end is $'\\n' in most shells")
     seed: int = flag(-1, 'the same seed writes the same text; -1: a new one every time', low=-1)
@@ -886,7 +886,7 @@ def arrange_weights(model):
     def join(attention):
         layers = [attention.q, attention.k, attention.v]
         if {*map(type, layers)} != {nn.Linear}:
-            return                                                         # LoRA in a fork
+            return                                                         # such as LoRA
         weight = by_columns(torch.cat([layer.weight for layer in layers]))
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         sizes = [layer.out_features for layer in layers]
@@ -1049,7 +1049,7 @@ def main(argv):
         settings.temperature = given.get('temperature', 0.0)
     use, dtype = check_use(given, settings, kind, arch), settings.dtype
     if use != 'export' and (arch, model.config.positions) == ('encdec', 'relative'):
-        model.config.block_size = 10 ** 9  # the last relative position stands for all beyond
+        model.config.block_size = 10 ** 9  # relative positions have no limit
     block_size = model.config.block_size
     if kind in DECODERS:  # long texts are cut as those of the training data were
         block_size = min(block_size, checkpoint.get('block_size') or block_size)

@@ -133,7 +133,7 @@ ROWS = {
     'qa': json.dumps({'data': [{'paragraphs': [{'context': f'{i} {name} 犬', 'qas': [
         {'id': str(i), 'question': 'who', 'answers': [{'text': name, 'answer_start': len(f'{i} ')}]}
     ]}]} for i, name in enumerate(NAMES * 8)]}),
-    'seq2seq': '\n'.join(f'{"x" * (i * 5 % 20)} {i}\t{i} {i * i}' for i in range(42)), }
+    'seq2seq': '\n'.join(f'{"x" * (i * 5 % 20)} {i}\t{i} {i * i}' for i in range(42))}
 
 def prepared(folder, text, val=None, **flags):
     """A data folder of a text, validated on the same text where there is no other."""

@@ -8,7 +8,6 @@ then trains a small model; its loss must fall.
 A row: the flags to train with, and (file, old text, new text), where the old text occurs once.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -145,10 +144,7 @@ def command(folder, flags):
     return done.stdout
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('-k', default='', help='only exercises whose name has this word')
-    word = parser.parse_args().k
+    word = sys.argv[2] if sys.argv[1:2] == ['-k'] else ''
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -103,9 +103,9 @@ def main(argv):
                 prepare(data, few(lines, n, seed), tokenizer)
             for way, (data, start) in ways.items():
                 prepare_data.progress(f'seed {seed}, {n:,} labels, {way}')
-                seconds, said = command('train.py', *start, '--dataset', data, '--seed', seed, '--max_iters', tuning(n),
-                                        '--warmup_iters', tuning(n) // 10, '--eval_interval', tuning(n), '--eval_iters', 1,
-                                        cwd=folder)
+                seconds, said = command(
+                    'train.py', *start, '--dataset', data, '--seed', seed, '--max_iters', tuning(n), '--warmup_iters',
+                    tuning(n) // 10, '--eval_interval', tuning(n), '--eval_iters', 1, cwd=folder)
                 spent[way] += seconds
                 scores[way, n].append(float(re.findall(r'step \d+: .*, accuracy ([\d.]+)', said)[-1]))
     prepare_data.progress('')
@@ -114,8 +114,7 @@ def main(argv):
         ['the commonest label', *(f'{common:.3f}' for _ in sizes), ''],
         *([way, *(f'{np.mean(scores[way, n]):.3f}' for n in sizes), spent[way]] for way in ways),
         ['steps', *(f'{tuning(n):,}' for n in sizes), '']])
-    print(f'The seconds of the second row hold {reading:.0f} of pre-training, {args.reading_steps:,} steps.'
-          + ('' if args.encoder else ' What others have trained is left out: give an --encoder.'))
+    print(f'The seconds of the second row hold {reading:.0f} of pre-training, {args.reading_steps:,} steps.')
 
 if __name__ == '__main__':
     prepare_data.run(main)

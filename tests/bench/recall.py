@@ -78,15 +78,13 @@ def main(argv):
             prepare_data.progress(f'training {name}')
             started = time.perf_counter()
             size, found[name] = train_one([
-                '--dataset', os.path.join(folder, 'data', 'recall'), *shlex.split(flags), *small,
-                '--block_size', '64', '--batch_size', '32', '--max_iters', str(steps),
-                '--eval_interval', str(max(1, steps // 20)), '--eval_iters', '2',
-                '--sample_tokens', '0', '--out_dir', os.path.join(folder, name)], folder)
+                '--dataset', os.path.join(folder, 'data', 'recall'), *shlex.split(flags), *small, '--block_size', '64',
+                '--batch_size', '32', '--max_iters', str(steps), '--eval_interval', str(max(1, steps // 20)),
+                '--eval_iters', '2', '--sample_tokens', '0', '--out_dir', os.path.join(folder, name)], folder)
             appears = next((step for step, after in found[name] if after[29] > 0.5), None)
             prepare_data.progress('')
-            print(f'{name}: {size:,} weights, {time.perf_counter() - started:.0f} seconds; right more '
-                  'often than not after 29 pairs '
-                  + (f'from step {appears} on' if appears else 'at no step'), flush=True)
+            print(f'{name}: {size:,} weights, {time.perf_counter() - started:.0f} seconds; right more often than not after 29 '
+                  f'pairs {f"from step {appears} on" if appears else "at no step"}', flush=True)
     could = [seen + 0.1 * (1 - seen) for seen in (1 - (7 / 8) ** n for n in SHOWN)]
     rows = [[name, *(f'{runs[-1][1][n]:.3f}' for n in SHOWN)] for name, runs in found.items()]
     table(['pairs before', *map(str, SHOWN)], [['could', *(f'{a:.3f}' for a in could)], *rows])

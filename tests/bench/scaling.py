@@ -134,10 +134,10 @@ def main(argv):
         for seed in range(1, args.seeds + 1):
             for width, steps in runs:
                 prepare_data.progress(f'seed {seed} of {args.seeds}: {width} wide, {steps} steps')
-                seconds, _ = command(
-                    'train.py', '--dataset', 'text', '--preset', 'nano', '--n_embd', width, '--n_layer', args.layers,
-                    '--batch_size', BATCH, '--block_size', BLOCK, '--max_iters', steps, '--eval_interval', steps,
-                    '--eval_iters', 1, '--sample_tokens', 0, '--seed', seed, cwd=folder)
+                seconds, _ = command('train.py', '--dataset', 'text', '--preset', 'nano', '--n_embd', width, '--n_layer',
+                                     args.layers, '--batch_size', BATCH, '--block_size', BLOCK, '--max_iters', steps,
+                                     '--eval_interval', steps, '--eval_iters', 1, '--sample_tokens', 0, '--seed', seed,
+                                     cwd=folder)
                 _, said = command('train.py', '--eval_only', cwd=folder)
                 found[width, steps].append((float(re.search(r'loss ([\d.]+)', said)[1]), seconds))
     prepare_data.progress('')
