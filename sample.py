@@ -188,12 +188,11 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    texts, ends = F.pad(ids.cpu(), (0, max_new_tokens)), torch.tensor([*end_ids], dtype=torch.long)
-    computed, ended = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.bool)
+    texts, computed = ids.tolist(), [*range(len(ids))]                     # rows not ended
     for i in range(max_new_tokens):
-        at = ids.size(1) + i                                               # of the next token
         if read + new.size(1) > block_size:
-            new, read = texts[computed, at - max(1, block_size // 2):at].to(device), 0
+            newer = [texts[row][-max(1, block_size // 2):] for row in computed]
+            new, read = torch.tensor(newer, device=device), 0
             cache.clear()
         read += new.size(1)
         if as_graph and new.size(1) == 1:
@@ -204,15 +203,15 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         new = chosen[:, None].to(device)                                   # stays on the device
         chosen = chosen.cpu()
         check_finite(chosen >= 0)
-        texts[computed, at] = chosen
-        texts[ended, at] = texts[ended, at - 1]
-        yield texts[:, at]
-        ended |= torch.isin(texts[:, at], ends)
-        if ended.all():
+        for row, token in zip(computed, chosen.tolist()):
+            last = texts[row][-1]
+            texts[row].append(last if i and last in end_ids else token)
+        yield torch.tensor([text[-1] for text in texts])
+        rest = [k for k, row in enumerate(computed) if texts[row][-1] not in end_ids]
+        if not rest:
             return
-        if ended[computed].any() and not as_graph:  # the shapes of a graph are fixed
-            rest = (~ended[computed]).nonzero()[:, 0]
-            computed, new = computed[rest], new[rest]
+        if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
+            computed, new = [computed[k] for k in rest], new[rest]
             cache.reorder(rest)
 
 capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory of its own
