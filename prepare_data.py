@@ -1284,7 +1284,7 @@ def numbers():
 
 def recall():
     """
-    Learning in context: in every document 8 letters stand for a digit each, anew every time, and 30
+    In-context learning: in every document 8 letters stand for a digit each, anew every time, and 30
     of those pairs follow each other, as in k7a2k7x0a2... Only the text shows the digit of a letter.
     """
     rng, texts = random.Random(0), []

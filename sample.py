@@ -140,8 +140,8 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     temperature divides the logits: below 1 the likely gets likelier; 0 takes the likeliest token.
     top_k       only the k likeliest tokens, exactly k also among equals; 0: all (Fan et al. 2018,
                 https://arxiv.org/abs/1805.04833)
-    top_p       only the fewest likeliest tokens whose probabilities reach p, the one that crosses p
-                included; 1: all (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)
+    top_p       the nucleus: only the fewest likeliest tokens whose probabilities reach p, the one
+                that crosses p included; 1: all (Holtzman et al. 2019, arxiv.org/abs/1904.09751)
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -246,9 +246,9 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     The likeliest continuations of ids (B, T): for each row at most `beams` of them, as [(score,
     tokens), ...], best first. Each step extends the `beams` best unfinished texts of a row by every
     token and keeps the best again; what has ended among the best is finished. The score is
-    log P(tokens) / length^length_penalty, with the end as a token (the first of section 7 of Wu et
-    al. 2016, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could beat
-    its `beams` finished ones by ending now; after max_new_tokens a text counts as it is.
+    log P(tokens) / length^length_penalty, with the end as a token (Wu et al. 2016, section 7, an
+    earlier form, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could
+    beat its `beams` finished ones by ending now; after max_new_tokens a text counts as it is.
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
     # Each row begins with one text, which is empty; later all have equally many, at most `beams`.
@@ -452,7 +452,8 @@ def decode_tags(examples, logits, labels):
 def decode_span(examples, logits, labels):
     """
     (2, T) of each window of a context -> the span of at most 30 tokens of one window whose first
-    and last token are likeliest together (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250).
+    and last token are likeliest together (Devlin et al. 2018, https://arxiv.org/abs/1810.04805,
+    sections 4.2 and 4.3; 30 is the limit of its code).
     A window without the answer points at [CLS]. If the training data had questions without answer
     (labels says so), the answer is '' where [CLS] is, in every window, likelier than that span.
     """

@@ -756,10 +756,10 @@ def duration(seconds):
 
 def flops_per_token(model):
     """
-    Of training: 6 a parameter (2 forward, 4 backward), and 12 L C T for attention (Kaplan et al.
-    2020, https://arxiv.org/abs/2001.08361; Chowdhery et al. 2022, appendix B). Too much where
-    there are windows, or where a token meets only a part of the weights: one of two stacks, or
-    BERT's output one time in seven.
+    Of training: 6 a parameter, 2 forward and 4 backward (Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361), and 12 L C T for attention, as if no key were hidden
+    (Chowdhery et al. 2022, appendix B). Too much where a token meets only a part of the weights:
+    one of two stacks, or BERT's output one time in seven.
     """
     c, n = model.config, num_parameters(model)
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
