@@ -1075,6 +1075,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
+        require(s.optimizer == 'muon' or s.config or not name.startswith('muon'),
+                f"--{name}: only --optimizer muon reads it: leave it out, or choose that one")
         has = fixed.get(name, value)
         require(value == has, f"--{name} {value}: {path or folder} has {has!r}: leave the flag out")
 
