@@ -147,7 +147,7 @@ def read_flags(argv, description, groups):
         return given
     try:
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
-        if 'eval_only' in given:  # of the run itself, not of the model that it began with
+        if given.get('eval_only'):  # of the run itself, not of the model that it began with
             values.pop('init_from', None)
         words = []
         for name, found in values.items():
@@ -1381,10 +1381,10 @@ def prepare_task(settings, task, folder, files, val_files):
             "to validate: add rows or contexts, change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
-    last, usual = {row.get('text_b', row.get('text')) for row in rows}, max(10, len(found) // 2)
-    if all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels):  # numbers to be predicted
-        usual = 10
-    many = task == 'classify' and len(labels) > min(len(last), usual)
+    texts = {row.get('text_b', row.get('text')) for row in rows}           # of the last column
+    numbers = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
+    usual = 10 if numbers else max(10, min(len(texts), len(found) // 2))
+    many = task == 'classify' and len(labels) > usual
     require(not many and (len(labels) != 1 or task not in ('classify', 'tag')),
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
             "there must be two or more, each in several rows (to classify: in the first column, "

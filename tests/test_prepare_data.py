@@ -588,7 +588,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i}\t1\n' for i in range(20))}, [], 'first column'),
     'the label last': ('classify', {'a.tsv': ''.join(
-        f'film {i // 3}\t问 {i}\t{i % 2}\n' for i in range(30))}, [], 'first column'),
+        f'film {i // 3}\t问 {i}\t{i % 2}\n' for i in range(36))}, [], 'first column'),
     'measurements': ('classify', {'a.tsv': ''.join(
         f'{i % 20 / 5}\t一 {i}\n' for i in range(60))}, [], 'no measurements'),
     'an unknown label': (
