@@ -179,7 +179,7 @@ PRESETS |= {  # the published sizes, on top of their row
 }
 
 # -----------------------------------------------------------------------------
-# Positions. Attention sums over a set of tokens: without these it would not know their order.
+# Positional encoding. Attention sums over a set of tokens: without it, order would be unknown.
 
 def sinusoids(length, channels):
     """
@@ -266,9 +266,9 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
     softmax(Q K^T / sqrt(D)), equation 1 of [1]: how much of each key's value a query receives.
     q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1; each key/value head serves
-    H/G query heads (Ainslie et al. 2023, GQA, https://arxiv.org/abs/2305.13245). mask is bool, as
-    made by attention_mask, or float, added to the scores. causal=True: query i sees the keys up to
-    i. scale: 1/sqrt(D) unless given.
+    H/G query heads (GQA, Ainslie et al. 2023, arxiv.org/abs/2305.13245; G=1: multi-query). mask is
+    bool, as made by attention_mask, or float, added to the scores. causal=True: query i sees the
+    keys up to i. scale: 1/sqrt(D) unless given.
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token

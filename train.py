@@ -252,7 +252,7 @@ def hide_tokens(ids, data, rng):
 
 def span_corruption(data, index, T):
     """
-    Text to text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
+    Text-to-text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
     https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average
     (section 3.3.4). A sentinel stands for each, and the target says what stood there.
 
