@@ -649,7 +649,7 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
 
 def init_weights(model):
     """
-    Biases start at 0, norms at 1, all else as normal draws around 0 with a standard deviation of
+    Biases start at 0, norms at 1, matrices as normal draws around 0 with a standard deviation of
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
@@ -1255,7 +1255,7 @@ def spell_out(config):
 def export_huggingface(model, folder, vocab_size=None, **fields):
     """
     Write config.json, with more `fields`, and model.safetensors, with the first vocab_size tokens
-    [all]. Raises ValueError naming what no class of transformers computes.
+    [all]. Raises ValueError naming the field of Config that no class of transformers computes.
     """
     try:
         from safetensors.torch import save as to_bytes

@@ -1065,8 +1065,8 @@ def tag_names(labels):
 class Task(NamedTuple):
     """
     One kind of labelled data. A new one is also a name in TASKS of model.py, if it needs a head,
-    and a row of DECODERS and SCORES in sample.py; there, BEST_SCORES chooses best.pt by a score
-    instead of the loss, and examples_of reads what a user writes, if it is not just a text.
+    and a row of DECODERS and SCORES in sample.py; there, BEST_SCORES (with LOWER_IS_BETTER) chooses
+    best.pt by a score, and examples_of reads what a user writes, if it is not just a text.
     """
     read: Callable                          # path -> rows
     examples: Callable                      # (tokenizer, row, labels, block_size) -> examples
