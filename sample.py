@@ -399,7 +399,8 @@ def write_targets(model, tokenizer, examples, settings):
         rest, batch = rest[len(rows):], [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
-        for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, rows, settings)):
+        draws = [divmod(row, repeat) for row in rows]  # (source, sample); (i, 0) draws as i does
+        for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
             results[row // repeat] += texts
     progress('')
     return results

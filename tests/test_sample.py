@@ -1004,9 +1004,11 @@ def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
         assert task != 'qa' or row['answer'] or kind == 'qa-none', 'all its questions had answers'
         assert task != 'qa' or row['answer'] in texts[1], 'half of a character'
     if 'seq2seq' in kind:  # several texts of a line stand beside each other
-        flags += ['--temperature', 1, '--seed', 1, '--num_samples', 2]
-        one, *_ = ask.lines(kind, '--start', lines[0], *flags)
-        assert ask.lines(kind, '--start', '\n'.join(lines), *flags)[0] == one
+        several = lambda text, n: ask.lines(kind, '--start', text, *flags, '--temperature', 1,
+                                            '--seed', 1, '--num_samples', n)
+        two, three = (several('\n'.join(lines), n) for n in (2, 3))
+        assert several(lines[0], 2) == two[:1]
+        assert [row['targets'] for row in two] == [row['targets'][:2] for row in three]
     strange = 'a [MASK] ||| b' if kind == 'masks' else 'a \x0c\x85\u2028 ||| b'
     assert len(ask.lines(kind, '--start', f'{strange}\n{strange}', *flags)) == 2
 
@@ -1268,8 +1270,7 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('text', ['--start', 'FILE:bad.txt'], ['bad.txt', 'UTF-8', 'byte 2']),
     ('text', ['--score', 'empty.txt'], ['empty.txt', 'no text']),
     ('nowhere.pt', [], ['nowhere.pt', 'train.py']),
-    ('half.pt', [], ['half.pt']),
-    ('bare.pt', [], ['bare.pt', 'no tokenizer']),
+    ('half.pt', [], ['half.pt']), ('bare.pt', [], ['bare.pt', 'no tokenizer']),
     ('masks', ['--start', 'a[MASK]\n\nabc\na[MASK]'], ['line 3', '[MASK]']),
     ('masks', ['--start', 'a[MASK]' + 'b' * 40], ['44 tokens', 'block_size=40']),
     ('classify', ['--start', 'a\nb ||| c ||| d'], ['line 2', '|||']),
@@ -1278,7 +1279,6 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     *((kind, ['--start', ' \n\n\t'], ['--start', 'empty']) for kind in ANSWERING),
     ('classify', ['--score', 'a.tsv'], ['a.tsv', 'line 2', "'neutral'"]),
     ('qa', ['--score', 'unanswered.json'], ['unanswered.json', 'question 7']),
-    ('classify', ['--score', 'empty.txt'], ['empty.txt', 'no rows']),
     ('text', ['--start', 'a', '--attention', 'nowhere/a.html'], ['nowhere']),
     ('lstm', ['--start', 'a', '--attention', 'a.html'], ['LSTM', 'no attention']),
     ('tag', ['--attention', 'a.html'], ['--start', 'empty']),
