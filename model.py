@@ -1189,11 +1189,10 @@ def read_tensors(folder, family):
         with reading(index, "fetch it again"):
             names = json.loads(index.read_bytes())['weight_map'].values()
             paths = [folder / name for name in {*names}]
-    paths = paths or [*folder.glob('model-*.safetensors')]
-    require(paths, f"there is no {folder}/model.safetensors: fetch it; pytorch_model.bin is not "
-                   "read here, so save its weights as safetensors")
+    paths = paths or [*folder.glob('model-*.safetensors')] or [*folder.glob('*.bin')]
+    require(paths, f"there is no {folder}/model.safetensors: fetch it")
     for path in paths:
-        with reading(path, "fetch it again; it needs pip install safetensors"):
+        with reading(path, "fetch its weights as safetensors, which needs pip install safetensors"):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():
                 name = name.removeprefix(family.prefix).replace('.gamma', '.weight')

@@ -346,7 +346,9 @@ class Tokenizer:
             by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
-        engine.add_special_tokens(sorted(special, key=special.get))
+        for text in sorted(special, key=special.get):  # [MASK] has the space before it, as a word
+            takes_space = text == '[MASK]' and self.name != 'byte'
+            engine.add_special_tokens([hf.AddedToken(text, special=True, lstrip=takes_space)])
         return engine
 
     def export_files(self, vocab_size, arch, task=''):
@@ -573,13 +575,13 @@ def open_huggingface(folder):
               "transformers", file=sys.stderr)
     if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
         optional('sentencepiece')
-    kind = read_any(folder, 'tokenizer_config.json').get('tokenizer_class') or ''
+    config = read_any(folder, 'config.json')
+    kind = (config | read_any(folder, 'tokenizer_config.json')).get('tokenizer_class') or ''
     # its words are found by a program, not by a table
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
     engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
-    config = read_any(folder, 'config.json')
     is_t5 = config.get('model_type') == 't5'
     rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
     vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
@@ -664,6 +666,8 @@ def find_files(paths):
 def read_text(path, size=None):
     """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
+        require(not f.buffer.peek(19).startswith(b'version https://git'),
+                f"{path} is a git-LFS pointer: fetch the file itself")
         try:
             yield from iter(lambda: f.read(size), '') if size else f
         except UnicodeDecodeError as e:
@@ -682,7 +686,7 @@ def is_json_lines(path):
     ValueError at other JSON: taken as text, its keys and quotes would be learned, too.
     """
     if not path.lower().endswith('.json'):
-        return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines'))
+        return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl'))
     first = next(filter(None, map(str.strip, read_text(path))), '')
     as_rows = first.startswith('{') and first.endswith('}')
     require(as_rows or not first.startswith(('[', '{')),
@@ -815,12 +819,13 @@ def write_ids(path, dtype, tokenizer, pieces):
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
 # names of columns: a first line of these is no row
-HEADERS = '''answer answers article category chinese class completion content de description
-    dialogue document en english fr french german gold_label highlights hypothesis input input_text
-    instruction label labels output premise prompt question response review sentence sentence1
-    sentence2 sentiment source source_text spanish src src_text summary target target_text text
-    text_a text_b texts tgt tgt_text title translation trg
-    zh cn ja ru it es pt vi ko 中文 英文 源文本 目标文本 标签 文本 标题 摘要'''.split()
+HEADERS = '''abstract answer answers article category chinese class completion content context
+    description dialogue document english french german gold_label headline highlights hypothesis
+    input input_text inputs instruction italian japanese label labels output portuguese premise
+    prompt query question response review russian sentence sentence1 sentence2 sentiment source
+    source_text spanish src src_text summary target target_text targets text text_a text_b texts tgt
+    tgt_text title translation trg ar cn cs de en eng es fr fra hi it ja ko nl pt ro ru tr vi zh
+    中文 英文 源文本 目标文本 标签 文本 标题 摘要 问题 答案'''.split()
 
 def read_columns(path, *names):
     """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
@@ -877,6 +882,7 @@ def read_questions(path):
                 context = paragraph['context']
                 for question in paragraph['qas']:
                     where = f"{path}, line {next(lines, 1)} (question {question['id']})"
+                    require(isinstance(question.get('answers'), list), "it has no answers")
                     answers = [(a['answer_start'], a['text']) for a in question['answers']]
                     rows.append({'where': where, 'id': question['id'], 'context': context,
                                  'question': question['question'], 'answers': answers})

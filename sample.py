@@ -649,10 +649,14 @@ def format_scores(scores):
     return ', '.join(f"{name.replace('_', ' ')} {value:.{digits.get(name, 4)}f}"
                      for name, value in scores.items())
 
+def files_of(path):
+    """A folder's files, or the path itself: a pipe can be read here, once."""
+    return find_files([path]) if os.path.isdir(path) else [path]
+
 def score_text(model, tokenizer, path, kind):
     """Scores on a text, read as prepare_data.py reads it."""
     with tempfile.TemporaryDirectory() as folder:
-        counts = write_ids(f'{folder}/ids', 'int64', tokenizer, read_pieces(find_files([path])))
+        counts = write_ids(f'{folder}/ids', 'int64', tokenizer, read_pieces(files_of(path)))
         ids = np.fromfile(f'{folder}/ids', 'int64')
     require(len(ids) > 1, f"--score {path}: no text in it")
     if kind == 'masks':
@@ -668,7 +672,7 @@ def score_text(model, tokenizer, path, kind):
 
 def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=False):
     """Scores on labelled rows, read as prepare_data.py reads them. ours: train.py made it."""
-    rows = [row for file in find_files([path]) for row in TASKS[task].read(file)]
+    rows = [row for file in files_of(path) for row in TASKS[task].read(file)]
     require(rows, f"--score {path}: no rows in it")
     if task == 'qa' and not ours:  # others do not say if they know questions without an answer
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
@@ -988,6 +992,7 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     elif kind == 'seq2seq':
         example['ids'][-1] = tokenizer.id('[SEP]')
     maps = attention_maps(model, collate([example], tokenizer.pad_id, device_of(model)))
+    check_finite(torch.stack([weights.isfinite().all() for weights in maps.values()]))
     source = [render_token(tokenizer, i) for i in example['ids']]
     target = [render_token(tokenizer, i) for i in example.get('decoder_ids', example['ids'])]
     data = [{'name': name, 'rows': source if name == 'encoder' else target,
@@ -1070,6 +1075,7 @@ def main(argv):
     if writes:
         arrange_weights(model)
     if use == 'export':
+        check_finite(torch.tensor([p.isfinite().all() for p in model.parameters()]))
         export(model, tokenizer, labels, settings.export, kind)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'attention':

@@ -1178,7 +1178,7 @@ def main(argv):
             for number in STOPS:
                 after.callback(signal.signal, number, signal.getsignal(number))
             if runtime.is_main:
-                written = replace(s, objective=given.get('objective', ''))  # else the data says it
+                written = replace(s, objective=given.get('objective'))  # else the data says it
                 after.enter_context(claim_folder(written, model.config, checkpoint, runtime))
             runtime.print0(
                 f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "

@@ -679,6 +679,8 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
         framed = prepare_data.add_special_tokens(tokenizer, a, b)
         found = theirs('the cat', '床')
         assert (found['input_ids'], found['token_type_ids']) == framed
+        [masked] = sample.examples_of(tokenizer, 'masks', 'the [MASK] cat', 32)
+        assert theirs('the [MASK] cat')['input_ids'] == masked['ids']
         for task in ('classify', 'tag', 'qa'):  # a tag or an answer may begin at any CJK character
             saved = tokenizer.export_files(tokenizer.n_vocab, 'bert', task)['tokenizer.json']
             right = BPE.encode(LINES[1]), BPE.encode_with_offsets(LINES[1])[0]

@@ -597,6 +597,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
     'no JSON': ('classify', {'a.jsonl': '{"label":"b","text":"c"}\nb\tc\n'}, [], 'a.jsonl, line 2'),
     'half a letter': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
+    'a pointer': ('lm', {'a.txt': 'version https://git-lfs...'}, [], 'a.txt is a git-LFS pointer'),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
     'no validation': ('classify', {'a.tsv': LABELS, 'w': '\n'}, ['--val', 'w'], 'w: 2 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
@@ -782,8 +783,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
     ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a text for text'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'unigram'], 'a Hugging Face folder'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
-    ({}, [], '--input'),
-    ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
+    ({}, [], '--input'), ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
     ({}, ['--dataset', 'pidoc'], 'choose one of'),
     ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
     ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])

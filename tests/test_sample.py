@@ -1137,7 +1137,10 @@ def test_a_score_is_that_of_the_answers_which_start_gives(ask, tmp_path, kind):
     expected = SCORES[task](answers, [[{'meta': meta}] for _, meta in asked])
     [found] = ask.lines(kind, '--score', tmp_path / 'a', *flags)
     assert [*found] == names == [*expected] and found == pytest.approx(expected), answers
-    out = ask(kind, '--score', tmp_path / 'a', *flags).out
+    end, start = os.pipe()
+    os.write(start, (tmp_path / 'a').read_bytes())
+    os.close(start)
+    out = ask(kind, '--score', f'/dev/fd/{end}', *flags).out
     pattern = ', '.join(rf'{name} \d+\.\d+' for name in names).replace('_', ' ')
     assert re.fullmatch(pattern + '\n', out), out
 
@@ -1260,16 +1263,14 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
             assert changed, f'--{name} changes nothing'
 
 @pytest.mark.parametrize('kind, flags, words', [
-    ('text', ['--temperature', 'nan'], ['--temperature nan', 'finite']),
-    ('text', ['--stop', ''], ['--stop']),
+    ('text', ['--temperature', 'nan'], ['temperature nan', 'finite']), ('no.pt', [], ['train.py']),
+    ('text', ['--stop', ''], ['--stop']), ('text', ['--start', 'ab字c'], ["'字'"]),
     ('text', ['--device', 'mps' if torch.cuda.is_available() else 'cuda'], ['--device', 'auto']),
     ('text', ['--num_beams', 3, '--top_k', 5], ['--num_beams 3', '--top_k', 'leave it out']),
     ('text', ['--num_beams', 3, '--num_samples', 4], ['--num_samples 4', '--num_beams 3']),
-    ('text', ['--start', 'ab字c'], ["'字'"]),
     ('bytes', ['--start', 'a\udcff'], ['\\udcff']),         # what a shell gives that is not UTF-8
     ('text', ['--start', 'FILE:bad.txt'], ['bad.txt', 'UTF-8', 'byte 2']),
     ('text', ['--score', 'empty.txt'], ['empty.txt', 'no text']),
-    ('nowhere.pt', [], ['nowhere.pt', 'train.py']),
     ('half.pt', [], ['half.pt']), ('bare.pt', [], ['bare.pt', 'no tokenizer']),
     ('masks', ['--start', 'a[MASK]\n\nabc\na[MASK]'], ['line 3', '[MASK]']),
     ('masks', ['--start', 'a[MASK]' + 'b' * 40], ['44 tokens', 'block_size=40']),
