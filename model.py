@@ -538,8 +538,9 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             x = x + self.sinusoids[positions]
         if self.segments is not None:
-            segments = torch.zeros_like(ids) if segments is None else segments
-            x = x + self.segments(segments.clamp(max=self.segments.num_embeddings - 1))  # of one: 0
+            last = self.segments.num_embeddings - 1  # where it is 0, both texts have the same
+            segments = torch.zeros_like(ids) if segments is None else segments.clamp(max=last)
+            x = x + self.segments(segments)
         return self.drop(self.norm(x))
 
 class Stack(nn.Module):
@@ -653,7 +654,7 @@ def init_weights(model):
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
-    fan_in   1 / sqrt(columns); token embeddings 1, or 1 once they are scaled: section 5 of [5]
+    fan_in   1 / sqrt(columns); token embeddings 1, as they enter the first block: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
              nothing yet
     """

@@ -301,8 +301,9 @@ class Tokenizer:
         pieces = regex.split(f'({CJK.pattern})', text)
         ids = np.concatenate([self.encode(piece) for piece in pieces])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
-        # The bytes of a character after its first one are 10xxxxxx, as int8 below -64.
-        character = np.cumsum(np.frombuffer(text.encode(), np.int8) >= -64) - 1  # of each byte
+        # The bytes of a character after its first one are 10xxxxxx.
+        is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+        character = np.cumsum(is_first) - 1  # of each byte
         return ids, np.stack([character[ends[:-1]], character[ends[1:] - 1] + 1], axis=1)
 
     def decode(self, ids):
@@ -346,9 +347,9 @@ class Tokenizer:
             by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
-        for text in sorted(special, key=special.get):  # [MASK] has the space before it, as a word
-            takes_space = text == '[MASK]' and self.name != 'byte'
-            engine.add_special_tokens([hf.AddedToken(text, special=True, lstrip=takes_space)])
+        spaced = '[MASK]' if self.name != 'byte' else ''  # it has the space before it, as a word
+        engine.add_special_tokens([hf.AddedToken(text, special=True, lstrip=text == spaced)
+                                   for text in sorted(special, key=special.get)])
         return engine
 
     def export_files(self, vocab_size, arch, task=''):
@@ -621,15 +622,19 @@ def open_huggingface(folder):
         token['was_special'], token['special'] = token['special'], token['id'] in roles
     return HFTokenizer(json.dumps(saved), special, ends)
 
+def refuse_pointer(path, f):
+    """Raise ValueError where git-LFS has left a pointer in the place of a file, open as bytes."""
+    require(not f.peek(19).startswith(b'version https://git'),
+            f"{path} is a git-LFS pointer: fetch the file itself")
+
 def load_tokenizer(folder):
     """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
     known = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model', 'spiece.model'}
     if known.isdisjoint(os.listdir(folder)):
         raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
     for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):
-        with path.open('rb') as f:  # only its start: it may be large
-            require(f.read(19) != b'version https://git',
-                    f"{path} is a git-LFS pointer: fetch the file itself")
+        with path.open('rb') as f:
+            refuse_pointer(path, f)
     try:
         saved = read_any(folder, 'tokenizer.json')
         return Tokenizer.from_dict(saved) if 'format' in saved else open_huggingface(folder)
@@ -666,8 +671,7 @@ def find_files(paths):
 def read_text(path, size=None):
     """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
-        require(not f.buffer.peek(19).startswith(b'version https://git'),
-                f"{path} is a git-LFS pointer: fetch the file itself")
+        refuse_pointer(path, f.buffer)
         try:
             yield from iter(lambda: f.read(size), '') if size else f
         except UnicodeDecodeError as e:
@@ -1387,10 +1391,10 @@ def prepare_task(settings, task, folder, files, val_files):
             "to validate: add rows or contexts, change --val_fraction, or give --val FILE")
     found = [label for row in rows for label in spec.labels_of(row)]
     labels = spec.label_names({*found})
-    texts = {row.get('text_b', row.get('text')) for row in rows}           # of the last column
-    numbers = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
-    usual = 10 if numbers else max(10, min(len(texts), len(found) // 2))
-    many = task == 'classify' and len(labels) > usual
+    last_column = {row.get('text_b', row.get('text')) for row in rows}
+    measured = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
+    most = 10 if measured else max(10, min(len(last_column), len(found) // 2))
+    many = task == 'classify' and len(labels) > most
     require(not many and (len(labels) != 1 or task not in ('classify', 'tag')),
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
             "there must be two or more, each in several rows (to classify: in the first column, "

@@ -332,7 +332,7 @@ class TextStream:
         return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for special tokens (ends of a text: with ends=False) and for empty rows."""
+    """(V,) bool: True for special tokens (ends: with ends=False), and for ids of no token."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -387,7 +387,8 @@ def write_targets(model, tokenizer, examples, settings):
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
-    longest = max(len(example.get('decoder_ids', ())) for example in examples)  # target, if known
+    targets = (example.get('decoder_ids', ()) for example in examples)     # if they are known
+    longest = max(map(len, targets), default=0)
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or longest or None)
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
@@ -633,7 +634,7 @@ def text_scores(nats, predictions, text_bytes):
             'bits_per_byte': nats / math.log(2) / text_bytes}
 
 def masked_accuracy(model, tokenizer, ids):
-    """The share of ids (n,), hidden one at a time, that BERT guesses; of at most 1024 of them."""
+    """How often BERT guesses one of ids (n,), each hidden alone; at most 1024, evenly spaced."""
     room, examples = model.config.block_size - 2, []
     for i in range(0, len(ids), 1 + len(ids) // 1024):
         shown, segments = add_special_tokens(tokenizer, ids[i // room * room:][:room].tolist())
@@ -689,7 +690,10 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
 # Attention
 
 def attention_maps(model, batch):
-    """A batch -> the weights, {'encoder' | 'decoder' | 'cross': (layers, B, H, T, S)}."""
+    """
+    A batch -> the attention weights, {'encoder' | 'decoder' | 'cross': (layers, B, H, T, S)}.
+    Raises ValueError where the model has no attention.
+    """
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Attention)}
     require(layers, "an LSTM has no attention to show")
     maps = collections.defaultdict(list)
