@@ -282,8 +282,9 @@ class Tokenizer:
         if self.name == 'char':
             for c in dict.fromkeys(text):
                 if c.encode(errors='replace') not in self.ranks:
-                    raise ValueError(f"the tokenizer has never seen {c!r} (character "
-                                     f"{text.index(c) + 1} of the text)")
+                    i = text.index(c)  # in a piece of a large file, so what is around it helps
+                    raise ValueError(f"the tokenizer has never seen {c!r} (character {i + 1} of "
+                                     f"the text): {text[max(0, i - 20):i + 20]!r}")
         chunks = (text[i:i + PIECE] for i in range(0, len(text), PIECE))
         return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=())
                                for piece in safe_pieces(chunks)])
@@ -686,11 +687,13 @@ def read_lines(path):
 
 def is_json_lines(path):
     """
-    Whether a file has a JSON object a line: its name tells, or the first line of a .json. Raises
-    ValueError at other JSON: taken as text, its keys and quotes would be learned, too.
+    Whether a file has a JSON object a line: its name tells, or how it begins. Raises ValueError at
+    other .json: taken as text, its keys and quotes would be learned, too.
     """
     if not path.lower().endswith('.json'):
-        return path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl'))
+        named = path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl'))
+        begin = next(read_text(path, 1000), '') if os.path.isfile(path) else ''  # not of a pipe
+        return named or bool(re.match(r'\{".*\btext":', begin))  # such as WikiExtractor's wiki_00
     first = next(filter(None, map(str.strip, read_text(path))), '')
     as_rows = first.startswith('{') and first.endswith('}')
     require(as_rows or not first.startswith(('[', '{')),
@@ -854,7 +857,10 @@ def read_columns(path, *names):
         yield {'where': where, **dict(zip(names, texts))}
 
 def read_tagged(path):
-    """CoNLL: a token a line, its tag in the last column, and a blank line between texts."""
+    """
+    CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
+    cut into its characters, as sample.py cuts what a user writes without spaces.
+    """
     row, columns, counts = None, 0, []
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
@@ -865,8 +871,9 @@ def read_tagged(path):
                     f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, "
                     "last its tag, which is O, B-kind or I-kind")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
-            row['tokens'].append(fields[0])
-            row['tags'].append(fields[-1])
+            parts = [*filter(None, regex.split(f'({CJK.pattern})', fields[0]))]
+            row['tokens'] += parts
+            row['tags'] += [fields[-1], *[re.sub('^B', 'I', fields[-1])] * (len(parts) - 1)]
         elif row:
             if row['tokens'][1:]:
                 counts.append(''.join(row['tokens']).isdecimal() or len({*row['tokens']}) == 1)

@@ -387,8 +387,11 @@ def write_targets(model, tokenizer, examples, settings):
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
-    targets = (example.get('decoder_ids', ()) for example in examples)     # if they are known
-    longest = max(map(len, targets), default=0)
+    targets = [example.get('decoder_ids', ()) for example in examples]     # if they are known
+    longest, size = max(map(len, targets), default=0), model.config.block_size
+    fit = all(len(e['ids']) + len(target) <= 1 + size for e, target in zip(examples, targets))
+    require(encoder or fit, "the longest source and target are too long together for block_size="
+            f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or longest or None)
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))

@@ -1008,9 +1008,14 @@ def adapt_model(model, checkpoint, path, data, runtime):
     return model
 
 def sort_head(model, checkpoint, data):
-    """Others have the labels of a head in another order: let it be that of the data."""
+    """
+    Others have the labels of a head in another order: let it be that of the data. A head of qa has
+    two outputs, whether there are questions without an answer or not.
+    """
     labels = checkpoint.get('labels', [])
-    if data.task != 'qa' and labels != data.labels and sorted(labels) == sorted(data.labels):
+    if data.task == 'qa':
+        checkpoint['labels'] = data.labels
+    elif labels != data.labels and sorted(labels) == sorted(data.labels):
         for p in model.head.parameters():
             p.data = p.data[[labels.index(label) for label in data.labels]]
         checkpoint['labels'] = data.labels

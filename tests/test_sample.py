@@ -1279,6 +1279,7 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('seq2seq', ['--start', 'a\nb\n' + '长' * 14], ['line 3', '43 tokens', '40']),
     *((kind, ['--start', ' \n\n\t'], ['--start', 'empty']) for kind in ANSWERING),
     ('classify', ['--score', 'a.tsv'], ['a.tsv', 'line 2', "'neutral'"]),
+    ('seq2seq-gpt', ['--score', 'long.tsv'], ['source and target', 'block_size=40']),
     ('qa', ['--score', 'unanswered.json'], ['unanswered.json', 'question 7']),
     ('text', ['--start', 'a', '--attention', 'nowhere/a.html'], ['nowhere']),
     ('lstm', ['--start', 'a', '--attention', 'a.html'], ['LSTM', 'no attention']),
@@ -1291,6 +1292,7 @@ def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypa
     (tmp_path / 'bad.txt').write_bytes(b'ab\xffc')
     (tmp_path / 'empty.txt').write_bytes(b'')
     (tmp_path / 'a.tsv').write_text('好\ta\nneutral\tb\n', encoding='utf-8')
+    (tmp_path / 'long.tsv').write_text(f"a\tb\n{'a' * 20}\t{'b' * 20}\n")
     question = {'paragraphs': [{'context': 'Oslo.', 'qas': [{'id': '7', 'question': 'Which?'}]}]}
     (tmp_path / 'unanswered.json').write_text(json.dumps({'data': [question]}))
     (tmp_path / 'half.pt').write_bytes((checkpoints / 'text.pt').read_bytes()[:5000])

@@ -810,30 +810,32 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(folders, tmp_path, dataset, 
 def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp_path, capsys, how):
     """Pre-trained on text, then labels: the trunk is kept bit for bit, the head is new."""
     text = fit(tmp_path / 'text', folders / 'text', **{**WIDE, **how, 'max_iters': 2})
-    flags = dict(init_from=tmp_path / 'text', dataset=folders / 'classify')
     keep = {k: WIDE[k] for k in ('device', 'dtype', 'batch_size', 'eval_iters', 'sample_tokens')}
-    main({**keep, **flags, 'out_dir': tmp_path / 'task', 'max_iters': 0})
-    task = read(tmp_path / 'task')
+
+    def go(start, out, seed=1, **flags):
+        main({**keep, **flags, 'init_from': tmp_path / start, 'out_dir': tmp_path / out,
+              'seed': seed, 'max_iters': 0})
+        return read(tmp_path / out)
+
+    task = go('text', 'task', seed=2, dataset=folders / 'classify')
     trunk = {name: p for name, p in task['model'].items() if name.startswith('trunk.')}
     assert {name: p.shape for name, p in text['model'].items()} == {
         name.removeprefix('trunk.'): p.shape for name, p in trunk.items()}
     assert all(torch.equal(p, trunk[f'trunk.{name}']) for name, p in text['model'].items())
     assert task['labels'] == ['bad', '好'] and task['config']['task'] == 'classify'
     assert 'a head for classify, of 2 labels: bad, 好' in capsys.readouterr().out
-    main({**keep, 'init_from': tmp_path / 'task', 'out_dir': tmp_path / 'same', 'max_iters': 0})
-    assert not different(task, read(tmp_path / 'same'))  # the same labels: the head stays too
+    assert not different(task, go('task', 'same'))       # the same labels: the head stays too
     turned = {name: p.flip(0) if name[:4] == 'head' else p for name, p in task['model'].items()}
     torch.save(task | {'labels': ['好', 'bad'], 'model': turned}, tmp_path / 'turned.pt')
-    main({**keep, 'init_from': tmp_path / 'turned.pt', 'out_dir': tmp_path / 'u', 'max_iters': 0})
-    assert not different(task, read(tmp_path / 'u'))     # nor does their order matter
+    assert not different(task, go('turned.pt', 'u'))     # nor does their order matter
+    answers = go('text', 'answers', seed=2, dataset=folders / 'qa')
+    torch.save(answers | {'labels': ['no answer']}, tmp_path / 'other.pt')
+    assert not different(answers, go('other.pt', 'q'))   # nor that some questions have no answer
     prepared(tmp_path / 'other', '\n'.join(f'{i % 11}\t{i}' for i in range(42)), task='classify',
              tokenizer='byte', block_size=40)
-    main({**keep, 'init_from': tmp_path / 'task', 'out_dir': tmp_path / 'others', 'max_iters': 0,
-          'dataset': tmp_path / 'other'})
+    go('task', 'others', dataset=tmp_path / 'other')
     assert 'of 11 labels: 0, 1, 10, 2, 3, 4, 5, 6, 7, 8, ...\n' in capsys.readouterr().out
-    main({**keep, 'init_from': tmp_path / 'task', 'out_dir': tmp_path / 'back', 'max_iters': 0,
-          'dataset': folders / 'text'})
-    assert not different(text, read(tmp_path / 'back'))
+    assert not different(text, go('task', 'back', dataset=folders / 'text'))
     out, config = tmp_path / 'back', tmp_path / 'back/config.toml'  # which describes that run
     assert eval_only(out, capsys) == eval_only(out, capsys, config=config)
     assert not re.search('objective = "."', config.read_text()), 'other data may need another'
