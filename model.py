@@ -1162,7 +1162,7 @@ def config_to(kind, config):
     theirs |= {name: values[ours] for name, ours in family.fields.items()}
     if 'rope_theta' in theirs:
         rope_type, *numbers = config.rope_scaling.split() or ['default']
-        theirs['rope_parameters'] = dict(zip(ROPE, [rope_type, *map(json.loads, numbers)]))
+        theirs['rope_scaling'] = dict(zip(ROPE, [rope_type, *map(json.loads, numbers)]))
     return theirs
 
 def hf_name(family, config, name):

@@ -572,9 +572,6 @@ ROLES = {
 
 def open_huggingface(folder):
     """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
-    if {*os.listdir(folder)}.isdisjoint({'tokenizer.json', 'tokenizer_config.json'}):
-        print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
-              "transformers", file=sys.stderr)
     if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
         optional('sentencepiece')
     config = read_any(folder, 'config.json')
@@ -584,7 +581,14 @@ def open_huggingface(folder):
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
     engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
-    is_t5 = config.get('model_type') == 't5'
+    lower = getattr(engine.normalizer, 'lowercase', False)
+    if lower and not Path(folder, 'tokenizer_config.json').exists():
+        print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
+              "transformers", file=sys.stderr)
+    family = config.get('model_type', 'bert')
+    cleans = theirs.clean_up_tokenization_spaces and type(engine.model).__name__ != 'BPE'
+    if cleans and family != 'bert':
+        print(f"{folder}: not read: clean_up_tokenization_spaces", file=sys.stderr)
     rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
     vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
     special = {f'<extra_{i}>': vocab[text] for i in range(100)
@@ -596,17 +600,18 @@ def open_huggingface(folder):
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: a Llama's tokenizer puts <s> there, BERT's (some GPT-2s have it,
-    # too) [CLS]; T5's files name a token.
-    start, frame = special.get('<|bos|>'), engine.encode('').ids
-    first = special.get('[CLS]') if config.get('model_type') == 'gpt2' else start
-    start = next((i for i in frame[:1] if i in (start, first)), None)
-    if is_t5 and engine.num_special_tokens_to_add(False) > 1:
-        special['<|source|>'] = frame[0]  # CodeT5 reads <s> source </s>
+    # too) [CLS], which our BERT adds itself; T5's files name a token.
+    frame = engine.encode('a')
+    has_first = frame.special_tokens_mask[:1] == [1]
+    is_ours = family == 'bert' and frame.ids[:1] != [special.get('<|bos|>')]
+    start = frame.ids[0] if has_first and not is_ours else None
+    if family == 't5' and engine.num_special_tokens_to_add(False) > 1:
+        special['<|source|>'] = frame.ids[0]  # CodeT5 reads <s> source </s>
     for settings in (config, read_any(folder, 'generation_config.json')):
         found = settings.get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
         found = settings.get('decoder_start_token_id')
-        if is_t5 and found is not None:
+        if family == 't5' and found is not None:
             start = found
     ends = [i for i in dict.fromkeys(ends) if i is not None]
     require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")

@@ -864,6 +864,7 @@ def export(model, tokenizer, labels, folder, kind='text'):
     if (tokenizer.name, config.arch, kind) == ('gpt2', 'gpt', 'text'):
         size = min(size, tokenizer.pad_id)  # the first token added; text to text needs its [SEP]
     files = tokenizer.export_files(size, config.arch, config.task)
+    files['tokenizer_config.json']['model_max_length'] = config.block_size
     first = 'decoder_start_token_id' if config.arch == 'encdec' else 'bos_token_id'
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
     if tokenizer.pad_id < size:
@@ -1073,6 +1074,7 @@ def main(argv):
     if kind in DECODERS:  # long texts are cut as those of the training data were
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
     writes = use == 'start' and kind in ('text', 'seq2seq')
+    needed = {'masks': 'output|transform', 'classify': r'trunk\.pooler'}.get(kind, '$^')
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = 'bfloat16' if half and writes else 'float32'
@@ -1087,7 +1089,7 @@ def main(argv):
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
-    elif kind == 'masks' and 'output.bias' in checkpoint.get('new', []):
+    elif any(re.match(needed, name) for name in checkpoint.get('new', [])):
         raise ValueError(f"{path} is an encoder without a head, so it has no output: fine-tune it "
                          f"first, with python train.py --init_from {path}")
     elif use == 'score':

@@ -961,7 +961,7 @@ def find_dataset(name, runtime):
     """The folder of a data set. pydoc needs no network, so it is made where it is missing."""
     folder = Path(name)
     if not Path(folder, 'meta.json').exists():
-        folder = Path('data', name)
+        folder = Path('data', name.removeprefix('data/'))
     meta = folder / 'meta.json'
     if name == 'pydoc' and runtime.is_main and not meta.exists():
         runtime.print0("preparing data/pydoc, the documentation of this Python")

@@ -404,7 +404,7 @@ LETTERS = sorted({*''.join(LINES).lower(), *'abcdefghijklmnopqrstuvwxyz'} - {' '
 def put_tokenizer(folder, tokenizer, template, **names):
     """tokenizer.json and tokenizer_config.json; its special tokens come first."""
     tokenizer.post_processor = hf.processors.TemplateProcessing(
-        single=template, special_tokens=[('<s>', 1), ('</s>', 2)])
+        single=template, special_tokens=[('<begin>', 1), ('</s>', 2)])
     tokenizer.enable_truncation(3)  # what a file may hold besides
     tokenizer.enable_padding(length=5)
     put(folder, 'tokenizer.json', tokenizer.to_str())
@@ -434,9 +434,9 @@ def write_t5(folder):
     put_tokenizer(folder, tokenizer, '$A </s>', pad_token='<pad>')
 
 def write_llama(folder):
-    """SentencePiece as Llama has it: <s> begins a text, and unknown characters become bytes."""
+    """SentencePiece as Llama has it: <begin> begins a text, and unknown characters become bytes."""
     merges = [('t', 'h'), ('th', 'e'), ('▁', 'the'), ('a', 't'), ('c', 'at'), ('明', '月')]
-    tokens = ['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)), '▁', *LETTERS,
+    tokens = ['<unk>', '<begin>', '</s>', *(f'<0x{b:02X}>' for b in range(256)), '▁', *LETTERS,
               *(a + b for a, b in merges)]
     tokenizer = hf.Tokenizer(hf.models.BPE({text: i for i, text in enumerate(tokens)}, merges,
                                            unk_token='<unk>', fuse_unk=True, byte_fallback=True))
@@ -445,7 +445,7 @@ def write_llama(folder):
     tokenizer.decoder = hf.decoders.Sequence([hf.decoders.Replace('▁', ' '),
         hf.decoders.ByteFallback(), hf.decoders.Fuse(), hf.decoders.Strip(' ', 1, 0)])
     tokenizer.add_special_tokens([hf.AddedToken(token, normalized=True) for token in tokens[:3]])
-    put_tokenizer(folder, tokenizer, '<s> $A', bos_token='<s>')
+    put_tokenizer(folder, tokenizer, '<begin> $A', bos_token='<begin>')
 
 WRITE = {'gpt2': write_gpt2, 'bert': write_bert, 't5': write_t5, 'llama': write_llama}
 @pytest.fixture(scope='module')
@@ -547,6 +547,9 @@ def new_ids(model, theirs, ids, ends, **more):
 def test_greedy_text_is_that_of_generate(family, data, folders, place, capsys):
     """It ends, and T5's begins, at the tokens that the three files name; null names none."""
     folder = shutil.copytree(folders[family], place() / 'copy')
+    if family == 'llama' and data.draw(bools):  # tokenizer.json alone says what begins a text
+        put(folder, 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast',
+                                              'eos_token': '</s>'})
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     model = getattr(transformers, MODELS[family][0]).from_pretrained(folder)
     words = st.lists(st.sampled_from([w for w in WORDS if w.strip()]), min_size=1, max_size=4)
@@ -571,8 +574,8 @@ def test_greedy_text_is_that_of_generate(family, data, folders, place, capsys):
     right = theirs.decode(before + new)[len(theirs.decode(before)):]
     assert text == right or (family == 't5' and text.strip() == right.strip())
 
-def test_masks_are_filled_with_what_transformers_finds_likeliest(folders, capsys):
-    """The five best of each [MASK] with their probabilities, special tokens left out."""
+def test_masks_are_filled_with_what_transformers_finds_likeliest(folders, place, capsys):
+    """The five best of each [MASK] with their probabilities; no answer by weights not there."""
     theirs = transformers.AutoTokenizer.from_pretrained(folders['bert'])
     model = transformers.BertForMaskedLM.from_pretrained(folders['bert'])
     for start in ('The [MASK] sat on [MASK].', '床 ||| the [MASK]'):
@@ -585,6 +588,13 @@ def test_masks_are_filled_with_what_transformers_finds_likeliest(folders, capsys
         for row, ids, values in zip(found, best, p, strict=True):
             assert [text for text, _ in row] == [theirs.decode([i]) for i in ids]
             close(torch.tensor([value for _, value in row]), values)
+    for name, lost in (('MaskedLM', 'transform.dense'), ('SequenceClassification', 'pooler')):
+        there = getattr(transformers, f'BertFor{name}').from_pretrained(folders['bert'])
+        write(folder := shutil.copytree(folders['bert'], place() / 'copy'),
+              there.config.to_dict() | {'architectures': [f'BertFor{name}']},
+              {k: t for k, t in there.state_dict().items() if lost not in k})
+        with pytest.raises(ValueError, match='has no output'):
+            sample.main(['--init_from', str(folder), '--start', 'the [MASK]'])
 
 @pytest.fixture(scope='session')
 def tiny(shared, tmp_path_factory):
@@ -670,6 +680,7 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     assert theirs.pad_token_id == there.config.pad_token_id == tokenizer.pad_id
     assert theirs.eos_token_id == there.config.eos_token_id == again.end_id == tokenizer.end_id
     assert theirs.padding_side == ('left' if 'Causal' in auto else 'right')
+    assert theirs.model_max_length == 32
     assert again.special.items() >= tokenizer.special.items()
     for name, p in model.state_dict().items():
         same(back.state_dict()[name], p)

@@ -1101,9 +1101,9 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
 
 QUESTIONS = {'data': [{'paragraphs': [{
     'context': '北京的小狗 😀 won the race.', 'qas': [{'id': '2', 'question': '?', 'answers': []},
-        {'id': '1', 'question': '谁?', 'answers': [{'text': '小狗', 'answer_start': 3}]}]},
-    {'context': 'one two three four five six seven eight nine ten, 十一 十二', 'qas': [
-        {'id': '3', 'question': 'Ten?', 'answers': [{'text': '十一', 'answer_start': 50}]}]}]}]}
+        {'id': '1', 'question': '谁?', 'answers': [{'text': '小狗', 'answer_start': 3}]}]}, {
+    'context': 'one two three four five six seven eight nine ten, 十一 十二', 'qas': [{'id': '3',
+        'question': 'Ten?', 'answers': [{'text': '十一', 'answer_start': 50}]}]}]}]}
 LABELLED = {  # a file of each task, with the metrics that DESIGN names
     'classify': ('bad\tfilm\n好\t不好\tb\nbad\tx y\n好\tb\nbad\tcc\n', ['accuracy', 'macro_f1']),
     'tag': ('安\tB-per-son\nMerkel\tI-per-son\n.\tO\n\n' + 'in\tO\nBerlin\tB-地\n' * 8,
@@ -1279,7 +1279,7 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('seq2seq', ['--start', 'a\nb\n' + '长' * 14], ['line 3', '43 tokens', '40']),
     *((kind, ['--start', ' \n\n\t'], ['--start', 'empty']) for kind in ANSWERING),
     ('classify', ['--score', 'a.tsv'], ['a.tsv', 'line 2', "'neutral'"]),
-    ('seq2seq-gpt', ['--score', 'long.tsv'], ['source and target', 'block_size=40']),
+    ('seq2seq-gpt', ['--score', 'a.tsv'], ['source and target', 'block_size=40']),
     ('qa', ['--score', 'unanswered.json'], ['unanswered.json', 'question 7']),
     ('text', ['--start', 'a', '--attention', 'nowhere/a.html'], ['nowhere']),
     ('lstm', ['--start', 'a', '--attention', 'a.html'], ['LSTM', 'no attention']),
@@ -1291,8 +1291,7 @@ def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'bad.txt').write_bytes(b'ab\xffc')
     (tmp_path / 'empty.txt').write_bytes(b'')
-    (tmp_path / 'a.tsv').write_text('好\ta\nneutral\tb\n', encoding='utf-8')
-    (tmp_path / 'long.tsv').write_text(f"a\tb\n{'a' * 20}\t{'b' * 20}\n")
+    (tmp_path / 'a.tsv').write_text(f"好\ta\nneutral\tb\n{'a' * 20}\t{'b' * 20}", 'utf-8')
     question = {'paragraphs': [{'context': 'Oslo.', 'qas': [{'id': '7', 'question': 'Which?'}]}]}
     (tmp_path / 'unanswered.json').write_text(json.dumps({'data': [question]}))
     (tmp_path / 'half.pt').write_bytes((checkpoints / 'text.pt').read_bytes()[:5000])
@@ -1309,6 +1308,6 @@ def test_the_command_itself_writes_utf8_and_ends_with_status_2(checkpoints, tmp_
     assert '--top_p 1.5' in refused('sample.py', '--top_p', 1.5, cwd=tmp_path)
     out = command('sample.py', '--help', cwd=tmp_path).stdout
     assert {f.name for f in dataclasses.fields(Settings)} <= {*re.findall(r'--(\w+)', out)}
-    words = f'{sys.executable} {ROOT}/sample.py --init_from {checkpoints}/bytes.pt | head -c 9'
+    words = f'{sys.executable} {ROOT}/sample.py --init_from {checkpoints}/bytes.pt | true'
     found = subprocess.run(['bash', '-c', f'{words}; exit ${{PIPESTATUS[0]}}'], capture_output=True)
     assert found.returncode == 0 and b'Error' not in found.stderr, 'a reader that leaves early'

@@ -108,8 +108,7 @@ def main(argv):
     parser.add_argument('--widths', nargs='+', type=int, default=[24, 32, 48, 64, 96, 128, 192], help='n_embd')
     parser.add_argument('--layers', type=int, default=4)
     parser.add_argument('--steps', type=int, default=800, help=f'of {BATCH} x {BLOCK} tokens, where tokens are equal')
-    parser.add_argument('--parts', nargs='+', type=float, default=[1 / 8, 1 / 4, 1 / 2, 1, 2],
-                        help='of those steps, for the last width but one')
+    parser.add_argument('--parts', nargs='+', type=float, default=[1 / 8, 1 / 4, 1 / 2, 1, 2], help='of steps, of one width')
     parser.add_argument('--seeds', type=int, default=2, help='runs of each kind, with seeds 1, 2, ...')
     parser.add_argument('--plot', default='', help='picture to draw, such as scaling.png')
     parser.add_argument('--quick', action='store_true', help='see in half a minute that all of it works')
