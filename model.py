@@ -744,7 +744,7 @@ class LSTM(LanguageModel):
     def hidden(self, ids, cache=None, **inputs):
         """ids (B, T) -> (B, T, C)."""
         state = None if cache is None else cache.state                     # 2 x (n_layer, B, C)
-        with torch.autocast('cpu', enabled=False):  # most CPUs have no LSTM in half precision
+        with torch.autocast(ids.device.type, enabled=False):  # cuDNN would take float16, unscaled
             x, state = self.lstm(self.drop(self.tokens(ids)), state)
         if cache is not None:
             cache.state, cache.length = state, cache.length + ids.size(1)

@@ -359,7 +359,7 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
         length = max(1, min(length, block_size - ids.size(1)))
     if model.config.arch == 'encdec':
         batch = collate([{'ids': source} for source in sources], tokenizer.pad_id, ids.device)
-        cache = model.encode(**batch, size=length + 1)
+        cache = model.encode(**batch, size=min(block_size, (length // 16 + 1) * 16))
     how = {'cache': cache, 'end_ids': tokenizer.end_ids,
            'suppressed': suppressed_tokens(model, tokenizer)}
     if beams > 1:

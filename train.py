@@ -220,7 +220,7 @@ def sentence_pair(data, rng, room):
     B, so that the two still touch.
     """
     starts, document, followed = data.sentences
-    first = rng.choice(followed)                                           # A's first sentence
+    first = followed[rng.integers(len(followed))]                          # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
@@ -380,7 +380,7 @@ class AdamW(Optimizer):
         torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read, and waited for
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
-                            maximize=False, found_inf=1 - good)            # one pass over memory
+                            maximize=False, found_inf=(1 - good).to(t[0].device))  # one pass
 
 def orthogonal(x):
     """
@@ -563,7 +563,7 @@ class Runtime:
         if self.world_size > 1:
             if self.device == 'cuda':
                 torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # what `cuda` means
-            dist.init_process_group()  # gloo for tensors of a CPU, nccl for those of a GPU
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
         if self.device == 'cpu':
             keep_memory()
         if self.device == 'cuda' and s.dtype != 'float32':
@@ -850,7 +850,6 @@ class Trainer:
         self.sign = -1 if self.best_by in sample.LOWER_IS_BETTER else 1
         self.started = time.perf_counter() - self.at.seconds
         fixed = not OBJECTIVES[s.objective].by_rows                        # shapes
-        torch.backends.cuda.enable_cudnn_sdp(fixed)  # cuDNN plans 30 ms for each new shape
         pays = runtime.device == 'cuda' and fixed and s.max_iters >= 1000
         if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
@@ -1130,6 +1129,8 @@ def start(given):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
         if not OBJECTIVES[objective].by_rows:
             split.rows = []
+    # cuDNN plans 30 ms for each new shape
+    torch.backends.cuda.enable_cudnn_sdp(not OBJECTIVES[objective].by_rows)
     check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
     freeze(model, s)

@@ -48,6 +48,7 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device, rows = sample.find_device('auto'), []
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py does
     with tempfile.TemporaryDirectory() as folder:
         folder = os.path.join(folder, 'gpt2')
         torch.manual_seed(0)
@@ -55,7 +56,7 @@ def main():
         for batch, length in (map(int, shape.split('x')) for shape in args.shapes):
             ids = torch.randint(50257, (batch, length), device=device)
             for dtype in (torch.float32, torch.bfloat16):
-                net = sample.arrange_weights(model.load(folder)[0].to(device, dtype).eval())  # as sample.py does
+                net = sample.arrange_weights(model.load(folder)[0].to(device, dtype).eval())
                 there = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
                 runs = {'ours': ours(net, ids), 'transformers': theirs(there, ids)}
                 if device == 'cuda':
