@@ -41,7 +41,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-IGNORE_INDEX = -100  # a position with this target has no target: it does not count in the loss
+IGNORE_INDEX = -100  # as a target: nothing is predicted here, and it does not count in the loss
 
 # -----------------------------------------------------------------------------
 # Configuration. It is saved in every checkpoint, so a model can be rebuilt from its file alone.
@@ -88,9 +88,9 @@ class Config:
                           ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
     rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', low=1)
     rope_scaling: str = flag('', 'rotary, for longer texts: llama3 FACTOR LOW HIGH LENGTH')
-    window: str = flag('0', 'how many tokens back a token sees, with itself; 0: all; "4 4 4 0": '
+    window: str = flag('0', 'how far a token sees, itself counted; 0: all; "4 4 4 0": '
                             'block by block, over and over')
-    buckets: int = flag(32, 'relative: number of learned distances', low=4)
+    buckets: int = flag(32, 'relative: groups of distances, each with a learned bias', low=4)
     max_distance: int = flag(128, 'relative: distances from here on share one bias', low=1)
     # input and output
     segments: int = flag(0, 'segment embeddings: BERT has 2, for sentences A and B')
@@ -131,7 +131,7 @@ class Config:
         require(self.arch == 'bert' or not self.segments,
                 f"segments={self.segments}: only arch=bert reads segments")
         require(self.n_labels or self.task not in ('classify', 'tag'),
-                f"task={self.task} needs n_labels, the number of labels")
+                f"task={self.task} needs n_labels, which only labelled data gives")
         require(self.arch != 'encdec' or not self.task,
                 f"task={self.task}: an encoder-decoder has no head: choose another arch")
         require(not self.label_smoothing or (self.arch != 'bert' and not self.task),
@@ -194,8 +194,8 @@ def rotary_angles(length, channels, theta, scaling=''):
     """
     The angle of each pair of channels at each position, in radians (T, D/2): section 3.2 of [6].
     `llama3 FACTOR LOW HIGH LENGTH` is for texts longer than the LENGTH that a model was trained on:
-    pairs that turn less than LOW times in LENGTH positions become FACTOR times slower, those that
-    turn more than HIGH times stay (from the code of Llama 3.1).
+    pairs that turn less than LOW times in LENGTH positions become FACTOR times slower, those above
+    HIGH times stay, those between are mixed (from the code of Llama 3.1).
     """
     frequency = theta ** (-torch.arange(0, channels, 2) / channels)        # (D/2,)
     if scaling:
@@ -294,8 +294,8 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
 class Dropout(nn.Dropout):
     """
     Zero each value with probability p in training, and scale the others up so that the mean stays
-    (Srivastava et al. 2014). On a CPU one random byte per value decides, so p is a multiple of
-    1/256 there; that is several times as fast as F.dropout.
+    (Srivastava et al. 2014). On a CPU one random byte per value decides, which is faster than
+    F.dropout, so p is a multiple of 1/256 there.
     """
 
     def forward(self, x):
@@ -311,7 +311,7 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     """
     attention_weights(q, k) @ v: by F.scaled_dot_product_attention, or by the formula where that is
-    faster; the two agree up to rounding, so a fork with another formula has to drop the kernel.
+    faster. The two agree up to rounding: if you change the formula, take out the other one.
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
@@ -356,7 +356,7 @@ class KVCache:
     dtype of the model: one query then attends to many keys 5 times as fast as in bfloat16.
 
     A CUDA graph repeats operations of fixed shapes at fixed places in memory. In it, `length` is a
-    tensor on the device, and all `size` keys are read; attention_mask hides those to come.
+    tensor on the device, and all `size` keys are read; a mask hides those to come.
     """
 
     def __init__(self, size, memory=None, memory_mask=None):
@@ -424,9 +424,9 @@ class Attention(nn.Module):
 
     def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
         """
-        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights; newest: see only the
-        last so many keys; 0: all. rotary: (cos, sin) of the positions of x. With a cache, x
-        holds only the new tokens; the first call fills the cache of a memory.
+        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights. rotary: (cos, sin) of
+        the positions of x. With a cache, x holds only the new tokens, which see the last `newest`
+        of all keys (0: all of them); the first call fills the cache of a memory.
         """
         if memory is not None and cache is not None and self.layer in cache.layers:
             q = self.q_norm(self.split_heads(self.q(x)))                   # (B, H, T, D)
@@ -571,7 +571,7 @@ class Stack(nn.Module):
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
         holds only the new tokens, attention_mask also covers the earlier ones, and the memory is
-        that of the cache. others: further arguments of the function attention_mask, of a fork.
+        that of the cache. others: what a fork adds to the arguments of the function attention_mask.
         Raises ValueError beyond block_size.
         """
         past, source_cache = 0, None
@@ -580,7 +580,7 @@ class Stack(nn.Module):
             memory, memory_mask = cache.memory, cache.memory_mask
         require(memory is not None or self.blocks[0].cross is None,
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
-        fixed = isinstance(past, torch.Tensor)                             # shapes: see KVCache
+        fixed = isinstance(past, torch.Tensor)                             # as in KVCache's graph
         end = cache.size if fixed else past + ids.size(1)
         if end > self.config.block_size:  # a require would be compiled anew for each length
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
@@ -625,7 +625,7 @@ class Stack(nn.Module):
                                        self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
             mask = bias.masked_fill(~mask, -math.inf)                      # (1 or B, H, T, S)
-        elif fixed:  # what kernels would make of it in every block
+        elif fixed:  # made once here, or the kernel would make it in every block
             mask = torch.where(mask, 0.0, -math.inf).to(self.embed.tokens.weight.dtype)
         return {'mask': mask}
 
@@ -911,7 +911,7 @@ def save(path, model, /, **extra):
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Inside, whatever goes wrong with a file becomes one line: its path, the reason, a remedy."""
+    """Inside, any error but of a missing or forbidden file becomes a ValueError with a remedy."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -965,12 +965,12 @@ def load(path, device='cpu', **changes):
 def resize(model, path, **changes):
     """
     The same weights under other fields of Config: a smaller block_size or vocab_size drops the last
-    positions or tokens, a larger vocab_size adds tokens close to the mean of the old ones.
+    rows, a larger vocab_size adds some near the mean. Raises ValueError at too large a block_size.
     """
     old, config = model.config, replace(model.config, **changes)
     if config == old:
         return model
-    # what learned with one of these does not read well beyond it
+    # with these positions a model does not read well beyond its block_size
     has_end = config.positions in ('learned', 'sinusoids', 'rotary')
     require(config.block_size <= old.block_size or not has_end,
             f"block_size={config.block_size} is longer than the {old.block_size} that {path} was "
@@ -989,7 +989,7 @@ def optimizer_groups(model, weight_decay):
     The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
     each token, position or label), `matrices` (all others), `vectors` (biases, norms; no decay).
     """
-    tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'  # a fork's go here
+    tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'  # add your own here
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
     for name, p in model.named_parameters():  # a tied weight comes once
         kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.ndim == 2 else 'vectors'
@@ -1106,9 +1106,9 @@ FAMILIAR = re.compile(
 
 def config_from(theirs):
     """
-    What a config.json means: (Config, labels, fields that were not read). Raises ValueError naming
-    the first field whose effect is not computed here. An activation or a scaling of rotary
-    positions that is unknown is left as it is, for Config to refuse.
+    What a config.json means: (Config, labels, fields unknown here, not read). Raises ValueError
+    naming the first field of UNSUPPORTED that is set. An unknown activation or scaling of rotary
+    positions is left for Config to refuse.
     """
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
@@ -1190,7 +1190,7 @@ def read_tensors(folder, family):
         with reading(index, "fetch it again"):
             names = json.loads(index.read_bytes())['weight_map'].values()
             paths = [folder / name for name in {*names}]
-    paths = paths or [*folder.glob('model-*.safetensors')] or [*folder.glob('*.bin')]
+    paths = paths or [*folder.glob('model-*.safetensors')] or [*folder.glob('*.bin')]  # refused
     require(paths, f"there is no {folder}/model.safetensors: fetch it")
     for path in paths:
         with reading(path, "fetch its weights as safetensors, which needs pip install safetensors"):
@@ -1221,7 +1221,7 @@ def from_huggingface(folder):
     if config.tied or theirs['model_type'] == 't5':  # a head counts, unless it is a copy
         config.tied = head is None or head.equal(tensors.get(tokens, head))
     copy = tensors.get('decoder.embed_tokens.weight', head if config.tied else None)
-    if copy is not None:  # of several names of one table, a file may hold another
+    if copy is not None:  # the table has several names; a file may hold only one of these
         tensors.setdefault(tokens, copy)
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused

@@ -64,10 +64,10 @@ import regex
 import tiktoken
 
 # -----------------------------------------------------------------------------
-# Flags. Every field of a dataclass is a flag of a script: --max_iters 10, --max-iters=10.
+# Flags. Each field of a dataclass is a flag: --max_iters 10, --max-iters=10, --bias, --no-bias.
 
 def require(holds, message):
-    """As in model.py: raise ValueError with the message unless something holds."""
+    """As in model.py, which is not imported here: torch takes a second or two."""
     if not holds:
         raise ValueError(message)
 
@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
 def read_flags(argv, description, groups):
     """
     argv -> {name: value} of the flags that were given; groups: {title of the help: dataclass}. The
-    values of a file --config FILE.toml count too, less than those of argv. Raises ValueError.
+    values of --config FILE.toml count too, less than those of argv. Raises ValueError or OSError.
     """
     parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -769,7 +769,7 @@ def read_any(folder, name):
 def new_folder(path):
     """
     with new_folder(path) as temporary: ... The folder gets its name when all of it is written, in
-    the place of an older data folder that holds nothing else; after an error nothing is left.
+    the place of an older data folder that holds nothing else; after an error all is as before.
     """
     path = Path(path).resolve()  # a link stays a link
     meta = path / 'meta.json'
@@ -1259,7 +1259,7 @@ def pytopics():
 def pytokens():
     """
     The kinds of the words of Python source, CoNLL: keyword, name, number, string, comment, and O
-    for an operator. A logical line is a text; strings and comments may have several words.
+    for an operator. The first 32 words of a logical line are a text; a string may have several.
     """
     texts = set()
     for _, source in library():
@@ -1333,8 +1333,8 @@ BPE_SAMPLE = 50_000_000  # characters that bpe learns from
 @dataclasses.dataclass
 class Settings:
     """The flags of this script."""
-    dataset: str = flag('', 'a built-in data set; pydoc needs no network', ('', *DATASETS))
-    input: list = flag([], 'UTF-8 text files, folders of them, or .jsonl files with a "text" a row')
+    dataset: str = flag('', 'built in; py*, recall and numbers need no network', ('', *DATASETS))
+    input: list = flag([], 'UTF-8 text, .jsonl with a "text" a row, rows of a task: files, folders')
     val: list = flag([], 'the same for the validation split, instead of a share of the input')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune '
                          '[lm, or that of the data set]', ('', 'lm', *TASKS))

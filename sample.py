@@ -1,13 +1,13 @@
 """
 Use a trained model. --start is the input; the output depends on what the model was trained for.
-A GPT continues the text:
+A GPT or LSTM continues the text:
 
     python sample.py --start "The import statement"
     python sample.py --start FILE:poem.txt --num_samples 3 --temperature 0.9 --top_p 0.95 --seed 1
     printf "To be" | python sample.py --start - --stream
 
-Only the text goes to standard output, and a line of three dashes between samples. All other models
-answer each line of --start with a line (or --num_samples translations):
+Only the text goes to standard output, and a line of three dashes between samples. BERT, translators
+and what was fine-tuned answer each line of --start with a line (or --num_samples translations):
 
     python sample.py --out_dir out-bert --start "The [MASK] statement"          fill each [MASK]
     python sample.py --out_dir out-reviews --start FILE:reviews.txt             label, probability
@@ -332,7 +332,7 @@ class TextStream:
         return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for special tokens (ends: with ends=False), and for ids of no token."""
+    """(V,) bool: True for ids of no token and for special ones, but not ends, if ends=True."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -382,7 +382,7 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
 
 def write_targets(model, tokenizer, examples, settings):
     """
-    Text to text: num_samples of TextStream for each source, best first. A decoder-only model reads
+    Text to text: num_samples of TextStream a source, of beams the best first. A decoder alone reads
     the source as a prompt that ends in [SEP]. Sources of about one length are decoded together.
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
@@ -392,13 +392,13 @@ def write_targets(model, tokenizer, examples, settings):
     fit = all(len(e['ids']) + len(target) <= 1 + size for e, target in zip(examples, targets))
     require(encoder or fit, "the longest source and target are too long together for block_size="
             f"{size}: leave them out")
-    settings = replace(settings, max_new_tokens=settings.max_new_tokens or longest or None)
+    settings = replace(settings, max_new_tokens=settings.max_new_tokens or longest)
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
     while rest:
         progress(f"{len(sources) - len(rest):,} of {len(sources):,} texts")
         length = len(sources[rest[0]])
-        rows = [row for row in rest[:1 + 1024 // settings.num_beams]
+        rows = [row for row in rest[:1 + 1024 // settings.num_beams]  # few, for memory
                 if encoder or len(sources[row]) == length]
         rest, batch = rest[len(rows):], [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
@@ -499,7 +499,7 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
         written = write_targets(model, tokenizer, examples, settings)
         return [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
                 for texts in written], {}
-    if task == 'masks':  # each at once: the logits of all would not fit into memory
+    if task == 'masks':  # decoded batch by batch: the logits of all would not fit into memory
         suppressed = suppressed_tokens(model, tokenizer, ends=False).cpu()
         decode = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
         return predict(model, examples, tokenizer.pad_id, decode)
@@ -508,7 +508,7 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
     return [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows], totals
 
 # -----------------------------------------------------------------------------
-# Scores. Each takes the answers and the examples of all rows. An answer that is right scores 1.
+# Scores. Each takes the answers and the examples of all rows. From 0 to 1, BLEU to 100.
 
 def f1(hits, guessed, true):
     """The harmonic mean of precision hits / guessed and recall hits / true."""
@@ -631,7 +631,7 @@ def task_scores(model, tokenizer, examples, task, labels, settings=None):
     return scores
 
 def text_scores(nats, predictions, text_bytes):
-    """Loss in nats a token, perplexity = exp(loss), and bits per byte, for any tokenizer alike."""
+    """Nats a token, perplexity = exp(loss), and bits per byte, which compare any tokenizers."""
     loss = nats / predictions
     return {'loss': loss, 'perplexity': math.exp(min(loss, 700)),
             'bits_per_byte': nats / math.log(2) / text_bytes}
@@ -675,7 +675,7 @@ def score_text(model, tokenizer, path, kind):
     return text_scores(nats, n, counts['bytes'])
 
 def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=False):
-    """Scores on labelled rows, read as prepare_data.py reads them. ours: train.py made it."""
+    """Scores on rows, read as prepare_data.py reads them. ours: train.py made the model."""
     rows = [row for file in files_of(path) for row in TASKS[task].read(file)]
     require(rows, f"--score {path}: no rows in it")
     if task == 'qa' and not ours:  # others do not say if they know questions without an answer

@@ -96,15 +96,15 @@ class Data:
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
             else:
                 self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
-            self.highest, right = self.tokens[:10 ** 8].max(), self.counts['tokens']
+            self.highest, right = self.tokens[:10 ** 8].max(), self.counts['tokens']  # all: slow
             n = sum(self.lengths) if self.task else len(self.tokens)
             require(self.highest < self.vocab_size and n == right, f"it holds {n} ids up to "
                     f"{self.highest}, and should hold {right} below {self.vocab_size}")
 
     def rng(self, *numbers):
         """
-        Draws the order of rows for (0, epoch), an example for (1, index), an offset for (2, epoch);
-        the same numbers draw the same again.
+        A generator: of the order of rows for (0, epoch), of an example for (1, index), of an offset
+        for (2, epoch). The same numbers draw the same again.
         """
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
@@ -197,7 +197,7 @@ def masked_lm(data, index, T):
         targets         .    .   cat    .  .    .    .  purred .    .       a dot is IGNORE_INDEX
         next_targets  1                                                     B follows A
 
-    Rows of labelled data are taken as they are, without next_targets; so is text without sentences
+    Rows of labelled data have no next_targets; nor has text of one document, or without sentences
     that follow each other.
     """
     rng, example = data.rng(1, index), {}
@@ -215,9 +215,9 @@ def masked_lm(data, index, T):
 def sentence_pair(data, rng, room):
     """
     Two texts of at most `room` tokens together, and 1 if B follows A, else 0. Half of the pairs
-    follow. Otherwise B is from another document: in the same one it would often fit too. A takes a
-    quarter to three quarters of the room. What is too long loses the beginning of A and the end of
-    B, so that the two still touch.
+    follow. Otherwise B is from another document: in the same one it would often fit too. A has at
+    most a random share of the room, a quarter to three quarters. What is too long loses the
+    beginning of A and the end of B, so that the two still touch.
     """
     starts, document, followed = data.sentences
     first = followed[rng.integers(len(followed))]                          # A's first sentence
@@ -266,7 +266,7 @@ def span_corruption(data, index, T):
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
     hidden = max(1 if n < 3 else 2, round(0.15 * n))  # a sentinel for one token saves no room
-    spans = max(1, min(100, round(hidden / 3), n - hidden))
+    spans = max(1, min(100, round(hidden / 3), n - hidden))  # there are 100 sentinels
 
     def cut(total):
         """Cut `total` tokens into `spans` runs of at least one, all ways being equally likely."""
@@ -328,9 +328,9 @@ ONE = torch.tensor(1.0)
 class Optimizer:
     """
     Weights in groups, each with its own decay. A subclass has new_state(p), a list of the tensors
-    that are kept and saved for a weight, and update(lr, decay, good, weights, gradients, *state),
-    each of the last a list over the weights. Where good is 0, gradients may hold NaN, and nothing
-    may move.
+    that are kept and saved for a weight, and update(lr, decay, good, weights, gradients, *state):
+    weights, gradients and each of the state are lists, an entry a weight. Where good is 0,
+    gradients may hold NaN, and nothing may move.
     """
 
     def __init__(self, groups, peak_lr):
@@ -400,7 +400,7 @@ class Muon(Optimizer):
     """
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: momentum, then a step of equal
     size in all directions, where the plain gradient would follow the few largest. Matrices of one
-    shape are orthogonalised together, in `dtype`: rough products will do.
+    shape are orthogonalised together, in bfloat16 if that is `dtype`: rough products will do.
     """
 
     def __init__(self, groups, peak_lr, momentum, dtype):
@@ -430,7 +430,7 @@ def adamw(groups, s, dtype):
     return [AdamW(groups, s.learning_rate, (s.beta1, s.beta2))]
 
 def muon(groups, s, dtype):
-    """Muon for the matrices of the blocks, AdamW for all else."""
+    """Muon for the group `matrices` of optimizer_groups, AdamW for the rest."""
     matrices = [group for group in groups if group['name'] == 'matrices']
     rest = [group for group in groups if group['name'] != 'matrices']
     return [Muon(matrices, s.muon_learning_rate, s.muon_momentum, dtype), *adamw(rest, s, dtype)]
@@ -441,7 +441,7 @@ SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # sha
              'linear': lambda done: 1 - done, 'constant': lambda done: 1.0}
 
 def learning_rate(step, s):
-    """Up in a line for warmup_iters, then down to min_lr at lr_decay_iters, then level."""
+    """Up in a line for warmup_iters, then down to min_lr at lr_decay_iters, unless constant."""
     low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
@@ -491,11 +491,11 @@ class Settings:
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none', low=0)
     freeze: str = flag('', 'weights not to train, by words in their names: tokens blocks.0.')
-    adversarial: float = flag(0.0, 'learn again, the embedding moved so far up its gradient', low=0)
+    adversarial: float = flag(0.0, 'learn again, embedding moved this far up its gradient', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
-    dtype: str = flag('auto', 'of products [bfloat16 where it is fast]; weights are float32',
+    dtype: str = flag('auto', 'of products [16 bits where they are fast]; weights are float32',
                       ('auto', 'float32', 'bfloat16', 'float16'))
     compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]')
 
@@ -581,7 +581,7 @@ class Runtime:
         return torch.bfloat16 if native else torch.float32
 
     def precision(self):
-        """Inside, products are computed in self.dtype; the residual stream and loss in float32."""
+        """Inside, products are in self.dtype; an LSTM, the residual stream and the loss are not."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device, self.dtype)
@@ -849,7 +849,7 @@ class Trainer:
         self.best_by = s.best_by or sample.BEST_SCORES.get(data.task, ['loss'])[0]
         self.sign = -1 if self.best_by in sample.LOWER_IS_BETTER else 1
         self.started = time.perf_counter() - self.at.seconds
-        fixed = not OBJECTIVES[s.objective].by_rows                        # shapes
+        fixed = not OBJECTIVES[s.objective].by_rows                        # all of one shape
         pays = runtime.device == 'cuda' and fixed and s.max_iters >= 1000
         if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
@@ -907,7 +907,7 @@ class Trainer:
         return reason
 
     def mfu(self, seconds):
-        """', MFU 41 %' of a step in so many seconds, on cards that are known."""
+        """', MFU 41%' of a step in so many seconds, on cards that are known."""
         name = torch.cuda.get_device_name() if self.runtime.device == 'cuda' else ''
         peak = self.runtime.world_size * sum(PEAKS[card] for card in PEAKS if card in name)
         flops = flops_per_token(self.model) * self.tokens / seconds
@@ -957,7 +957,7 @@ class Trainer:
 # The script: from flags to a model, its settings and its data
 
 def find_dataset(name, runtime):
-    """The folder of a data set. pydoc needs no network, so it is made where it is missing."""
+    """The folder of a data set. pydoc, the default, is made where it is missing."""
     folder = Path(name)
     if not Path(folder, 'meta.json').exists():
         folder = Path('data', name.removeprefix('data/'))
@@ -1113,7 +1113,7 @@ def start(given):
     if s.objective and '' in OBJECTIVES[s.objective].tasks:  # labelled data are text, too
         data.task = val.task = ''
         data.labels = val.labels = []
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed)  # of the weights that are new
     sort_head(model, checkpoint, data)
     if is_new:
         kind = data.task or ('more text' if path else 'pretrain')
@@ -1168,7 +1168,7 @@ def claim_folder(s, config, resumed, runtime):
     return f
 
 def main(argv):
-    groups = {"training (RECIPES may have other defaults)": Settings,
+    groups = {"training (defaults, where RECIPES has no other for the preset)": Settings,
               "architecture (defaults: the preset's)": Config}
     given = read_flags(argv, __doc__, groups)
     model, s, data, val, checkpoint, runtime = start(given)
