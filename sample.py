@@ -64,7 +64,7 @@ def collate(examples, pad_id, device='cpu'):
     for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
         if key == 'meta':
             continue
-        rows = [torch.as_tensor(np.asarray(example[key])) for example in examples]
+        rows = [torch.as_tensor(np.array(example[key])) for example in examples]
         fill = pad_id if key.endswith('ids') else IGNORE_INDEX if key.endswith('targets') else 0
         batch[key] = (pad_sequence(rows, batch_first=True, padding_value=fill) if rows[0].dim()
                       else torch.stack(rows))
@@ -892,7 +892,7 @@ def arrange_weights(model):
     """
     For products with one token: q, k and v of self-attention as one matrix, since starting three
     products takes longer than multiplying; and on a CPU float32 matrices by columns, which it reads
-    a quarter faster. Afterwards the model has to stay on its device and in its dtype.
+    a quarter faster. Afterwards the model can only write, on its device and in its dtype.
     """
     def by_columns(t):
         gains = t.is_cpu and t.dtype == torch.float32 and t.ndim == 2
@@ -910,7 +910,8 @@ def arrange_weights(model):
         joined = lambda x, source: F.linear(x, weight, bias).split(sizes, dim=-1)
         x = weight[None, :1]                                               # any input, (1, 1, C)
         new, old = (torch.cat(project(x, x), dim=-1) for project in (joined, attention.project))
-        if (new - old).norm() <= 0.02 * old.norm():                        # a fork may do more
+        close = torch.finfo(new.dtype).eps ** 0.75                         # but a fork may do more
+        if (new - old).norm() <= close * old.norm():
             attention.project = joined
 
     for p in model.parameters():
@@ -1013,7 +1014,7 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
 
 def print_texts(model, tokenizer, prompt, settings):
     """Print the samples. Returns the number of their tokens."""
-    texts = []
+    texts, threads = [], torch.get_num_threads()
     ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
     live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
     show = functools.partial(print, end='', flush=True) if live else lambda text: None
@@ -1023,6 +1024,7 @@ def print_texts(model, tokenizer, prompt, settings):
         show('\n---\n' * bool(texts) + prompt)
         written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
         texts += itertools.chain(*written)
+    torch.set_num_threads(threads)
     if settings.json:
         for text in texts:
             print(json.dumps({'prompt': prompt} | text.to_dict(), ensure_ascii=False))

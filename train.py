@@ -405,9 +405,9 @@ class Muon(Optimizer):
 
     def __init__(self, groups, peak_lr, momentum, dtype):
         by_shape = {}
-        for group in groups:
+        for i, group in enumerate(groups):
             for p in group['params']:
-                by_shape.setdefault(p.shape, {**group, 'params': []})['params'].append(p)
+                by_shape.setdefault((i, p.shape), {**group, 'params': []})['params'].append(p)
         super().__init__([*by_shape.values()], peak_lr)
         self.momentum = momentum
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

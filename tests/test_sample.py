@@ -202,11 +202,11 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
     assert len(found[0]) == max(lengths), 'it goes on although all rows have ended, or stops early'
 
 def test_arranged_weights_leave_the_layers_of_a_fork_alone():
-    """Such as LoRA, which adds to the product of nn.Linear, or values that are the keys."""
+    """Such as LoRA, which adds to the product of nn.Linear, also if that is little."""
     model, ids = tiny('llama', 7), torch.tensor([[1, 2, 3]])
     one, two = (block.attn for block in model.decoder.blocks)
     two.k = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Tanh())
-    one.project = lambda x, source: (one.q(x), one.k(source), one.k(source))
+    one.project = lambda x, source: (one.q(x), one.k(source), 1.02 * one.v(source))
     one.experts = torch.nn.Parameter(torch.ones(2, 3, 4))
     close(model(ids)[0], arrange_weights(model)(ids)[0], 1e-4)  # the left one first
 
