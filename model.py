@@ -410,7 +410,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(H * D, C, config.bias)
         self.q_norm = make_norm(config, D, config.qk_norm)
         self.k_norm = make_norm(config, D, config.qk_norm)
-        self.drop, self.layer = Dropout(config.dropout), layer             # its place in a KVCache
+        self.drop, self.layer = Dropout(config.dropout), layer
         self.scale = None if config.scale_attention else 1.0
         self.head_size = D
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call

@@ -137,7 +137,7 @@ def read_flags(argv, description, groups):
     def parse(words):
         given, extra = parser.parse_known_args(map(normalize_flag, words))
         if extra:
-            near = difflib.get_close_matches(extra[0].partition('=')[0], kinds, n=1)
+            near = difflib.get_close_matches(extra[0].partition('=')[0], kinds, 1, 0.76)
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise ValueError(f"{extra[0]} belongs to no flag: {hint}")
         return vars(given)
@@ -678,6 +678,9 @@ def read_text(path, size=None):
     """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
     with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
         refuse_pointer(path, f.buffer)
+        begin = f.buffer.peek()
+        require(4 * begin.count(0) <= len(begin) or not begin[:1].isascii(), f"{path} has too many "
+                "zero bytes to be UTF-8, as UTF-16 or .bin has: convert it, or leave it out")
         try:
             yield from iter(lambda: f.read(size), '') if size else f
         except UnicodeDecodeError as e:
@@ -1338,8 +1341,8 @@ class Settings:
     val: list = flag([], 'the same for the validation split, instead of a share of the input')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune '
                          '[lm, or that of the data set]', ('', 'lm', *TASKS))
-    tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data or Hugging Face folder whose '
-                                 'tokenizer is to be used')
+    tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data, out or Hugging Face folder '
+                                 'whose tokenizer is to be used')
     vocab_size: int = flag(4096, 'of bpe: all tokens, special ones included', low=1)
     val_fraction: float = flag(0.1, 'share to validate: the end of a text; random rows of a task',
                                above=0, below=1)
@@ -1360,6 +1363,8 @@ def choose_tokenizer(settings, characters, texts):
     folder = name if os.path.isdir(name) else os.path.join('data', name)
     require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, a Hugging "
             "Face folder, or a data folder, as that of python prepare_data.py --dataset pydoc")
+    if Path(folder, 'ckpt.pt').exists():  # of a run, whose data may be gone; torch imports slowly
+        return importlib.import_module('sample').open_model(folder)[2]
     tokenizer = load_tokenizer(folder)
     require(tokenizer.end_id < tokenizer.n_vocab,
             f"--tokenizer {name}: no token ends a text: it needs an eos_token")

@@ -1064,6 +1064,9 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
+    ends = (s.lr_decay_iters or s.max_iters) < s.max_iters and s.lr_schedule != 'constant'
+    require(s.eval_only or not ends or s.min_lr != 0, f"--lr_decay_iters {s.lr_decay_iters}: from "
+            f"there to --max_iters {s.max_iters} nothing is learned at --min_lr 0: raise one")
     old_labels, old = checkpoint.get('labels', []), checkpoint.get('settings', {})
     head = data.task if data.task in TASKS else ''
     require(not s.eval_only or (config.task, old_labels) == (head, data.labels),
@@ -1159,7 +1162,8 @@ def claim_folder(s, config, resumed, runtime):
             half.unlink()
         old = folder / name
         if old.exists() and not resumed:
-            new = old.replace(old.with_stem(f'{old.stem}.old'))
+            free = (old.with_stem(f"{old.stem}.old{n or ''}") for n in itertools.count())
+            new = old.replace(next(path for path in free if not path.exists()))
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     if not resumed:
         derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))        # from the data

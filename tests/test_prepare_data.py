@@ -711,7 +711,6 @@ WORDS_OF |= dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.spl
                      range(20, 100, 10)))
 
 def test_every_row_of_numbers_is_right():
-    """20,000 different rows: read back, the words give the digits."""
     rows = [line.split('\t') for line in prepare_data.numbers()[0].splitlines()]
     assert len({target for _, target in rows}) == 20_000
     sizes = collections.Counter(len(target) for _, target in rows)
@@ -746,17 +745,15 @@ class Flags:
     (['--kind', '--no-c is a-b'], {'kind': '--no-c is a-b'}),
     (['--kind=--a-b=c-d'], {'kind': '--a-b=c-d'})])
 def test_a_flag_may_be_written_in_several_ways(argv, found):
-    """And only the flags that were given are returned."""
     words = argv.split() if isinstance(argv, str) else argv
     assert read_flags(words, '', {'flags': Flags}) == found
 
 @pytest.mark.parametrize('argv, says', [
     ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
-    ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'),
-    ('--x nan', 'finite'), ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'),
-    ('stray', 'stray'), ('--compile=7', '7')])
+    ('--n 0', 'at least 1'), ('--n 10', 'at most 9'), ('--x 0', 'above 0'), ('--x nan', 'finite'),
+    ('--x inf', 'finite'), ('--kind c', 'choose one of a, b'), ('stray', 'stray'),
+    ('--compile=7', '7')])
 def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
-    """One sentence: the flag, the value, the rule."""
     with pytest.raises(ValueError) as error:
         check_flags(Flags(**read_flags(argv.split(), '', {'flags': Flags})))
     assert says in str(error.value) and '\n' not in str(error.value)
@@ -773,17 +770,18 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
             read_flags(['--config', path], '', {'flags': Flags})
 
 @pytest.mark.parametrize('files, flags, says', [
-    ({}, ['--input', 'none.txt'], 'none.txt'),
+    ({}, ['--input', 'none.txt'], 'none.txt'), ({}, [], '--input'),
     ({'a.txt': ''}, ['--input', 'a.txt', '--tokenizer', 'char'], 'a.txt is empty'),
     ({'f/.hidden': 'x'}, ['--input', 'f'], 'nor a folder of files: give another'),
     ({'a.txt': '世界'.encode() + b'\xff'}, ['--input', 'a.txt'], 'offset 6'),
+    ({'a.txt': 'Ann'.encode('utf-16-le') * 9}, ['--input', 'a.txt'], 'zero bytes'),
     ({'a.jsonl': '{"text": "ok"}\n{"body": "x"}'}, ['--input', 'a.jsonl'], 'a text for text'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--tokenizer', 'unigram'], 'a Hugging Face folder'),
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
-    ({}, [], '--input'), ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
+    ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
     ({}, ['--dataset', 'pidoc'], 'choose one of'),
-    ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm'),
-    ({}, ['--show', 'x', '--out_dir', 'none'], 'none')])
+    ({}, ['--show', 'x', '--out_dir', 'none'], 'none'),
+    ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
     """Exit status 2, no traceback (but for python -X dev), nothing written."""
     for path, text in files.items():

@@ -100,7 +100,6 @@ def test_every_flag_that_is_named_exists():
                 f'{path.name}: --{flag}'
 
 def test_the_family_is_the_table_of_the_code():
-    """A row for each preset of a small size."""
     import model
     for path in READMES[:2]:
         rows = re.findall(r'^\| `(\w+)` (\d{4}) \|', path.read_text(encoding='utf-8'), re.M)

@@ -311,11 +311,11 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
 
 @pytest.mark.parametrize('flags, named', [
     ('--lerning_rate=1', 'did you mean --learning_rate?'), ('out', 'out belongs to no flag'),
+    ('--lr=1', '--lr=1 belongs to no flag: see'), ('--lr_decay_iters=5', 'learned at --min_lr 0'),
     ('--max_iters', '--max_iters'), ('--n_head=5', 'n_head=5'), ('--n_labels=2', '--n_labels 2: '),
     ('--vocab_size=10', 'than vocab_size=10'), ('--block_size=9999', 'block_size + 1 = 10000'),
     ('--init_from=resume', 'there is no out/ckpt.pt'), ('--eval_only', 'no checkpoint out'),
     ('--preset=gpt2 --muon_momentum=0.5', '--muon_momentum: only --optimizer muon reads it'),
-    ('--freeze=embed --adversarial=0.1', '--freeze embed'),
     ('--freeze=tokens.weight --adversarial=0.1', '--freeze tokens.weight keeps'),
     ('--freeze=trunk', '--freeze trunk'), ('--freeze=weight --no-bias', '--freeze weight: '),
     ('--freeze=blocks.9.', '--freeze blocks.9.: '), ('--task=qa', "has '': leave the flag out"),
@@ -421,7 +421,6 @@ def broken_data(folder, how):
     ('d', 'tokenizer.json half'), ('d', 'tokenizer.json text'), ('classify', 'val.jsonl gone'),
     ('classify', 'train.jsonl half'), ('classify', 'train.jsonl text')])
 def test_a_damaged_data_folder_is_one_line_that_names_it(folders, tmp_path, refusal, dataset, how):
-    """Before anything is written."""
     shutil.copytree(folders / dataset, tmp_path / 'data')
     broken_data(tmp_path / 'data', how)
     line = refusal(as_words({**WIDE, 'dataset': 'data', 'out_dir': 'out'}))

@@ -786,7 +786,6 @@ def test_bleu_is_that_of_sacrebleu(pairs):
 @example('the cat sat on the mat', 'the mat sat on the cat')
 @example('', '')
 def test_rouge_of_ascii_is_that_of_rouge_score(guess, right):
-    """F1 of ROUGE-1, -2 and -L, without stemming."""
     names = ['rouge1', 'rouge2', 'rougeL']
     scores, found = RougeScorer(names).score(right, guess), target_scores([guess], [right])
     for name in names:
@@ -1275,6 +1274,7 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('masks', ['--start', 'a[MASK]\n\nabc\na[MASK]'], ['line 3', '[MASK]']),
     ('masks', ['--start', 'a[MASK]' + 'b' * 40], ['44 tokens', 'block_size=40']),
     ('classify', ['--start', 'a\nb ||| c ||| d'], ['line 2', '|||']),
+    ('classify', ['--start', '好\ta'], ['has a tab', '--score']),
     ('qa', ['--start', 'Who won?'], ["'Who won?'", 'question ||| context']),
     ('seq2seq', ['--start', 'a\nb\n' + '长' * 14], ['line 3', '43 tokens', '40']),
     *((kind, ['--start', ' \n\n\t'], ['--start', 'empty']) for kind in ANSWERING),

@@ -836,6 +836,8 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     go('task', 'others', dataset=tmp_path / 'other')
     assert 'of 11 labels: 0, 1, 10, 2, 3, 4, 5, 6, 7, 8, ...\n' in capsys.readouterr().out
     assert not different(text, go('task', 'back', dataset=folders / 'text'))
+    again = prepare_data.Settings(tokenizer=str(tmp_path / 'text'))        # the run's
+    assert prepare_data.choose_tokenizer(again, '', []).to_dict() == text['tokenizer']
     out, config = tmp_path / 'back', tmp_path / 'back/config.toml'  # which describes that run
     assert eval_only(out, capsys) == eval_only(out, capsys, config=config)
     assert not re.search('objective = "."', config.read_text()), 'other data may need another'
@@ -928,12 +930,13 @@ def test_the_picture_shows_both_losses_by_name(tmp_path, monkeypatch):
 def test_a_new_run_moves_the_files_of_an_old_one(d, tmp_path, capsys):
     """Nothing is overwritten, and each move is printed."""
     fit(tmp_path, d, max_iters=1)
-    old = {tmp_path / name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
-    fit(tmp_path, d, max_iters=1, seed=6)
-    out = capsys.readouterr().out
-    for path in old.keys() - {tmp_path / '.lock'}:
-        moved = path.with_stem(f'{path.stem}.old')
-        assert moved.read_bytes() == old[path] and f'moved to {moved}' in out
+    for number in ('', '1'):
+        old = {path: path.read_bytes() for path in tmp_path.iterdir() if '.old' not in path.name}
+        fit(tmp_path, d, max_iters=1, seed=f'{number}6')
+        out = capsys.readouterr().out
+        for path in old.keys() - {tmp_path / '.lock'}:
+            moved = path.with_stem(f'{path.stem}.old{number}')
+            assert moved.read_bytes() == old[path] and f'moved to {moved}' in out
 
 @pytest.mark.parametrize('preset, dataset, objective', [
     (preset, dataset, objective) for preset in SMALL_PRESETS for dataset, objective in ALL
