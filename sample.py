@@ -994,7 +994,7 @@ def format_answer(answer):
 def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
     require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
-    example = examples_of(tokenizer, kind, prompt, block_size)[0]
+    example, *rest = examples_of(tokenizer, kind, prompt, block_size)
     if model.config.arch == 'encdec':
         [[text]] = write_targets(model, tokenizer, [example], settings)
         example['decoder_ids'] = [tokenizer.start_id, *text.ids]
@@ -1010,7 +1010,8 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
             for name, weights in maps.items()]
     page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c'), 1).encode()
     write_file(settings.attention, lambda f: f.write(page))
-    print(f"{settings.attention}: the weights of {len(source)} tokens", file=sys.stderr)
+    print(f"{settings.attention}: the weights of {len(source)} tokens" + ", a part" * bool(rest),
+          file=sys.stderr)
 
 def print_texts(model, tokenizer, prompt, settings):
     """Print the samples. Returns the number of their tokens."""

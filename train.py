@@ -768,9 +768,9 @@ def flops_per_token(model):
 
 def dry_run(model, s, data, runtime):
     """
-    Estimate what a run needs before it is spent. Memory: 16 bytes a parameter for weights,
-    gradients and two moments (Muon has one); activations by equation 1 of Korthikanti et al. 2022,
-    https://arxiv.org/abs/2205.05198, and the logits with their gradients.
+    Estimate what a run needs before it is spent. Memory: 0.4 GB for Python and torch; 16 bytes a
+    parameter for weights, gradients and two moments (Muon has one); activations by equation 1 of
+    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198; the logits with their gradients.
     """
     from torch.utils.benchmark import Timer  # slow to import
     config = model.config
