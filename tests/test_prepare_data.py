@@ -148,7 +148,6 @@ def test_train_bpe_is_the_slow_one_and_its_merges_are_applied_in_order(text, n_t
         assert [tokenizer.token_bytes(i) for i in tokenizer.encode(piece).tolist()] == tokens, piece
 
 def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
-    """to_dict, JSON, from_dict is the identity; damage is a ValueError."""
     for tokenizer in (CHAR('ab世'), BYTE, bpe):
         saved = tokenizer.to_dict()
         again = Tokenizer.from_dict(json.loads(json.dumps(saved)))
@@ -309,7 +308,6 @@ def test_ids_fit_their_file(tmp_path):
         assert ids == [*range(n), n]
 
 def test_meta_tells_the_truth(tmp_path):
-    """Counts, source and sha256 are those of the files beside it."""
     path = write(tmp_path / 'a.txt', '床前明月光\n' * 20)
     _, meta = prepare(Settings(input=[path], tokenizer='char', out_dir=str(tmp_path / 'out')))
     assert meta == json.loads((tmp_path / 'out/meta.json').read_text(encoding='utf-8'))
@@ -345,7 +343,6 @@ def test_an_old_data_folder_is_replaced_and_nothing_else(tmp_path):
         assert kept.read_text().startswith('{"text": "years"}')
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """Eight times the text, about the same peak of the whole process."""
     code = ("import resource, runpy, sys; sys.argv = sys.argv[1:];"
         "sys.path.insert(0, sys.argv.pop()); runpy.run_path(sys.argv[0], run_name='__main__');"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
@@ -362,7 +359,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 # Examples of the tasks
 
 def test_texts_are_framed_as_bert_reads_them():
-    """[CLS] a [SEP] b [SEP]; each [SEP] belongs to the text before it."""
     cls, sep = BYTE.id('[CLS]'), BYTE.id('[SEP]')
     add = prepare_data.add_special_tokens
     assert add(BYTE, [1, 2]) == ([cls, 1, 2, sep], [0, 0, 0, 0])
@@ -477,7 +473,6 @@ def test_every_gold_answer_of_xquad_comes_back_from_its_prepared_example(tmp_pat
 @settings(max_examples=40)
 @given(MIXED, MIXED, st.integers(8, 60))
 def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size):
-    """decoder_ids begin with the start, targets end with the end; nothing is cut."""
     try:
         [made] = TASKS['seq2seq'].examples(
             BYTE, {'source': source, 'target': target}, [], block_size)
@@ -497,7 +492,6 @@ def test_a_question_is_cut_into_tokens_as_its_context_is():
     assert question == context and len(tokenizer.encode('明月光')) < len(question.split())
 
 def test_windows_overlap_by_half():
-    """What crosses the end of a window stands whole in the next one."""
     made = TASKS['qa'].examples(BYTE, {'question': '?', 'context': 'x' * 95}, [], 24)
     assert [e['meta']['start'] for e in made] == [*range(0, 75, 10), 75]
 

@@ -444,7 +444,6 @@ def test_data_of_another_tokenizer_are_refused(trained, tmp_path, refusal, way):
     assert f'{other} was encoded with another tokenizer than out' in line
 
 def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refusal):
-    """The same tokenizer but other text, or other labels."""
     shutil.copytree(trained / 'd', tmp_path / 'out')
     text = Path(f"{folders / 'd'}.train.txt").read_text(encoding='utf-8')
     other = prepared(tmp_path / 'other', text[::-1], text[:400], tokenizer=str(folders / 'd'))
@@ -465,6 +464,5 @@ def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refus
     assert 'is for text with the labels [], out for qa' in line
 
 def test_an_example_longer_than_block_size_is_refused(folders, tmp_path, refusal):
-    """The line names both lengths; nothing is cut in silence."""
     line = refusal(as_words({**WIDE, 'dataset': folders / 'classify', 'block_size': 12}))
     assert re.search(r'an example of \d+ tokens, more than block_size=12', line)

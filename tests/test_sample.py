@@ -540,7 +540,6 @@ def test_both_kinds_of_targets_of_bert_are_counted_apart():
 
 @given(st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=5, unique=True))
 def test_the_label_is_the_likeliest_and_all_probabilities_are_given(logits):
-    """Softmax in float64 is the reference; the labels stay in their order."""
     labels = [f'第{i}' for i in range(len(logits))]
     found = DECODERS['classify']([{}], [torch.tensor(logits)], labels)
     p = torch.tensor(logits, dtype=torch.float64).softmax(dim=0).tolist()

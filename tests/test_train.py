@@ -977,6 +977,15 @@ def run_all(folders, out, *ports):
         else:
             main(flags)
 
+def test_processes_on_gpus_can_also_add_up_what_lies_on_a_cpu(monkeypatch):
+    groups = []
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(train.dist, 'init_process_group', lambda *names: groups.extend(names))
+    monkeypatch.setattr(torch.cuda, 'set_device', print)
+    monkeypatch.setattr(train.sample, 'find_device', lambda name: 'cuda')
+    Runtime(Settings(device='cuda', dtype='float32'))
+    assert {*torch.distributed.BackendConfig(groups[0]).device_backend_map} >= {'cpu', 'cuda'}
+
 def test_two_processes_train_evaluate_and_resume_like_one(folders, tmp_path):
     """Same weights and losses up to rounding (b1: no_sync, clipping; b17: uneven validation)."""
     sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(len(RUNS) + 2)]
