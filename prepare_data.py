@@ -585,7 +585,7 @@ def open_huggingface(folder):
     if lower and not Path(folder, 'tokenizer_config.json').exists():
         print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
               "transformers", file=sys.stderr)
-    family = config.get('model_type', 'bert')
+    family = config.get('model_type', 'bert')  # a tokenizer alone may be that of a BERT
     cleans = theirs.clean_up_tokenization_spaces and type(engine.model).__name__ != 'BPE'
     if cleans and family != 'bert':
         print(f"{folder}: not read: clean_up_tokenization_spaces", file=sys.stderr)
@@ -600,11 +600,11 @@ def open_huggingface(folder):
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: a Llama's tokenizer puts <s> there, BERT's (some GPT-2s have it,
-    # too) [CLS], which our BERT adds itself; T5's files name a token.
+    # too) [CLS]; T5's files name a token.
     frame = engine.encode('a')
-    has_first = frame.special_tokens_mask[:1] == [1]
-    is_ours = family == 'bert' and frame.ids[:1] != [special.get('<|bos|>')]
-    start = frame.ids[0] if has_first and not is_ours else None
+    start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
+    if family == 'bert' and start != special.get('<|bos|>'):
+        start = None  # add_special_tokens puts [CLS] there
     if family == 't5' and engine.num_special_tokens_to_add(False) > 1:
         special['<|source|>'] = frame.ids[0]  # CodeT5 reads <s> source </s>
     for settings in (config, read_any(folder, 'generation_config.json')):
@@ -699,9 +699,10 @@ def is_json_lines(path):
     other .json: taken as text, its keys and quotes would be learned, too.
     """
     if not path.lower().endswith('.json'):
-        named = path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl'))
+        if path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl')):
+            return True
         begin = next(read_text(path, 1000), '') if os.path.isfile(path) else ''  # not of a pipe
-        return named or bool(re.match(r'\{".*\btext":', begin))  # such as WikiExtractor's wiki_00
+        return re.match(r'\{".*\btext":', begin) is not None  # such as WikiExtractor's wiki_00
     first = next(filter(None, map(str.strip, read_text(path))), '')
     as_rows = first.startswith('{') and first.endswith('}')
     require(as_rows or not first.startswith(('[', '{')),

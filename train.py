@@ -380,7 +380,7 @@ class AdamW(Optimizer):
         torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read, and waited for
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
-                            maximize=False, found_inf=(1 - good).to(t[0].device))  # one pass
+                            maximize=False, found_inf=(1 - good).to(t[0].device))  # in one pass
 
 def orthogonal(x):
     """
