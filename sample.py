@@ -367,8 +367,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
         return [[TextStream(tokenizer, prompt, settings.stop, *text)
                  for text in texts[:settings.num_samples]] for prompt, texts in zip(prompts, found)]
     streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in prompts]
-    chosen = generate(model, ids, length, temperature=settings.temperature, top_k=settings.top_k,
-                      top_p=settings.top_p, seed=settings.seed, rows=rows, **how)
+    chosen = generate(model, ids, length, settings.temperature, settings.top_k, settings.top_p,
+                      settings.seed, rows, **how)
     if not (settings.stop or settings.stream):  # nobody looks before the end
         chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
     ends = torch.full((len(ids), 1), tokenizer.end_id)                     # nothing is held back
