@@ -106,7 +106,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
             inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
-            check_finite(logits.isfinite())
+            check_finite(logits)
             if kinds:
                 guesses, targets, real = logits.argmax(-1), batch[kind], batch[kind] != IGNORE_INDEX
                 if guesses.shape != targets.shape:  # BERT: logits only where there is a target
@@ -120,10 +120,11 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     progress('')
     return results, totals
 
-def check_finite(finite):
-    """Raise ValueError unless all are True: argmax of NaN would answer all the same."""
-    require(finite.all(), "the model's logits are not finite: its weights are damaged, or too "
-            "large for --dtype")
+NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for --dtype"
+
+def check_finite(*tensors):
+    """Raise ValueError unless all values are finite: argmax of NaN would answer all the same."""
+    require(all(t.isfinite().all() for t in tensors), NOT_FINITE)
 
 # -----------------------------------------------------------------------------
 # Choosing tokens
@@ -202,7 +203,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             chosen = step(new, uniforms[i, computed])
         new = chosen[:, None].to(device)                                   # stays on the device
         chosen = chosen.cpu()
-        check_finite(chosen >= 0)
+        require(chosen.min() >= 0, NOT_FINITE)
         for row, token in zip(computed, chosen.tolist()):
             last = texts[row][-1]
             texts[row].append(last if i and last in end_ids else token)
@@ -255,7 +256,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     texts, log_p, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
         logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
-        check_finite(logits.amax(dim=-1).isfinite())
+        check_finite(logits.amax(dim=-1))
         V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
         p = logits.float().log_softmax(dim=-1)
         total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, width V)
@@ -1001,7 +1002,7 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     elif kind == 'seq2seq':
         example['ids'][-1] = tokenizer.id('[SEP]')
     maps = attention_maps(model, collate([example], tokenizer.pad_id, device_of(model)))
-    check_finite(torch.stack([weights.isfinite().all() for weights in maps.values()]))
+    check_finite(*maps.values())
     source = [render_token(tokenizer, i) for i in example['ids']]
     target = [render_token(tokenizer, i) for i in example.get('decoder_ids', example['ids'])]
     data = [{'name': name, 'rows': source if name == 'encoder' else target,
@@ -1089,7 +1090,7 @@ def main(argv):
     if writes:
         arrange_weights(model)
     if use == 'export':
-        check_finite(torch.tensor([p.isfinite().all() for p in model.parameters()]))
+        check_finite(*model.parameters())
         export(model, tokenizer, labels, settings.export, kind)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'attention':
