@@ -184,15 +184,16 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)     # refused below: a graph cannot
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
-    size = -(-(new.size(1) + max_new_tokens) // 16) * 16                   # where kernels are fast
+    size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    texts, computed = ids.tolist(), [*range(len(ids))]                     # rows not ended
+    texts = ids.tolist()
+    computed = texts                                                       # those not ended
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
-            newer = [texts[row][-max(1, block_size // 2):] for row in computed]
+            newer = [text[-max(1, block_size // 2):] for text in computed]
             new, read = torch.tensor(newer, device=device), 0
             cache.clear()
         read += new.size(1)
@@ -200,19 +201,18 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
             step_one = step_one or capture(step, cache, new, uniforms[i])
             chosen = step_one(new, uniforms[i])
         else:
-            chosen = step(new, uniforms[i, computed])
+            chosen = step(new, uniforms[i])
         new = chosen[:, None].to(device)                                   # stays on the device
         chosen = chosen.cpu()
         require(chosen.min() >= 0, NOT_FINITE)
-        for row, token in zip(computed, chosen.tolist()):
-            last = texts[row][-1]
-            texts[row].append(last if i and last in end_ids else token)
+        for text, token in zip(computed, chosen.tolist()):
+            text.append(text[-1] if i and text[-1] in end_ids else token)
         yield torch.tensor([text[-1] for text in texts])
-        rest = [k for k, row in enumerate(computed) if texts[row][-1] not in end_ids]
+        rest = [k for k, text in enumerate(computed) if text[-1] not in end_ids]
         if not rest:
             return
         if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
-            computed, new = [computed[k] for k in rest], new[rest]
+            computed, new, uniforms = [computed[k] for k in rest], new[rest], uniforms[:, rest]
             cache.reorder(rest)
 
 capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory of its own
