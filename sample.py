@@ -144,13 +144,13 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     top_p       the nucleus: only the fewest likeliest tokens whose probabilities reach p, the one
                 that crosses p included; 1: all (Holtzman et al. 2019, arxiv.org/abs/1904.09751)
     """
-    if temperature == 0:
+    if temperature < 1e-300:  # 0, or so small that a quotient might be infinite
         return logits.argmax(dim=-1)
     order, V = None, logits.size(-1)
     if top_k or top_p < 1:
         logits, order = logits.topk(min(top_k or V, V))                    # likeliest first
     # double: in float32 a draw can round to 1, or a quotient of a small temperature to infinity
-    p = (logits.double() / max(temperature, 1e-300)).softmax(dim=-1)
+    p = (logits.double() / temperature).softmax(dim=-1)
     if top_p < 1:
         p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
     cumulated = p.cumsum(dim=-1)
