@@ -314,11 +314,11 @@ class TextStream:
         self.done = tokens[-1] in ends
         self.ids += [token for token in tokens if token not in ends]
         decode = lambda ids: self.tokenizer.decode(self.prompt + ids)[self.begin:]
-        whole, n = decode(self.ids), len(self.ids)
-        clean = whole
+        whole = clean = decode(self.ids)
+        before = [*self.ids]
         while clean.endswith('\ufffd'):  # Llama's decoder spoils whole characters before a half
-            n -= 1
-            clean = decode(self.ids[:n])
+            before.pop()
+            clean = decode(before)
         text = max(clean, whole.rstrip('\ufffd'), key=len)
         if self.done:
             text += whole[len(text):]
