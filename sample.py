@@ -39,8 +39,6 @@ from statistics import fmean
 import numpy as np
 import regex
 import torch
-import torch.nn as nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
@@ -901,14 +899,14 @@ def arrange_weights(model):
 
     def join(attention):
         layers = [attention.q, attention.k, attention.v]
-        if {*map(type, layers)} != {nn.Linear}:
+        if {*map(type, layers)} != {torch.nn.Linear}:
             return                                                         # such as LoRA
         weight = by_columns(torch.cat([layer.weight for layer in layers]))
         bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
         sizes = [layer.out_features for layer in layers]
         for layer, rows in zip(layers, weight.split(sizes)):
             layer.weight.data = rows                                       # no memory of its own
-        joined = lambda x, source: F.linear(x, weight, bias).split(sizes, dim=-1)
+        joined = lambda x, source: torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
         x = weight[None, :1]                                               # any input, (1, 1, C)
         new, old = (torch.cat(project(x, x), dim=-1) for project in (joined, attention.project))
         close = torch.finfo(new.dtype).eps ** 0.75                         # but a fork may do more
