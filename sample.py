@@ -386,12 +386,12 @@ def write_targets(model, tokenizer, examples, settings):
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
-    targets = [example.get('decoder_ids', ()) for example in examples]     # if they are known
-    longest, size = max(map(len, targets), default=0), model.config.block_size
-    fit = all(len(e['ids']) + len(target) <= 1 + size for e, target in zip(examples, targets))
+    lengths = [len(example.get('decoder_ids', ())) for example in examples]  # of known targets
+    size = model.config.block_size
+    fit = all(len(e['ids']) + length <= 1 + size for e, length in zip(examples, lengths))
     require(encoder or fit, "the longest source and target are too long together for block_size="
             f"{size}: leave them out")
-    settings = replace(settings, max_new_tokens=settings.max_new_tokens or longest)
+    settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
     while rest:
