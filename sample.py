@@ -295,9 +295,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, prompt=(), stops=(), score=None, tokens=()):
-        self.tokenizer, self.prompt, self.score = tokenizer, [*prompt], score
         self.ids, self.text, self.done = [], '', False
-        self.begin = len(tokenizer.decode(self.prompt))                    # of the new text
+        self.ends, self.score = tokenizer.end_ids, score
+        begin = len(tokenizer.decode(prompt))                              # of the new text
+        self.decode = lambda ids: tokenizer.decode([*prompt, *ids])[begin:]
         # A stop that has another one inside is never the first to be whole.
         first = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         self.stop = regex.compile('|'.join(map(regex.escape, first)) or '(?!)')
@@ -308,15 +309,13 @@ class TextStream:
         """Returns the text that is certain now, but was not before: all of it after an end."""
         if self.done:
             return ''
-        ends = self.tokenizer.end_ids
-        self.done = tokens[-1] in ends
-        self.ids += [token for token in tokens if token not in ends]
-        decode = lambda ids: self.tokenizer.decode(self.prompt + ids)[self.begin:]
-        whole = clean = decode(self.ids)
+        self.done = tokens[-1] in self.ends
+        self.ids += [token for token in tokens if token not in self.ends]
+        whole = clean = self.decode(self.ids)
         before = [*self.ids]
         while clean.endswith('\ufffd'):  # Llama's decoder spoils whole characters before a half
             before.pop()
-            clean = decode(before)
+            clean = self.decode(before)
         text = max(clean, whole.rstrip('\ufffd'), key=len)
         if self.done:
             text += whole[len(text):]
