@@ -1006,7 +1006,7 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
              'cols': target if name == 'decoder' else source,
              'weights': (1000 * weights[:, 0]).round().int().tolist()}  # (layers, H, T, S)
             for name, weights in maps.items()]
-    page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c'), 1).encode()
+    page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c')).encode()
     write_file(settings.attention, lambda f: f.write(page))
     print(f"{settings.attention}: the weights of {len(source)} tokens" + ", a part" * bool(rest),
           file=sys.stderr)
@@ -1081,7 +1081,7 @@ def main(argv):
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = 'bfloat16' if half and writes else 'float32'
-    model, prompt = model.to(getattr(torch, dtype)).eval(), read_start(settings.start)
+    model, prompt = model.to(getattr(torch, dtype)), read_start(settings.start)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
     if writes:
