@@ -574,8 +574,7 @@ def bleu(guesses, rights):
     penalty where it is shorter. An n without a match counts as 1/2, 1/4, ... of a match.
     """
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
-    n_guessed, n_right = sum(map(len, guesses)), sum(map(len, rights))
-    log_mean, smooth = min(0.0, 1 - n_right / max(1, n_guessed)), 1.0
+    log_mean, smooth = 0.0, 1.0
     for n in range(1, 5):
         pairs = [(ngrams(guess, n), ngrams(right, n)) for guess, right in zip(guesses, rights)]
         hits = sum((guess & right).total() for guess, right in pairs)
@@ -584,7 +583,8 @@ def bleu(guesses, rights):
             return 0.0
         smooth /= 1 if hits else 2
         log_mean += math.log((hits or smooth) / total) / 4
-    return 100 * math.exp(log_mean)
+    log_brevity = min(0.0, 1 - sum(map(len, rights)) / sum(map(len, guesses)))
+    return 100 * math.exp(log_brevity + log_mean)
 
 ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
 
