@@ -949,8 +949,9 @@ def examples_of(tokenizer, kind, line, block_size):
     else:
         names = ('question', 'context') if kind == 'qa' else ('text', 'text_b')
         texts = [text.strip() for text in line.split('|||')]
-        fits = len(texts) == len(names) or (len(texts) == 1 and kind != 'qa')
-        require(fits and all(texts), f"{line[:60]!r}: write {' ||| '.join(names)}")
+        least = 2 if kind == 'qa' else 1
+        require(least <= len(texts) <= 2 and all(texts),
+                f"{line[:60]!r}: write {' ||| '.join(names)}")
         if kind == 'masks':
             return [masked_example(tokenizer, texts, block_size)]
         row = dict(zip(names, texts))
