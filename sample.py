@@ -620,8 +620,7 @@ LOWER_IS_BETTER = ['loss']  # of those scores
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores of labelled examples, and their loss; of text to text no loss, and greedy targets."""
     settings = settings or Settings(temperature=0.0)
-    row_of = lambda example: example['meta']['row']
-    rows = [list(row) for _, row in itertools.groupby(examples, row_of)]
+    rows = [list(row) for _, row in itertools.groupby(examples, lambda e: e['meta']['row'])]
     answers, totals = answer_rows(model, tokenizer, rows, task, labels, settings)
     scores = SCORES[task](answers, rows)
     for nats, n, _ in totals.values():
