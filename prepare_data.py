@@ -811,7 +811,7 @@ def batches(pieces):
 
 def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
-    counts = collections.Counter(tokens=0, characters=0, documents=0, bytes=0)
+    counts = collections.Counter()
     is_open = False  # a document has begun
     with open(path, 'wb') as f:
         for batch in batches(pieces):
