@@ -337,20 +337,22 @@ class Tokenizer:
         merges = []  # each token with all pairs of tokens that it can be merged of
         for token in self.ranks:
             for i in range(1, len(token)):
-                if token[:i] in self.ranks and token[i:] in self.ranks:
-                    merges.append((write(token[:i]), write(token[i:])))
+                left, right = token[:i], token[i:]
+                if left in self.ranks and right in self.ranks:
+                    merges.append((write(left), write(right)))
         hf = optional('tokenizers')
         vocab = {write(token): i for token, i in self.ranks.items()}
         engine = hf.Tokenizer(hf.models.BPE(vocab, merges))
+        by_words = self.name != 'byte'
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
-                                                           use_regex=self.name != 'byte')
+                                                           use_regex=by_words)
         if task in ('tag', 'qa'):  # as encode_with_offsets
             by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
-        spaced = '[MASK]' if self.name != 'byte' else ''  # it has the space before it, as a word
-        engine.add_special_tokens([hf.AddedToken(text, special=True, lstrip=text == spaced)
-                                   for text in sorted(special, key=special.get)])
+        engine.add_special_tokens([  # [MASK] has the space before it, as words have
+            hf.AddedToken(text, lstrip=by_words and text == '[MASK]')
+            for text in sorted(special, key=special.get)])
         return engine
 
     def export_files(self, vocab_size, arch, task=''):
