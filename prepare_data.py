@@ -576,15 +576,14 @@ def open_huggingface(folder):
     """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
     if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
         optional('sentencepiece')
-    config = read_any(folder, 'config.json')
-    kind = (config | read_any(folder, 'tokenizer_config.json')).get('tokenizer_class') or ''
+    config, about = read_any(folder, 'config.json'), read_any(folder, 'tokenizer_config.json')
+    kind = (config | about).get('tokenizer_class') or ''
     # its words are found by a program, not by a table
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
     engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
-    lower = getattr(engine.normalizer, 'lowercase', False)
-    if lower and not Path(folder, 'tokenizer_config.json').exists():
+    if getattr(engine.normalizer, 'lowercase', False) and not about:
         print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
               "transformers", file=sys.stderr)
     family = config.get('model_type', 'bert')  # a tokenizer alone may be that of a BERT
@@ -607,8 +606,8 @@ def open_huggingface(folder):
     start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
     if family == 'bert' and start != special.get('<|bos|>'):
         start = None  # add_special_tokens puts [CLS] there
-    if family == 't5' and engine.num_special_tokens_to_add(False) > 1:
-        special['<|source|>'] = frame.ids[0]  # CodeT5 reads <s> source </s>
+    if family == 't5' and start is not None:
+        special['<|source|>'] = start  # CodeT5 reads <s> source </s>
     for settings in (config, read_any(folder, 'generation_config.json')):
         found = settings.get('eos_token_id')
         ends += found if isinstance(found, list) else [found]
