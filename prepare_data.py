@@ -979,25 +979,23 @@ def tag_examples(tokenizer, row, labels, block_size):
     pieces = [[] for _ in tokens]
     for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
         pieces[owner].append(i)                             # of the token that it ends in
-    cuts, size = [], math.inf  # so that the first cut is at 0
+    windows, window = [], []  # of (number of the first token, ids, places)
     for i, piece in enumerate(pieces):
-        size += len(piece)
-        if size > room:
-            cuts.append(i)
-            size = len(piece)
-    for begin, end in itertools.pairwise([*cuts, len(tokens)]):
-        window, first = [], []
-        for piece in pieces[begin:end]:
-            first.append(len(window) + 1 if piece else -1)
-            window += piece[:room]
+        if not windows or len(window) + len(piece) > room:
+            window, first = [], []
+            windows.append((i, window, first))
+        first.append(len(window) + 1 if piece else -1)
+        window += piece[:room]
+    for begin, window, first in windows:
+        here = slice(begin, begin + len(first))
         framed, _ = add_special_tokens(tokenizer, window)
-        example = {'ids': framed, 'meta': {'tokens': tokens[begin:end], 'first': first}}
+        example = {'ids': framed, 'meta': {'tokens': tokens[here], 'first': first}}
         if 'tags' in row:
-            example['meta']['tags'] = row['tags'][begin:end]
-            example['targets'] = [IGNORE_INDEX] * len(framed)
-            for place, tag in zip(first, row['tags'][begin:end]):
+            tags = example['meta']['tags'] = row['tags'][here]
+            targets = example['targets'] = [IGNORE_INDEX] * len(framed)
+            for place, tag in zip(first, tags):
                 if place >= 0:
-                    example['targets'][place] = class_of(tag, labels)
+                    targets[place] = class_of(tag, labels)
         examples.append(example)
     return examples
 
