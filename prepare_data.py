@@ -1424,11 +1424,10 @@ def prepare_task(settings, task, folder, files, val_files):
     train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
     characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
-    for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
+    for split, chosen in zip(('train', 'val'), splits):
         examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
         sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
-        counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
-                         'bytes': len(''.join(texts).encode())}
+        counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples)}
         text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)
         (folder / f'{split}.jsonl').write_text(text, encoding='utf-8', newline='\n')
         if task == 'classify' and settings.block_size in sizes:
