@@ -871,25 +871,25 @@ def read_tagged(path):
     CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
     cut into its characters, as sample.py cuts what a user writes without spaces.
     """
-    row, columns, counts = None, 0, []
+    row, columns, counts = None, 0, set()
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
             fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
             columns = columns or max(2, len(fields))
-            is_tag = re.fullmatch(r'O|[BI]-\S+', fields[-1])
-            require(len(fields) == columns and fields[0] and is_tag,
+            token, tag = fields[0], fields[-1]
+            require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),
                     f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, "
                     "last its tag, which is O, B-kind or I-kind")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
-            parts = [*filter(None, regex.split(f'({CJK.pattern})', fields[0]))]
+            parts = [*filter(None, regex.split(f'({CJK.pattern})', token))]
             row['tokens'] += parts
-            row['tags'] += [fields[-1], *[re.sub('^B', 'I', fields[-1])] * (len(parts) - 1)]
+            row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
         elif row:
             if row['tokens'][1:]:
-                counts.append(''.join(row['tokens']).isdecimal() or len({*row['tokens']}) == 1)
+                counts.add(''.join(row['tokens']).isdecimal() or len({*row['tokens']}) == 1)
             yield row
             row = None
-    require(columns <= 2 or not counts or not all(counts),
+    require(columns <= 2 or counts != {True},
             f"{path}: the first column counts tokens or texts: leave it out")
 
 def read_questions(path):
