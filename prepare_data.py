@@ -864,7 +864,7 @@ def read_columns(path, *names):
                     f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
         if is_label:  # as sample.py strips what it labels
             texts = [' '.join(texts[0].split()), *map(str.strip, texts[1:])]
-        yield {'where': where, **dict(zip(names, texts))}
+        yield dict(zip(names, texts), where=where)
 
 def read_tagged(path):
     """
@@ -956,10 +956,10 @@ def classify_examples(tokenizer, row, labels, block_size):
     while sum(map(len, texts)) > block_size - 1 - len(texts):
         max(by_length, key=len).pop()
     ids, segments = add_special_tokens(tokenizer, *texts)
-    example = {'ids': ids, 'segments': segments}
+    example = {'ids': ids, 'segments': segments, 'meta': pick(row, 'label', 'text', 'text_b')}
     if 'label' in row:
         example['targets'] = class_of(row['label'], labels)
-    return [example | {'meta': pick(row, 'label', 'text', 'text_b')}]
+    return [example]
 
 def tag_examples(tokenizer, row, labels, block_size):
     """
@@ -1270,7 +1270,7 @@ def pytokens():
         with contextlib.suppress(tokenize.TokenError, SyntaxError, UnicodeDecodeError):
             for token in tokenize.tokenize(io.BytesIO(source).readline):
                 kind = tokenize.tok_name[token.type].lower()
-                if kind.startswith('fstring'):
+                if 'string' in kind:  # also fstring_start, fstring_middle and fstring_end
                     kind = 'string'
                 elif keyword.iskeyword(token.string):
                     kind = 'keyword'
@@ -1363,8 +1363,9 @@ def choose_tokenizer(settings, characters, texts):
     folder = name if os.path.isdir(name) else os.path.join('data', name)
     require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, a Hugging "
             "Face folder, or a data folder, as that of python prepare_data.py --dataset pydoc")
-    if Path(folder, 'ckpt.pt').exists():  # of a run, whose data may be gone; torch imports slowly
-        return importlib.import_module('sample').open_model(folder)[2]
+    if Path(folder, 'ckpt.pt').exists():  # of a run, whose data may be gone
+        import sample  # only here: torch takes a second or two
+        return sample.open_model(folder)[2]
     tokenizer = load_tokenizer(folder)
     require(tokenizer.end_id < tokenizer.n_vocab,
             f"--tokenizer {name}: no token ends a text: it needs an eos_token")
