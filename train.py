@@ -592,12 +592,11 @@ class Runtime:
             return t.pin_memory().to(self.device, non_blocking=True)
         return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
 
-    def sum(self, *values):
-        """Add numbers over all processes; each waits for the others, but not for its GPU."""
-        if self.world_size == 1:
-            return values
+    def sum(self, values):
+        """A number or an array, added over all processes; each waits, but not for its GPU."""
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        if self.world_size > 1:
+            dist.all_reduce(total)
         return total.tolist()
 
     def average_gradients(self, model):
@@ -640,7 +639,7 @@ def evaluate(model, data, s, runtime, limit=None):
     scores['loss'] = 0.0
     kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
     for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
-        nats, count, right = runtime.sum(*totals.get(kind, (0.0, 0.0, 0.0)))
+        nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
         if kinds == ['targets'] and 'rows' not in data.counts and count == len(data.tokens) - 1:
             return sample.text_scores(nats, count, data.counts['bytes'])
         if count:
@@ -685,7 +684,7 @@ def backward(step, model, forward, data, s, runtime):
     for kind in batches[0]:
         if kind.endswith('targets'):
             number = sum(int((batch[kind] != IGNORE_INDEX).sum()) for batch in batches)
-            numbers[f'num_{kind}'] = max(1, int(runtime.sum(number)[0]))
+            numbers[f'num_{kind}'] = max(1, int(runtime.sum(number)))
 
     def add_gradients():
         total = 0.0
@@ -878,7 +877,7 @@ class Trainer:
         """Evaluate, write best.pt where it is due, and log.csv; returns why to stop now, or ''."""
         s, at, runtime, reason = self.s, self.at, self.runtime, ''
         some = s.eval_iters * s.batch_size
-        train_loss = float(evaluate(self.model, self.data, s, runtime, some)['loss'])
+        train_loss = evaluate(self.model, self.data, s, runtime, some)['loss']
         scores = evaluate(self.model, self.val, s, runtime, some)
         runtime.print0(f"step {at.step}: train loss {train_loss:.4f}, val "
                        + sample.format_scores(scores))
@@ -919,7 +918,7 @@ class Trainer:
         on_signal(self.catch)
         while True:
             at.due = at.due or at.step % s.eval_interval == 0 or at.step == s.max_iters
-            stopped = runtime.sum(self.signal)[0]
+            stopped = runtime.sum(self.signal)
             if at.due or stopped:
                 self.save('ckpt.pt', optimizer=[o.state_dict() for o in self.optimizers],
                           scaler=runtime.scaler.state_dict())
