@@ -203,12 +203,12 @@ def masked_lm(data, index, T):
     rng, example = data.rng(1, index), {}
     if data.rows:
         example = pick(data.row(index), 'ids', 'segments')
-    elif data.has_pairs:
-        a, b, example['next_targets'] = sentence_pair(data, rng, T - 3)
-        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, a, b)
     else:
-        text = data.window(index, T - 2)[:-1].tolist()
-        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, text)
+        if data.has_pairs:
+            *texts, example['next_targets'] = sentence_pair(data, rng, T - 3)
+        else:
+            texts = [data.window(index, T - 2)[:-1].tolist()]
+        example['ids'], example['segments'] = add_special_tokens(data.tokenizer, *texts)
     example['ids'], example['targets'] = hide_tokens(np.array(example['ids']), data, rng)
     return example
 
