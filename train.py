@@ -156,9 +156,9 @@ class Data:
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
         for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else '。！？'):
-            if len(mark) > 1:  # each of its tokens in its place
-                ends |= np.all([np.roll(before, len(mark) - 1 - i) == mark[i]
-                                for i in range(len(mark))], axis=0)
+            if len(mark) > 1:  # its last token, and each other one as far before it
+                ends |= np.all([np.roll(before, i) == token
+                                for i, token in enumerate(mark[::-1])], axis=0)
         sentence = np.append(0, ends).cumsum()                             # of each token
         solid = np.flatnonzero(~blank[self.tokens] & ~is_end)  # white space begins no sentence
         starts = solid[np.unique(sentence[solid], return_index=True)[1]]
