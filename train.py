@@ -1148,13 +1148,14 @@ def claim_folder(s, config, resumed, runtime):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / '.lock'
     f = path.open('a')
-    with contextlib.suppress(ImportError, OSError):  # Windows; a drive that knows no locks
+    try:
         import fcntl
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
-                             "another folder, or wait") from None
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
+                         "another folder, or wait") from None
+    except (ImportError, OSError):  # Windows; a drive that knows no locks
+        pass
     path.write_text(str(os.getpid()))
     for name in ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml'):
         for half in folder.glob(f'{name}.*.tmp'):  # of a run that was killed while it saved
