@@ -162,7 +162,7 @@ class Data:
         sentence = np.append(0, ends).cumsum()                             # of each token
         solid = np.flatnonzero(~blank[self.tokens] & ~is_end)  # white space begins no sentence
         starts = solid[np.unique(sentence[solid], return_index=True)[1]]
-        document = np.searchsorted(np.flatnonzero(is_end), starts)
+        document = is_end.cumsum()[starts]                                 # ends before it
         followed = np.flatnonzero(document[1:] == document[:-1])
         return np.append(starts, len(self.tokens)), document, followed
 
