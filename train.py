@@ -220,7 +220,7 @@ def sentence_pair(data, rng, room):
     beginning of A and the end of B, so that the two still touch.
     """
     starts, document, followed = data.sentences
-    first = followed[rng.integers(len(followed))]                          # A's first sentence
+    first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
     fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
