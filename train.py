@@ -633,7 +633,7 @@ def evaluate(model, data, s, runtime, limit=None):
         if 'loss' in scores:
             return scores
         n = len(data.rows) or data.windows(T)
-        chosen = np.linspace(0, n - 1, min(n, limit or n)).astype(int).tolist()
+        chosen = np.linspace(0, n - 1, min(n, limit or n), dtype=int)
         examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
