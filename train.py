@@ -672,6 +672,13 @@ def micro_batches(step, s, runtime):
         k, n = k * world, n // world
     return range((step * k + runtime.rank) * n, (step + 1) * k * n, world * n), n
 
+def fgm_perturbation(gradient, distance):
+    """
+    How the table of token embeddings is moved, whose gradient is g: by distance * g / |g| (Miyato
+    et al. 2017, https://arxiv.org/abs/1605.07725, move those of each example).
+    """
+    return distance * gradient / gradient.norm().clamp(min=1e-12)
+
 def backward(step, model, forward, data, s, runtime):
     """
     Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. The
@@ -701,23 +708,14 @@ def backward(step, model, forward, data, s, runtime):
 
     loss = add_gradients()
     if s.adversarial:
-        with fgm_perturbation(model, s.adversarial):
-            add_gradients()
+        weight = getattr(model, 'trunk', model).tokens.weight
+        before = weight.data.clone()
+        weight.data += fgm_perturbation(weight.grad, s.adversarial)
+        add_gradients()
+        weight.data.copy_(before)
     if runtime.world_size > 1:
         dist.all_reduce(loss)
     return loss
-
-@contextlib.contextmanager
-def fgm_perturbation(model, distance):
-    """
-    Inside, the table of token embeddings is moved by distance * g / |g|, where g is its gradient
-    (Miyato et al. 2017, https://arxiv.org/abs/1605.07725, move those of each example).
-    """
-    weight = getattr(model, 'trunk', model).tokens.weight
-    before = weight.data.clone()
-    weight.data += distance * weight.grad / weight.grad.norm().clamp(min=1e-12)
-    yield
-    weight.data.copy_(before)
 
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
@@ -1127,12 +1125,12 @@ def start(given):
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size
+    by_rows = OBJECTIVES[objective].by_rows
     for split in (data, val):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
-        if not OBJECTIVES[objective].by_rows:
+        if not by_rows:
             split.rows = []
-    # cuDNN plans 30 ms for each new shape
-    torch.backends.cuda.enable_cudnn_sdp(not OBJECTIVES[objective].by_rows)
+    torch.backends.cuda.enable_cudnn_sdp(not by_rows)  # cuDNN plans 30 ms for each new shape
     check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
     freeze(model, s)
