@@ -619,15 +619,15 @@ class Stack(nn.Module):
             if not 0 < window < S and (not self.causal or T == S):
                 return {'causal': self.causal}
         mask = attention_mask(positions, key_positions, self.causal, window, real, **others)
+        bias = 0.0
         if relative:
             distance = key_positions - positions[:, None]                  # (T, S)
             buckets = distance_buckets(distance, not self.causal, self.config.buckets,
                                        self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
-            mask = bias.masked_fill(~mask, -math.inf)                      # (1 or B, H, T, S)
-        elif fixed:  # made once here, or the kernel would make it in every block
-            mask = torch.where(mask, 0.0, -math.inf).to(self.embed.tokens.weight.dtype)
-        return {'mask': mask}
+        # As numbers, or the kernel would make them of the bools in every block.
+        mask = torch.where(mask, bias, -math.inf)                          # (1 or B, 1 or H, T, S)
+        return {'mask': mask.to(self.embed.tokens.weight.dtype)}
 
 # -----------------------------------------------------------------------------
 # Models. Each maps a batch, given as keyword arguments, to (logits, loss).
