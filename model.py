@@ -105,13 +105,13 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, rules, kind = getattr(self, f.name), f.metadata, type(f.default)
+            value, rules, kind = getattr(self, f.name), f.metadata, f.type
             if kind is float and type(value) is int:
                 value = float(value)
             require(type(value) is kind, f"{f.name}={value!r} must be of type {kind.__name__}")
             require(not rules['choices'] or value in rules['choices'],
                     f"{f.name}={value} is unknown: choose one of {rules['choices']}")
-            require(kind in (str, bool) or rules['low'] <= value <= rules['high'],
+            require(kind is str or rules['low'] <= value <= rules['high'],
                     f"{f.name}={value} must be between {rules['low']} and {rules['high']}")
             setattr(self, f.name, value)
         require(self.arch == 'lstm' or self.head_dim or self.n_embd % self.n_head == 0,
