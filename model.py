@@ -852,7 +852,8 @@ class TaskModel(nn.Module):
         tag (B, T, L) against (B, T), qa (B, 2, T) against (B, 2), the places of the first and the
         last token of the answer.
         """
-        task, whole_text = self.config.task, self.config.task not in ('tag', 'qa')
+        task = self.config.task
+        whole_text = task not in ('tag', 'qa')
         attention_mask = None if attention_mask is None else attention_mask.bool()
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         if whole_text and self.config.arch == 'bert':
