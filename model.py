@@ -1217,8 +1217,8 @@ def from_huggingface(folder):
         config, labels, not_read = config_from(theirs)
     family = FAMILIES[theirs['model_type']]
     tensors = read_tensors(folder, family)
-    tokens, output = (f"{family.names[name]}.weight" for name in ('tokens', 'output'))
-    head = tensors.get(output)
+    tokens = f"{family.names['tokens']}.weight"
+    head = tensors.get(f"{family.names['output']}.weight")
     if config.tied or theirs['model_type'] == 't5':  # a head counts, unless it is a copy
         config.tied = head is None or head.equal(tensors.get(tokens, head))
     copy = tensors.get('decoder.embed_tokens.weight', head if config.tied else None)
