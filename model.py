@@ -175,7 +175,7 @@ PRESETS |= {  # the published sizes, on top of their row
     'palm-8b': replace(PRESETS['palm'], vocab_size=256000, block_size=2048, n_layer=32, n_head=16,
                        n_embd=4096, head_dim=256, mlp_dim=16384),
     'llama-7b': replace(PRESETS['llama'], vocab_size=32000, block_size=2048, n_layer=32, n_head=32,
-                        n_kv_head=32, n_embd=4096, mlp_dim=11008),
+                        n_kv_head=0, n_embd=4096, mlp_dim=11008),
 }
 
 # -----------------------------------------------------------------------------
@@ -1072,7 +1072,7 @@ FAMILIES = {
         r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight|'
         r'lm_head\.weight'),
     'llama': Family(
-        'llama-7b', {'n_kv_head': 0}, {'LlamaForCausalLM': '', 'LlamaModel': ''},
+        'llama-7b', {}, {'LlamaForCausalLM': '', 'LlamaModel': ''},
         LLAMA_FIELDS | pairs('attention_bias=bias mlp_bias=bias'),
         pairs('swish=swiglu silu=swiglu gelu_new=geglu gelu_pytorch_tanh=geglu'), 'model.',
         pairs("""tokens=embed_tokens decoder.norm=norm decoder.blocks=layers
