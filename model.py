@@ -1159,7 +1159,7 @@ def config_to(kind, config):
     activations = {ours: theirs for theirs, ours in family.activations.items()}
     values = asdict(config) | {'activation': activations.get(config.activation),
                                'window': int(config.window.split()[0])}
-    theirs = {'model_type': kind, 'architectures': classes[:1] or None}
+    theirs = {'model_type': kind, 'architectures': classes[:1]}
     theirs |= {name: values[ours] for name, ours in family.fields.items()}
     if 'rope_theta' in theirs:
         rope_type, *numbers = config.rope_scaling.split() or ['default']
