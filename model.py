@@ -1116,7 +1116,8 @@ def config_from(theirs):
     family, values, not_read = FAMILIES[kind], {}, []
     only = UNSUPPORTED | {'is_causal': kind != 'bert'}
     known = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
-    rope = {**(theirs.get('rope_scaling') or theirs.get('rope_parameters') or {})}
+    rope = theirs.get('rope_scaling') or theirs.get('rope_parameters') or {}
+    rope = {'rope_type': rope.get('type', 'default')} | rope               # type: its older name
     for name, value in (theirs | rope).items():
         ours = known.get(name)
         if ours == 'window':
@@ -1136,7 +1137,6 @@ def config_from(theirs):
         values.setdefault('scale_output', values.get('tied', True))
         require(theirs.get('num_decoder_layers') in (None, values.get('n_layer', 6)),
                 "num_decoder_layers is not num_layers, which is not supported here")
-    rope.setdefault('rope_type', rope.get('type', 'default'))
     if rope['rope_type'] != 'default':
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
     architecture = (theirs.get('architectures') or [*family.classes])[0]
