@@ -219,6 +219,10 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 FORMAT = 'plainformer tokenizer 2'
 
+def split_cjk(text):
+    """Each CJK character apart, and the texts between them, which may be empty."""
+    return regex.split(f'({CJK.pattern})', text)
+
 # Where a long text may be cut, so that no token of WORDS would cross the cut: after a line end, or
 # before the last of several, if a line follows that begins with no white space; or before a space
 # (but not after > : a piece that ends in <|endoftext|> would look as if a document ended there).
@@ -299,8 +303,7 @@ class Tokenizer:
         text -> ids (T,) and offsets (T, 2): text[a:b] holds all characters that a token has a part
         of. No token crosses the border of a CJK character: entities and answers begin there.
         """
-        pieces = regex.split(f'({CJK.pattern})', text)
-        ids = np.concatenate([self.encode(piece) for piece in pieces])
+        ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
         # The bytes of a character after its first one are 10xxxxxx.
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
@@ -847,7 +850,7 @@ HEADERS = '''abstract answer answers article category chinese class completion c
 def read_columns(path, *names):
     """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
     columns = '<TAB>'.join(names[:2]) + ''.join(f'[<TAB>{name}]' for name in names[2:])
-    is_label, blank = names[0] == 'label', 0
+    is_label, as_json, blank = names[0] == 'label', is_json_lines(path), 0
     for n, texts in read_rows(path, *names):
         where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
         if not filled:
@@ -860,7 +863,7 @@ def read_columns(path, *names):
                 f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
         for name, text in zip(names, texts):
             quoted = '(?s)".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
-            require(not re.fullmatch(quoted, text),
+            require(as_json or not re.fullmatch(quoted, text),
                     f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
         if is_label:  # as sample.py strips what it labels
             texts = [' '.join(texts[0].split()), *map(str.strip, texts[1:])]
@@ -871,7 +874,7 @@ def read_tagged(path):
     CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
     cut into its characters, as sample.py cuts what a user writes without spaces.
     """
-    row, columns, counts = None, 0, set()
+    row, columns, counts, texts = None, 0, set(), 0
     for n, line in itertools.chain(read_lines(path), [(0, '')]):
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
             fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
@@ -881,16 +884,18 @@ def read_tagged(path):
                     f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, "
                     "last its tag, which is O, B-kind or I-kind")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
-            parts = [*filter(None, regex.split(f'({CJK.pattern})', token))]
+            parts = [*filter(None, split_cjk(token))]
             row['tokens'] += parts
             row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
         elif row:
             if row['tokens'][1:]:
                 counts.add(''.join(row['tokens']).isdecimal() or len({*row['tokens']}) == 1)
             yield row
-            row = None
+            row, texts = None, texts + 1
     require(columns <= 2 or counts != {True},
             f"{path}: the first column counts tokens or texts: leave it out")
+    require(counts or texts < 10, f"{path}: each of {texts} texts has one token: blank lines stand "
+            "between texts, and not between tokens")
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
@@ -906,7 +911,7 @@ def read_questions(path):
                     require(isinstance(question.get('answers'), list), "it has no answers")
                     answers = [(a['answer_start'], a['text']) for a in question['answers']]
                     rows.append({'where': where, 'id': question['id'], 'context': context,
-                                 'question': question['question'], 'answers': answers})
+                                 'question': question['question'].strip(), 'answers': answers})
                     (context + question['question']).encode()  # no half of a surrogate pair
                     for start, answer in answers:
                         is_there = start >= 0 and context.startswith(answer, start)
@@ -1011,7 +1016,8 @@ def qa_examples(tokenizer, row, labels, block_size):
     """
     Where in the context do the first and the last token of the answer stand? A long context is cut
     into windows that overlap by half, each an example. Where the window does not hold the answer,
-    both targets are 0, the place of [CLS].
+    both targets are 0, the place of [CLS]. An answer that ends inside a token, as before an ending
+    of Korean, has it cut, which a model may notice: then only sample.py --score FILE is honest.
 
         ids       [CLS] which city [SEP] Oslo is old . [SEP]
         targets   4, 4                                          of Oslo
@@ -1424,6 +1430,8 @@ def prepare_task(settings, task, folder, files, val_files):
                     f"{row['where']}: the label {row['label']!r} is nowhere else: leave it out")
     train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
     characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
+    if task in ('tag', 'qa'):  # as encode_with_offsets
+        unique = itertools.chain(*map(split_cjk, unique))
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
     for split, chosen in zip(('train', 'val'), splits):
         examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
@@ -1434,6 +1442,10 @@ def prepare_task(settings, task, folder, files, val_files):
         if task == 'classify' and settings.block_size in sizes:
             print(f"{split}: {sizes.count(settings.block_size):,} examples fill --block_size "
                   f"{settings.block_size}: their texts may be cut")
+        long = [e for e in examples if task == 'qa' and e['targets'][1] - e['targets'][0] >= 30]
+        if long:
+            print(f"{split}: {len(long):,} examples have an answer of over 30 tokens, which "
+                  "sample.py never gives")
     return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
 
 def prepare(settings):

@@ -48,6 +48,7 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 # Data
 
 SPLITS = {'train': 0, 'val': 1}
+MARKS = '。！？।۔؟'  # end a sentence, whatever follows
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, *seed):
@@ -142,7 +143,7 @@ class Data:
         """
         Start of each sentence, and the end of the text (S + 1,); the document of each (S,); the
         numbers of those that are not the last of their document. A sentence ends after . ! ?
-        before white space, after 。！？ and at line ends; a document ends at <|endoftext|>.
+        before white space, after 。！？।۔؟ and at line ends; a document ends at <|endoftext|>.
 
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
             ^     ^      ^         ^                  ^
@@ -151,11 +152,11 @@ class Data:
                  for i in range(self.vocab_size)]
         blank, spaced, maybe, always = [                                   # (V,) each
             np.array([re.search(pattern, text) is not None for text in texts])
-            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', r'[。！？]$|\n')]
+            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', rf'[{MARKS}]\W*$|\n')]
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
-        for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else '。！？'):
+        for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else MARKS):
             if len(mark) > 1:  # its last token, and each other one as far before it
                 ends |= np.all([np.roll(before, i) == token
                                 for i, token in enumerate(mark[::-1])], axis=0)
