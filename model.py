@@ -1025,7 +1025,8 @@ USUAL_FIELDS = pairs("""vocab_size max_position_embeddings=block_size hidden_siz
     num_hidden_layers=n_layer num_attention_heads=n_head tie_word_embeddings=tied""")
 LLAMA_FIELDS = USUAL_FIELDS | pairs("""head_dim num_key_value_heads=n_kv_head rope_theta
     intermediate_size=mlp_dim hidden_act=activation rms_norm_eps=norm_eps""")
-PLAIN = pairs('gelu_pytorch_tanh=gelu_tanh gelu_new=gelu_tanh gelu relu relu2')
+PLAIN = pairs('gelu_fast=gelu_tanh gelu_pytorch_tanh=gelu_tanh gelu_new=gelu_tanh '
+              'gelu_python=gelu gelu relu relu2')
 FAMILIES = {
     'gpt2': Family(
         'gpt2-124m', {}, {'GPT2LMHeadModel': '', 'GPT2Model': ''},

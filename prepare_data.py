@@ -605,6 +605,7 @@ def open_huggingface(folder):
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: a Llama's tokenizer puts <s> there, BERT's (some GPT-2s have it,
     # too) [CLS]; T5's files name a token.
+    engine.no_padding()  # which a file may hold, too, before a text
     frame = engine.encode('a')
     start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
     if family == 'bert' and start != special.get('<|bos|>'):

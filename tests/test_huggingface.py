@@ -406,7 +406,7 @@ def put_tokenizer(folder, tokenizer, template, **names):
     tokenizer.post_processor = hf.processors.TemplateProcessing(
         single=template, special_tokens=[('<begin>', 1), ('</s>', 2)])
     tokenizer.enable_truncation(3)  # what a file may hold besides
-    tokenizer.enable_padding(length=5)
+    tokenizer.enable_padding(direction='left', length=5)
     put(folder, 'tokenizer.json', tokenizer.to_str())
     put(folder, 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names,
                                           'eos_token': '</s>', 'unk_token': '<unk>'})
