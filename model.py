@@ -5,7 +5,7 @@ The Transformer family in one file, to be read from top to bottom.
     sinusoids, rotate      how a model knows the order of its tokens
     attention_mask         which keys each query may see: causal, padding, windows
     attention, Attention   softmax(Q K^T / sqrt(D)) V, and the multi-head layer around it
-    KVCache                keys and values of earlier tokens, so that decoding reads each token once
+    KVCache                keys and values of earlier tokens, which decoding need not read again
     MLP, Block             the feed-forward layer; attention and MLP joined by residuals and norms
     Embedding, Stack       ids -> vectors -> n_layer blocks
     GPT, LSTM, BERT, EncoderDecoder, TaskModel      ids -> (logits, loss)
@@ -74,7 +74,7 @@ class Config:
     mlp_dim: int = flag(0, 'width inside the MLP; 0: 4 * n_embd')
     # blocks
     norm: str = flag('layernorm', 'normalisation of a vector', ('layernorm', 'rmsnorm'))
-    norm_eps: float = flag(1e-5, 'added to the variance before its root', low=1e-20, high=1)
+    norm_eps: float = flag(1e-5, 'added below the root that a norm divides by', low=1e-20, high=1)
     norm_weight: bool = flag(True, 'norms scale each channel by a learned weight')
     norm_first: bool = flag(True, 'True: x + f(norm(x)); False: norm(x + f(x)), as in 2017')
     qk_norm: bool = flag(False, 'normalise queries and keys, which bounds the attention scores')
@@ -219,9 +219,9 @@ def rotate(x, cos, sin):
 def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     """
     T5's relative positions: distance (T, S) = key position - query position -> bucket (T, S),
-    section 2.1 of [4]. Half of the buckets stand for single distances, the other half for ever
-    wider ranges up to max_distance, the last one also for all beyond. both_sides=True (an encoder)
-    gives half of all buckets to keys on the right; in a decoder those count as distance 0.
+    section 2.1 of [4]. Half of the buckets stand for single distances, the other half for growing
+    ranges up to max_distance, the last one also for all beyond. both_sides=True (an encoder) gives
+    half of all buckets to keys on the right; in a decoder those count as distance 0.
     """
     right = 0
     if both_sides:
@@ -310,8 +310,8 @@ class Dropout(nn.Dropout):
 
 def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     """
-    attention_weights(q, k) @ v: by F.scaled_dot_product_attention, or by the formula where that is
-    faster. The two agree up to rounding: if you change the formula, take out the other one.
+    attention_weights(q, k) @ v: by a fused kernel, or by the formula where that is better. They
+    agree up to rounding: if you change the formula, take out the kernel.
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
@@ -319,15 +319,15 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
         mask = mask.to(q.dtype)
     # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
     # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
-    # sequences need the kernel all the same: the formula stores all T x S weights. On mps it is
+    # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
     # wrong for tensors that are not contiguous (https://github.com/pytorch/pytorch/issues/181133).
-    groups = q.size(1) // k.size(1)
+    repeat = q.size(1) // k.size(1)                                        # H / G
     if q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
                     and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale))
-        return weights @ v.repeat_interleave(groups, dim=1)
+        return weights @ v.repeat_interleave(repeat, dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
-                                          enable_gqa=groups > 1)
+                                          enable_gqa=repeat > 1)
 
 def make_norm(config, channels, wanted=True):
     """
@@ -366,7 +366,7 @@ class KVCache:
         self.cross = None if memory is None else KVCache(memory.size(1))
 
     def append(self, layer, k, v):
-        """Add keys and values (B, G, T, D) of the T new tokens; returns those of all tokens."""
+        """Add k and v (B, G, T, D) of T new tokens; returns all. Stack.forward moves `length`."""
         new = torch.stack([k, v])                                          # (2, B, G, T, D)
         if layer not in self.layers:
             self.layers[layer] = new.new_zeros((*new.shape[:3], self.size, new.size(4)),
@@ -416,7 +416,7 @@ class Attention(nn.Module):
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
-        """All heads of q (B, T, H D), k and v (B, S, G D). sample.py makes it one product."""
+        """All heads of q (B, T, H D), k and v (B, S, G D). sample.py: as one product."""
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
@@ -556,7 +556,7 @@ class Stack(nn.Module):
         self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)
+        self.norm = make_norm(config, config.n_embd, config.norm_first)    # post-norm has it
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -571,8 +571,8 @@ class Stack(nn.Module):
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
         holds only the new tokens, attention_mask also covers the earlier ones, and the memory is
-        that of the cache. others: what a fork adds to the arguments of the function attention_mask.
-        Raises ValueError beyond block_size.
+        that of the cache. others: more arguments of the function attention_mask, which a fork adds.
+        Raises ValueError beyond block_size or the cache, and where memory is missing.
         """
         past, source_cache = 0, None
         if cache is not None:
@@ -582,7 +582,7 @@ class Stack(nn.Module):
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
         fixed = isinstance(past, torch.Tensor)                             # as in KVCache's graph
         end = cache.size if fixed else past + ids.size(1)
-        if end > self.config.block_size:  # a require would be compiled anew for each length
+        if end > self.config.block_size:  # require(f'...') would recompile at each length
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         if cache is not None and end > cache.size:
@@ -650,7 +650,7 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
 
 def init_weights(model):
     """
-    Biases start at 0, norms at 1, matrices as normal draws around 0 with a standard deviation of
+    Biases start at 0, norms stay at 1, matrices are normal draws, of mean 0 and standard deviation
 
     gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
     normal   0.02 everywhere (BERT, LLaMA)
@@ -823,7 +823,7 @@ class EncoderDecoder(LanguageModel):
                                memory_mask=attention_mask)
 
     def encode(self, ids, attention_mask=None, size=None):
-        """Read the source once: a KVCache to decode `size` tokens with [block_size]."""
+        """Read the source once: a KVCache to decode `size` tokens with (default: block_size)."""
         memory = self.encoder(ids, attention_mask=attention_mask)
         return KVCache(size or self.config.block_size, memory, attention_mask)
 
@@ -853,7 +853,7 @@ class TaskModel(nn.Module):
         last token of the answer.
         """
         task = self.config.task
-        whole_text = task not in ('tag', 'qa')
+        whole_text = task not in ('tag', 'qa')                             # classify, or a fork's
         attention_mask = None if attention_mask is None else attention_mask.bool()
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         if whole_text and self.config.arch == 'bert':
@@ -1012,7 +1012,7 @@ def pairs(text):
 class Family(NamedTuple):
     """How Hugging Face writes down one family of models."""
     preset: str           # what an empty config.json means; its recipe is used to train on
-    unlike: dict          # but for these fields
+    unlike: dict          # fields where that differs
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config
     activations: dict     # theirs -> ours; the last of several names is exported
@@ -1256,8 +1256,8 @@ def spell_out(config):
 
 def export_huggingface(model, folder, vocab_size=None, **fields):
     """
-    Write config.json, with more `fields`, and model.safetensors, with the first vocab_size tokens
-    [all]. Raises ValueError naming the field of Config that no class of transformers computes.
+    Write config.json, with more `fields`, and model.safetensors, with the first vocab_size tokens,
+    by default all. Raises ValueError naming the field of Config that no class of transformers has.
     """
     try:
         from safetensors.torch import save as to_bytes

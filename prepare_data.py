@@ -4,7 +4,7 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     data/NAME/meta.json             what it is: task, vocabulary, counts, labels, source, sha256
     data/NAME/tokenizer.json        how text becomes ids and back
     data/NAME/train.bin, val.bin    to pre-train on: one long row of ids (uint16 or uint32), in
-                                    which every document ends with <|endoftext|>
+                                    which a whole document ends with <|endoftext|>
     data/NAME/train.jsonl, val.jsonl    to fine-tune on: one example a line, whose keys are the
                                     arguments of model.forward(), and `meta`
 
@@ -435,8 +435,8 @@ def train_bpe(piece_counts, n_tokens):
             counts[pair] += weights[i]
             holders[pair].add(i)
 
-    # A heap has the commonest pair on top. Counts change after a pair was pushed: one that comes
-    # up with an old count is pushed again with the new one.
+    # A heap has the least entry on top: minus the count puts the commonest pair there. One that
+    # comes up with an old count is pushed again with the new one.
     entry = lambda pair: (-counts[pair], tokens[pair[0]], tokens[pair[1]], pair)
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
@@ -969,7 +969,7 @@ def classify_examples(tokenizer, row, labels, block_size):
 
 def tag_examples(tokenizer, row, labels, block_size):
     """
-    One class for each token of the text, predicted at its first piece [3, section 5.3]. A text that
+    One class for each word of the text, predicted at its first piece [3, section 5.3]. A text that
     is longer than block_size is cut into several examples.
 
         tokens    Angela       Merkel       spoke
@@ -1017,8 +1017,8 @@ def qa_examples(tokenizer, row, labels, block_size):
     """
     Where in the context do the first and the last token of the answer stand? A long context is cut
     into windows that overlap by half, each an example. Where the window does not hold the answer,
-    both targets are 0, the place of [CLS]. An answer that ends inside a token, as before an ending
-    of Korean, has it cut, which a model may notice: then only sample.py --score FILE is honest.
+    both targets are 0, the place of [CLS]. A token in which the answer ends, as before a Korean
+    suffix, is cut in two, which a model may notice: then trust only sample.py --score FILE.
 
         ids       [CLS] which city [SEP] Oslo is old . [SEP]
         targets   4, 4                                          of Oslo
@@ -1382,7 +1382,7 @@ def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
     size, characters, both, inside = 0, set(), files + val_files, 0
     for paths in (files, val_files):
-        cut = size  # in the end that of `files`, behind which val_files begin
+        cut = size  # at last: the size of `files`, where val_files begin
         for text, _ in read_pieces(paths):
             size += len(text)
             characters.update(text)

@@ -53,13 +53,13 @@ from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags
 def collate(examples, pad_id, device='cpu'):
     """
     A list of examples -> a batch, a dict of tensors. Rows of unequal length are padded on the
-    right, and attention_mask (B, T), bool, tells which tokens are real. `meta` is left out.
+    right; then attention_mask (B, T), bool, tells which tokens are real. `meta` is left out.
 
         ids    7 8 9        attention_mask    T T T
                5 6 PAD                        T T F
     """
     batch = {}
-    for key in examples[0]:  # in one order: the processes of train.py sum targets key by key
+    for key in examples[0]:  # in a fixed order: processes of train.py sum targets key by key
         if key == 'meta':
             continue
         rows = [torch.as_tensor(np.array(example[key])) for example in examples]
@@ -103,7 +103,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
         for kind in kinds or ['targets']:  # a pass for each; one where there are none
             inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
-                logits, loss = model(**inputs, **{f'num_{kind}': 1})       # a sum, divided by 1
+                logits, loss = model(**inputs, **{f'num_{kind}': 1})       # the sum, not a mean
             check_finite(logits)
             if kinds:
                 guesses, targets, real = logits.argmax(-1), batch[kind], batch[kind] != IGNORE_INDEX
@@ -161,8 +161,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
              suppressed=None, end_ids=(), cache=None):
     """
     Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i draws from
-    a generator of its own, (seed, rows[i]) [rows: 0, 1, ...], so a sample does not depend on the
-    other rows. Tokens in suppressed (V,) bool are never chosen. A row that has chosen one of
+    a generator of its own, (seed, rows[i]) or (seed, i), so a sample does not depend on the other
+    rows. Tokens in suppressed (V,) bool are never chosen. A row that has chosen one of
     end_ids has ended and repeats it; when all have, the generator returns.
 
     With the cache each step reads only the newest token. When the window of block_size tokens is
@@ -179,7 +179,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
         chosen = sample_token(logits, uniform, temperature, top_k, top_p)
-        return chosen.where(logits.amax(dim=-1).isfinite(), -1)     # refused below: a graph cannot
+        return chosen.where(logits.amax(dim=-1).isfinite(), -1)     # below: a graph cannot raise
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
     size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
@@ -369,7 +369,7 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
                       settings.seed, rows, **how)
     if not (settings.stop or settings.stream):  # nobody looks before the end
         chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
-    ends = torch.full((len(ids), 1), tokenizer.end_id)                     # nothing is held back
+    ends = torch.full((len(ids), 1), tokenizer.end_id)                     # shows what has waited
     for tokens in itertools.chain(chosen, [ends]):
         texts = [stream.add(*new) for stream, new in
                  zip(streams, tokens.view(len(streams), -1).tolist())]
@@ -380,8 +380,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
 
 def write_targets(model, tokenizer, examples, settings):
     """
-    Text to text: num_samples of TextStream a source, of beams the best first. A decoder alone reads
-    the source as a prompt that ends in [SEP]. Sources of about one length are decoded together.
+    Text to text: num_samples of TextStream per source, of beams the best first. A decoder alone
+    reads the source as a prompt that ends in [SEP]. Sources of about one length go together.
     """
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
@@ -401,14 +401,15 @@ def write_targets(model, tokenizer, examples, settings):
         rest, batch = rest[len(rows):], [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
-        draws = [divmod(row, repeat) for row in rows]  # (source, sample); (i, 0) draws as i does
+        draws = [divmod(row, repeat) for row in rows]  # (source, sample); (i, 0) seeds as i does
         for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
             results[row // repeat] += texts
     progress('')
     return results
 
 # -----------------------------------------------------------------------------
-# Answers. A decoder turns the logits of one row (of all its examples) into an answer, a dict.
+# Answers. decode_... (no decoder of a model) turns the logits of one row, of all its examples, into
+# an answer, a dict.
 
 def decode_label(examples, logits, labels):
     """(L,) -> the likeliest label."""

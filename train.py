@@ -3,7 +3,7 @@ Train any model of model.py with one loop.
 
     python train.py                                           a small GPT on Python's documentation
     python train.py --dataset shakespeare --preset nano       another text, another row of PRESETS
-    python train.py --init_from resume                        go on, bit for bit as if never stopped
+    python train.py --init_from resume                        go on as if it had never stopped
     python train.py --preset bert --out_dir out-bert          learn as BERT did, from the same text
     python train.py --init_from out-bert --dataset pytopics   fine-tune it on labelled data
     torchrun --nproc_per_node=4 train.py --gradient_accumulation_steps 4
@@ -13,8 +13,9 @@ The data flow, which is all that the loop knows of a task:
     data --objective--> examples --collate--> batch --model(**batch)--> (logits, loss)
 
 An example is a dict whose keys are arguments of model.forward(). A step is a pure function of the
-checkpoint and its number: example i is drawn from (seed, i), and dropout from the number of the
-first example, so nothing about the loader needs saving, and a resumed run is the unbroken one.
+checkpoint and its number: example i is drawn from (seed, i), the order of an epoch from (seed,
+epoch), dropout from the number of the first example. So nothing about the loader needs saving, and
+a resumed run is the unbroken one, on a CPU bit for bit.
 """
 
 import contextlib
@@ -62,8 +63,8 @@ def row_order(data, epoch):
     length, but for a batch that begins in one epoch and ends in the next.
     """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # rows of an open batch
-    middle = order[begin:begin + (n - begin) // size * size]               # the whole batches
+    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # end an earlier batch
+    middle = order[begin:begin + (n - begin) // size * size]               # a view of order
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
     return order
@@ -97,10 +98,10 @@ class Data:
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
             else:
                 self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
-            self.highest, right = self.tokens[:10 ** 8].max(), self.counts['tokens']  # all: slow
+            self.highest, total = self.tokens[:10 ** 8].max(), self.counts['tokens']  # all: slow
             n = sum(self.lengths) if self.task else len(self.tokens)
-            require(self.highest < self.vocab_size and n == right, f"it holds {n} ids up to "
-                    f"{self.highest}, and should hold {right} below {self.vocab_size}")
+            require(self.highest < self.vocab_size and n == total, f"it holds {n} ids up to "
+                    f"{self.highest}, and should hold {total} below {self.vocab_size}")
 
     def rng(self, *numbers):
         """
@@ -157,7 +158,7 @@ class Data:
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
         for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else MARKS):
-            if len(mark) > 1:  # its last token, and each other one as far before it
+            if len(mark) > 1:  # of several tokens, in this order
                 ends |= np.all([np.roll(before, i) == token
                                 for i, token in enumerate(mark[::-1])], axis=0)
         sentence = np.append(0, ends).cumsum()                             # of each token
@@ -224,8 +225,8 @@ def sentence_pair(data, rng, room):
     first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)
     low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
-    fitting = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    after = min(max(fitting, first + 1), high - 1)                         # the first after A
+    beyond = np.searchsorted(starts, starts[first] + length, side='right') - 1
+    after = min(max(beyond, first + 1), high - 1)                          # sentence after A
     follows, second = rng.random() < 0.5, after
     if not follows:
         second = rng.integers(len(document) - (high - low))
@@ -239,7 +240,7 @@ def hide_tokens(ids, data, rng):
     """
     ids (T,) -> (what the model sees, targets). 15 % of the text tokens are to be predicted, at
     least one. Of those, 80 % are shown as [MASK], 10 % as a random token, and 10 % as they are: the
-    texts of a task have no [MASK], so the model must use what it sees, without trusting it.
+    texts of a task have no [MASK], so the model must read every token that it sees.
     """
     places = np.flatnonzero(data.is_text[ids])                             # no special token
     shown, targets = ids.copy(), np.full_like(ids, IGNORE_INDEX)
@@ -266,7 +267,7 @@ def span_corruption(data, index, T):
     source, target = [*pick(tokenizer.special, '<|source|>').values()], []
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
-    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # a sentinel for one token saves no room
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # else there is no room for an end
     spans = max(1, min(100, round(hidden / 3), n - hidden))  # there are 100 sentinels
 
     def cut(total):
@@ -330,7 +331,7 @@ class Optimizer:
     """
     Weights in groups, each with its own decay. A subclass has new_state(p), a list of the tensors
     that are kept and saved for a weight, and update(lr, decay, good, weights, gradients, *state):
-    weights, gradients and each of the state are lists, an entry a weight. Where good is 0,
+    weights, gradients and each of the state are lists, one entry per weight. Where good is 0,
     gradients may hold NaN, and nothing may move.
     """
 
@@ -492,7 +493,7 @@ class Settings:
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none', low=0)
     freeze: str = flag('', 'weights not to train, by words in their names: tokens blocks.0.')
-    adversarial: float = flag(0.0, 'learn again, embedding moved this far up its gradient', low=0)
+    adversarial: float = flag(0.0, 'also learn with the embedding so far up its gradient', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
@@ -721,8 +722,8 @@ def backward(step, model, forward, data, s, runtime):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. float16 overflows now and then, which only halves its scale. A GPU is
-    asked only in the steps of the log, since that waits for it: others skip a bad step in silence.
+    then raise ValueError. float16 overflows now and then, which only halves its scale. On a
+    GPU only the steps of the log ask, since that waits for it: others skip a bad step in silence.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -754,7 +755,7 @@ def duration(seconds):
 
 def flops_per_token(model):
     """
-    Of training: 6 a parameter, 2 forward and 4 backward (Kaplan et al. 2020,
+    Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
     https://arxiv.org/abs/2001.08361), and 12 L C T for attention, as if no key were hidden
     (Chowdhery et al. 2022, appendix B). Too much where a token meets only a part of the weights:
     one of two stacks, or BERT's output one time in seven.
@@ -912,7 +913,7 @@ class Trainer:
         return f', MFU {flops / peak:.0%}' if peak else ''
 
     def run(self):
-        """Train to max_iters, a target or a signal. Returns the exit status: 0, or 128 + signal."""
+        """Train until there is a reason to stop. Returns the exit status: 0, or 128 + signal."""
         s, at, runtime, reason, n = self.s, self.at, self.runtime, '', 0
         on_signal(self.catch)
         while True:
@@ -1006,8 +1007,8 @@ def adapt_model(model, checkpoint, path, data, runtime):
 
 def sort_head(model, checkpoint, data):
     """
-    Others have the labels of a head in another order: let it be that of the data. A head of qa has
-    two outputs, whether there are questions without an answer or not.
+    A head of others may have the labels in another order: sort its rows as the data do. A head of
+    qa has two outputs, whether there are questions without an answer or not.
     """
     labels = checkpoint.get('labels', [])
     if data.task == 'qa':
@@ -1153,7 +1154,7 @@ def claim_folder(s, config, resumed, runtime):
     except BlockingIOError:
         raise ValueError(f"--out_dir {folder} is in use by process {path.read_text()}: choose "
                          "another folder, or wait") from None
-    except (ImportError, OSError):  # Windows; a drive that knows no locks
+    except (ImportError, OSError):  # Windows, or a drive without locks
         pass
     path.write_text(str(os.getpid()))
     for name in ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml'):

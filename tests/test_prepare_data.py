@@ -491,6 +491,17 @@ def test_a_question_is_cut_into_tokens_as_its_context_is():
     question, context = ' '.join(map(str, made['ids'][1:-1])).split(f" {tokenizer.id('[SEP]')} ")
     assert question == context and len(tokenizer.encode('明月光')) < len(question.split())
 
+def test_bpe_learns_what_questions_can_use_and_says_which_answers_are_too_long(tmp_path, capsys):
+    context = '床前明月光，疑是地上霜。' * 4
+    row = {'id': 'q', 'question': ' 谁？', 'answers': [{'answer_start': 0, 'text': context[:31]}]}
+    path = write(tmp_path / 'a.json', json.dumps(
+        {'data': [{'paragraphs': [{'context': context, 'qas': [row]}]}]}))
+    prepare(Settings(input=[path], val=[path], task='qa', out_dir=str(tmp_path / 'out')))
+    assert 'train: 1 examples have an answer of over 30 tokens' in capsys.readouterr().out
+    tokens = prepare_data.load_tokenizer(tmp_path / 'out').ranks
+    assert '床'.encode() in tokens and '明月'.encode() not in tokens
+    assert rows_of('qa', path)[0]['question'] == '谁？'
+
 def test_windows_overlap_by_half():
     made = TASKS['qa'].examples(BYTE, {'question': '?', 'context': 'x' * 95}, [], 24)
     assert [e['meta']['start'] for e in made] == [*range(0, 75, 10), 75]
@@ -541,9 +552,9 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(tmp_path / 'a.jsonl', '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
-          '{"label": " b\\n c", "text": "y", "text_b": "z"}')
+          '{"label": " b\\n c", "text": "\\"\\"\\"y\\"", "text_b": "z"}')  # quotes as text
     assert rows_of('classify', tmp_path / 'a.jsonl') == [  # null is nothing
-        {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': 'y', 'text_b': 'z'}]
+        {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': '"""y"', 'text_b': 'z'}]
     assert capsys.readouterr().err == f"{tmp_path / 'a.jsonl'}: not read: at\n"
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path):
@@ -594,6 +605,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'no validation': ('classify', {'a.tsv': LABELS, 'w': '\n'}, ['--val', 'w'], 'w: 2 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
+    'a token a text': ('tag', {'a.conll': 'EU\tO\n\n' * 12}, [], 'each of 12 texts has one token'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
     'an answer elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),

@@ -9,10 +9,7 @@ what that takes. Each of the other models is first measured for a few steps, and
 as fit into --seconds, so that its learning rate ends there. The loss is that of the whole validation split; bits per byte
 also compare across tokenizers. What favours the n-grams a little: the others know nothing of what stood before a window.
 
-References:
     [1] Chen and Goodman 1999, An Empirical Study of Smoothing Techniques for Language Modeling (section 2.7, one discount)
-    [2] Hochreiter and Schmidhuber 1997, Long Short-Term Memory
-    [3] Vaswani et al. 2017, Attention Is All You Need, https://arxiv.org/abs/1706.03762
 """
 
 import argparse

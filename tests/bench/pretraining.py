@@ -10,7 +10,6 @@ whole validation file after the last step: the best of several looks would be ch
 
 Few labels are of each kind as many, and the 100 are among the 1,000. The small BERTs share one tokenizer, of all the texts.
 
-References:
     [1] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
     [2] Howard and Ruder 2018, Universal Language Model Fine-tuning for Text Classification, https://arxiv.org/abs/1801.06146
 """

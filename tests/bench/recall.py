@@ -10,7 +10,6 @@ same tokens in the same order. No weight changes while they are tested. `could` 
 gives: the share of letters that were shown before, and one in ten of the others by chance.
 Induction heads [1] learn this at once, between two evaluations.
 
-References:
     [1] Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895
 """
 
