@@ -6,9 +6,7 @@ read all texts without their labels [1, 2], and of an encoder that others have t
 
 Files hold label<TAB>text; without them, docstrings of Python are told apart by package. The encoder is a Hugging Face
 folder; without one its row is left out. Half an hour on two cores, 24 minutes without an encoder. Every row is judged by the
-whole validation file after the last step: the best of several looks would be chosen by what it is judged by.
-
-Few labels are of each kind as many, and the 100 are among the 1,000. The small BERTs share one tokenizer, of all the texts.
+whole validation file after the last step. Few labels are of each kind as many, and the 100 are among the 1,000.
 
     [1] Devlin et al. 2018, BERT, https://arxiv.org/abs/1810.04805
     [2] Howard and Ruder 2018, Universal Language Model Fine-tuning for Text Classification, https://arxiv.org/abs/1801.06146

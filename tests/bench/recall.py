@@ -9,7 +9,6 @@ before. `nano`, the same without its windows (`far`), and an `lstm` of about the
 same tokens in the same order. No weight changes while they are tested. `could` is what looking up
 gives: the share of letters that were shown before, and one in ten of the others by chance.
 Induction heads [1] learn this at once, between two evaluations.
-
     [1] Olsson et al. 2022, In-context Learning and Induction Heads, https://arxiv.org/abs/2209.11895
 """
 

@@ -13,12 +13,10 @@ that of the whole validation split, in nats a byte; the learning rate of each ru
     equal compute    C = 6 N D is the same, so small models see more tokens       L = a parabola in log N
 
 N is the number of weights without embedding and output, as [1] counts; bytes as tokens keep those two small. D is the number
-of tokens seen, again and again where the text is shorter (up to four times that is nearly as good as new text [3]). E of
-either law is what stays however large N, or D, becomes: what the other one costs is in it.
+of tokens seen, again and again where the text is shorter. E of either law is what stays however large N, or D, becomes.
 
     [1] Kaplan et al. 2020, Scaling Laws for Neural Language Models, https://arxiv.org/abs/2001.08361
     [2] Hoffmann et al. 2022, Training Compute-Optimal Large Language Models (Chinchilla), https://arxiv.org/abs/2203.15556
-    [3] Muennighoff et al. 2023, Scaling Data-Constrained Language Models, https://arxiv.org/abs/2305.16264
 """
 
 import argparse
