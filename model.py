@@ -453,9 +453,10 @@ ACTIVATIONS = {
     'gelu': F.gelu,
     'relu': F.relu,
     'relu2': lambda x: F.relu(x).square(),  # So et al. 2021, Primer, arxiv.org/abs/2109.08668
-    'swiglu': F.silu,  # the last two with a gate: Shazeer 2020, arxiv.org/abs/2002.05202
+    'swiglu': F.silu,
     'geglu': lambda x: F.gelu(x, approximate='tanh'),
 }
+GATED = ('swiglu', 'geglu')  # Shazeer 2020, arxiv.org/abs/2002.05202
 
 class MLP(nn.Module):
     """
@@ -468,8 +469,7 @@ class MLP(nn.Module):
         C, inner = config.n_embd, config.mlp_dim or 4 * config.n_embd
         self.activation = config.activation
         self.fc = nn.Linear(C, inner, config.bias)
-        gated = config.activation in ('swiglu', 'geglu')
-        self.gate = nn.Linear(C, inner, config.bias) if gated else None
+        self.gate = nn.Linear(C, inner, config.bias) if config.activation in GATED else None
         self.proj = nn.Linear(inner, C, config.bias)
 
     def forward(self, x):
@@ -1172,7 +1172,7 @@ def hf_name(family, config, name):
     parts = '|'.join(map(re.escape, family.names))
     theirs = re.sub(parts, lambda part: family.names[part[0]], name.removeprefix('trunk.'))
     theirs = re.sub(r'(encoder\.block\.\d+\.layer)\.2', r'\1.1', theirs)  # no cross-attention
-    if config.activation not in ('swiglu', 'geglu'):
+    if config.activation not in GATED:
         theirs = theirs.replace('.wi_1', '.wi')  # T5's name where there is no gate
     if config.task == 'qa':
         theirs = theirs.replace('classifier', 'qa_outputs')
