@@ -149,6 +149,8 @@ def read_flags(argv, description, groups):
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
         if given.get('eval_only'):  # of the run itself, not of the model that it began with
             values.pop('init_from', None)
+        require('arch' not in values or given.get('preset') in (None, values.get('preset')),
+                f"it has all choices of {values.get('preset')}: leave --preset out")
         words = []
         for name, found in values.items():
             several = isinstance(found, list) and kinds.get(f'--{name}') is list
@@ -846,7 +848,8 @@ HEADERS = '''abstract answer answers article category chinese class completion c
     prompt query question response review russian sentence sentence1 sentence2 sentiment source
     source_text spanish src src_text summary target target_text targets text text_a text_b texts tgt
     tgt_text title translation trg ar cn cs de en eng es fr fra hi it ja ko nl pt ro ru tr vi zh
-    中文 英文 源文本 目标文本 标签 文本 标题 摘要 问题 答案'''.split()
+    中文 英文 源 目标 源文本 目标文本 原文 译文 标签 类别 文本 正文 内容 评论 句子 标题 摘要 问题
+    答案'''.split()
 
 def read_columns(path, *names):
     """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""

@@ -933,7 +933,8 @@ def read_start(start):
     return start
 
 # A word without the punctuation after it, or another sign, such as an emoji of several characters
-TOKEN = regex.compile(r'[\p{L}\p{N}_@#]\S*(?<=[\p{L}\p{N}_]\p{M}*)|(?!\s)\X')
+SIGNS = r'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'    # CJK's, full width
+TOKEN = regex.compile(rf'[\p{{L}}\p{{N}}_@#][^\s{SIGNS}]*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X')
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""
@@ -994,6 +995,8 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
     require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
     example, *rest = examples_of(tokenizer, kind, prompt, block_size)
+    if kind in ('text', 'classify'):  # which are cut
+        rest = len(tokenizer.encode(prompt)) > len(example['ids'])
     if model.config.arch == 'encdec':
         [[text]] = write_targets(model, tokenizer, [example], settings)
         example['decoder_ids'] = [tokenizer.start_id, *text.ids]
@@ -1020,11 +1023,13 @@ def print_texts(model, tokenizer, prompt, settings):
     show = functools.partial(print, end='', flush=True) if live else lambda text: None
     if n * num_parameters(model) < 20e6:
         torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
-    for rows in [[row] for row in range(n)] if live else [range(n)]:
-        show('\n---\n' * bool(texts) + prompt)
-        written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
-        texts += itertools.chain(*written)
-    torch.set_num_threads(threads)
+    try:
+        for rows in [[row] for row in range(n)] if live else [range(n)]:
+            show('\n---\n' * bool(texts) + prompt)
+            written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
+            texts += itertools.chain(*written)
+    finally:  # after Ctrl-C, too: a notebook goes on
+        torch.set_num_threads(threads)
     if settings.json:
         for text in texts:
             print(json.dumps({'prompt': prompt} | text.to_dict(), ensure_ascii=False))

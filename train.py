@@ -889,10 +889,10 @@ class Trainer:
         loss = float(scores['loss'])
         found = (self.sign * float(scores[self.best_by]), -loss)           # the loss among equals
         at.evals_since_best += 1
-        if reason or found > at.best:
+        if found > at.best:
             at.best, at.evals_since_best = found, 0
             self.save('best.pt')
-        elif 0 < s.patience <= at.evals_since_best:
+        elif not reason and 0 < s.patience <= at.evals_since_best:
             reason = f"stopped at step {at.step}: the last {s.patience} evaluations were no better"
         self.log.append([at.step, train_loss, loss, learning_rate(at.step, s),
                          at.step * self.tokens, at.seconds])
@@ -1055,7 +1055,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             split.windows(config.block_size)
         else:
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
-            longest = max(longest, split.longest if config.arch == 'encdec' else joined)
+            alone = config.arch in ('bert', 'encdec')                      # a BERT reads sources
+            longest = max(longest, split.longest if alone else joined)
     require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
             f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),

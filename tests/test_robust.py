@@ -326,12 +326,14 @@ def test_a_bad_value_of_any_flag_is_one_line_that_names_it(d, tmp_path, refusal)
     ('--config=bad.toml', '--config bad.toml'), ('--out_dir=bad.toml', 'bad.toml: '),
     ('--config=unknown.toml', 'did you mean --batch_size?'),
     ('--config=list.toml', "--batch_size: invalid int value: '[1, 2]'"),
+    ('--config=all.toml --preset=nano', 'all choices of gpt2: leave --preset out'),
     ('--dataset=pytopics', 'prepare_data.py --dataset pytopics')])
 def test_a_bad_command_line_is_one_line_that_names_what_is_wrong(
         d, tmp_path, refusal, flags, named):
     """Flags that do not exist, or do not fit each other, the data or the model."""
     (tmp_path / 'bad.toml').write_text('batch_size = \n')
     (tmp_path / 'unknown.toml').write_text('batchsize = 3\n')
+    (tmp_path / 'all.toml').write_text('preset = "gpt2"\narch = "gpt"\n')
     (tmp_path / 'list.toml').write_text('\ufeffbatch_size = [1, 2]\n', encoding='utf-8')
     line = refusal([*([] if 'dataset' in flags else [f'--dataset={d}']), *flags.split()])
     assert named in line, line

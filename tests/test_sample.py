@@ -1013,7 +1013,8 @@ def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
 @pytest.mark.parametrize('line, tokens', [
     ('Angela Merkel spoke.', 'Angela Merkel spoke .'), ('北京 is big', '北 京 is big'),
     ('(e\u0301!)', '( e\u0301 ! )'), ('@user', '@user'), ('a ||| b', 'a | | | b'),
-    ('x中y 3.14', 'x 中 y 3.14'), ('❤\ufe0fx👍🏽 न\u094d', '❤\ufe0f x 👍🏽 न\u094d')], ids=str)
+    ('x中y 3.14，b。', 'x 中 y 3.14 ， b 。'),
+    ('❤\ufe0fx👍🏽 न\u094d', '❤\ufe0f x 👍🏽 न\u094d')], ids=str)
 def test_a_tagger_answers_with_tokens_tags_and_entities(ask, line, tokens):
     """Punctuation and each CJK character are tokens; an entity is named behind the tokens."""
     row = ask.lines('tag', '--start', line)[0]
@@ -1190,6 +1191,9 @@ def test_a_page_shows_the_tokens_and_the_weights_of_a_text(ask, tmp_path):
     rows = shown(ask, tmp_path, 'bytes', '--start', '中a')['decoder'][0]
     assert rows == ['‹E4›', '‹B8›', '‹AD›', 'a']
     assert os.listdir(tmp_path) == ['page.html']
+    for text, says in ((start, '16 tokens, a part\n'), ('人', '1 tokens\n')):
+        found = ask('text', '--attention', tmp_path / 'page.html', '--start', text)
+        assert found.err.endswith(says)
 
 @pytest.mark.parametrize('kind', ANSWERING)
 def test_a_page_shows_what_a_model_reads_and_writes(ask, tmp_path, kind):

@@ -748,6 +748,11 @@ def test_target_loss_is_confirmed_on_the_whole_split(tmp_path, capsys):
     at = read(tmp_path / 'yes', 'best.pt')['progress']
     assert int(said[1]) == at['step'] < 20 and float(said[2]) <= 6
     assert -at['best'][1] == pytest.approx(float(said[2]), abs=1e-4)
+    saved, best = read(tmp_path / 'yes'), (tmp_path / 'yes/best.pt').read_bytes()
+    saved['progress']['best'] = (0.0, 0.0)  # a better one, which must not be lost
+    torch.save(saved, tmp_path / 'yes/ckpt.pt')
+    fit(tmp_path / 'yes', init_from='resume', target_loss=9.0, max_iters=21)
+    assert (tmp_path / 'yes/best.pt').read_bytes() == best
 
 # -----------------------------------------------------------------------------
 # Flags and files
@@ -773,11 +778,12 @@ def test_what_counts_more_comes_later(folders, tmp_path):
     ('text', dict(preset='bert'), ('pretrain', 'bert')), ('tag', dict(preset='gpt2'), ('tag', '')),
     ('seq2seq', dict(preset='t5'), ('seq2seq', '')), ('qa', dict(preset='bert'), ('qa', '')),
     ('classify', dict(preset='bert-base'), ('classify', 'bert-base')),
-    ('classify', dict(preset='bert', objective='masked_lm'), ('pretrain', 'bert'))])
+    ('classify', dict(preset='bert', objective='masked_lm'), ('pretrain', 'bert')),
+    ('seq2seq', dict(preset='bert', objective='masked_lm', block_size=24), ('pretrain', 'bert'))])
 def test_a_run_has_the_recipe_of_its_task_and_preset(folders, tmp_path, dataset, flags, recipe):
     """All of its values, apart from the flags that were given."""
     s = settings_of(tmp_path, dataset=folders / dataset, n_layer=1, n_embd=16, n_head=2,
-                    block_size=40, **flags)
+                    **{'block_size': 40, **flags})
     expected = train.RECIPES[recipe[0]][recipe[1]]
     given = {'max_iters', 'eval_iters'}
     assert {k: s[k] for k in expected if k not in given} == {
