@@ -948,7 +948,7 @@ class Trainer:
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
                        f"validation {self.best_by} {self.sign * at.best[0]:.4f}. Ask the model: "
                        f"python sample.py --out_dir {shell_word(s.out_dir)} --start \"...\"")
-        if runtime.is_main:
+        if runtime.is_main and len(self.log) > 2:  # two points are no picture
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return 128 + self.signal if self.signal else 0
 
