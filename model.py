@@ -59,7 +59,10 @@ TASKS = ('classify', 'tag', 'qa')  # what a TaskModel can be trained for
 
 @dataclass
 class Config:
-    """The architecture of a model. Raises ValueError where it cannot be built."""
+    """
+    The architecture of a model. Raises ValueError where it cannot be built. What a fork adds to the
+    computation has to be a field, since an export refuses the fields that others lack.
+    """
     arch: str = flag('gpt', 'kind of model', ('gpt', 'bert', 'encdec', 'lstm'))
     task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
     n_labels: int = flag(0, 'labels of the task, L; the data says how many')
@@ -321,13 +324,12 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
     # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
     # wrong for tensors that are not contiguous (https://github.com/pytorch/pytorch/issues/181133).
-    repeat = q.size(1) // k.size(1)                                        # H / G
     if q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
                     and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale))
-        return weights @ v.repeat_interleave(repeat, dim=1)
+        return weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
-                                          enable_gqa=repeat > 1)
+                                          enable_gqa=k.size(1) < q.size(1))
 
 def make_norm(config, channels, wanted=True):
     """
@@ -442,8 +444,8 @@ class Attention(nn.Module):
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
-        y = attention(q, k, v, self.drop, mask, causal, self.scale)        # (B, H, T, D)
-        return self.proj(y.to(dtype).transpose(1, 2).flatten(2))           # heads side by side
+        y = attention(q, k, v, self.drop, mask, causal, self.scale).to(dtype)  # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).flatten(2))                     # heads side by side
 
 # -----------------------------------------------------------------------------
 # Blocks
@@ -990,7 +992,7 @@ def optimizer_groups(model, weight_decay):
     The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
     each token, position or label), `matrices` (all others), `vectors` (biases, norms; no decay).
     """
-    tables = r'(tokens|positions|segments|relative_bias|output|head)\.weight'  # add your own here
+    tables = r'(\b|_)(tokens|positions|segments|relative_bias|output|head)\.weight'  # add yours
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
     for name, p in model.named_parameters():  # a tied weight comes once
         kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.ndim == 2 else 'vectors'

@@ -642,7 +642,7 @@ def evaluate(model, data, s, runtime, limit=None):
     kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
     for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
         nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
-        if 'rows' not in data.counts and count == len(data.tokens) - 1:  # each token of a text
+        if kinds == ['targets'] and 'rows' not in data.counts and count == len(data.tokens) - 1:
             return sample.text_scores(nats, count, data.counts['bytes'])
         if count:
             scores['loss'] += nats / count
