@@ -1437,10 +1437,11 @@ def prepare_task(settings, task, folder, files, val_files):
     if task in ('tag', 'qa'):  # as encode_with_offsets
         unique = itertools.chain(*map(split_cjk, unique))
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
-    for split, chosen in zip(('train', 'val'), splits):
+    for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
         examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
         sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
-        counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples)}
+        counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
+                         'bytes': len(''.join(texts).encode())}
         text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)
         (folder / f'{split}.jsonl').write_text(text, encoding='utf-8', newline='\n')
         if task == 'classify' and settings.block_size in sizes:
