@@ -558,7 +558,7 @@ class Stack(nn.Module):
         self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)    # post-norm has it
+        self.norm = make_norm(config, config.n_embd, config.norm_first)    # post-norm ends in one
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -627,7 +627,7 @@ class Stack(nn.Module):
             buckets = distance_buckets(distance, not self.causal, self.config.buckets,
                                        self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
-        # As numbers, or the kernel would make them of the bools in every block.
+        # As numbers, made once for all blocks; kernels would make them of bools in each.
         mask = torch.where(mask, bias, -math.inf)                          # (1 or B, 1 or H, T, S)
         return {'mask': mask.to(self.embed.tokens.weight.dtype)}
 

@@ -149,8 +149,9 @@ def read_flags(argv, description, groups):
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
         if given.get('eval_only'):  # of the run itself, not of the model that it began with
             values.pop('init_from', None)
-        require('arch' not in values or given.get('preset') in (None, values.get('preset')),
-                f"it has all choices of {values.get('preset')}: leave --preset out")
+        preset = values.get('preset')
+        require('arch' not in values or given.get('preset', preset) == preset or not preset,
+                f"it has all choices of {preset}: leave --preset out")
         words = []
         for name, found in values.items():
             several = isinstance(found, list) and kinds.get(f'--{name}') is list
@@ -437,8 +438,8 @@ def train_bpe(piece_counts, n_tokens):
             counts[pair] += weights[i]
             holders[pair].add(i)
 
-    # A heap has the least entry on top: minus the count puts the commonest pair there. One that
-    # comes up with an old count is pushed again with the new one.
+    # A heap has the least entry on top, so that minus the count puts the commonest pair there.
+    # Counts change after a pair was pushed: one with an old count is pushed again with the new one.
     entry = lambda pair: (-counts[pair], tokens[pair[0]], tokens[pair[1]], pair)
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
@@ -898,8 +899,9 @@ def read_tagged(path):
             row, texts = None, texts + 1
     require(columns <= 2 or counts != {True},
             f"{path}: the first column counts tokens or texts: leave it out")
-    require(counts or texts < 10, f"{path}: each of {texts} texts has one token: blank lines stand "
-            "between texts, and not between tokens")
+    if texts > 9 and not counts:
+        print(f"{path}: each of {texts} texts has one token: are there blank lines between tokens?",
+              file=sys.stderr)
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
@@ -1385,7 +1387,7 @@ def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
     size, characters, both, inside = 0, set(), files + val_files, 0
     for paths in (files, val_files):
-        cut = size  # at last: the size of `files`, where val_files begin
+        cut = size  # in the end the size of `files`, where val_files begin
         for text, _ in read_pieces(paths):
             size += len(text)
             characters.update(text)

@@ -390,7 +390,7 @@ def write_targets(model, tokenizer, examples, settings):
     fit = all(len(e['ids']) + length <= 1 + size for e, length in zip(examples, lengths))
     require(encoder or fit, "the longest source and target are too long together for block_size="
             f"{size}: leave them out")
-    settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths))
+    settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
     while rest:
@@ -932,8 +932,8 @@ def read_start(start):
         raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-# A word without the punctuation after it, or another sign, such as an emoji of several characters
 SIGNS = r'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'    # CJK's, full width
+# A word without the punctuation after it, or another sign, such as an emoji of several characters
 TOKEN = regex.compile(rf'[\p{{L}}\p{{N}}_@#][^\s{SIGNS}]*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X')
 
 def examples_of(tokenizer, kind, line, block_size):
@@ -994,9 +994,8 @@ def format_answer(answer):
 def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
     require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
-    example, *rest = examples_of(tokenizer, kind, prompt, block_size)
-    if kind in ('text', 'classify'):  # which are cut
-        rest = len(tokenizer.encode(prompt)) > len(example['ids'])
+    example, whole = (examples_of(tokenizer, kind, prompt, n)[0] for n in (block_size, 10 ** 9))
+    is_part = len(example['ids']) < len(whole['ids'])
     if model.config.arch == 'encdec':
         [[text]] = write_targets(model, tokenizer, [example], settings)
         example['decoder_ids'] = [tokenizer.start_id, *text.ids]
@@ -1012,7 +1011,7 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
             for name, weights in maps.items()]
     page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c')).encode()
     write_file(settings.attention, lambda f: f.write(page))
-    print(f"{settings.attention}: the weights of {len(source)} tokens" + ", a part" * bool(rest),
+    print(f"{settings.attention}: the weights of {len(source)} tokens" + ", a part" * is_part,
           file=sys.stderr)
 
 def print_texts(model, tokenizer, prompt, settings):

@@ -94,7 +94,7 @@ class Data:
                 with open(f'{path}.jsonl', encoding='utf-8') as f:
                     self.rows = [json.loads(line) for line in f]
                 sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
-                self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
+                self.longest, self.lengths = np.max(sizes, axis=0), np.sum(sizes, axis=1)
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
             else:
                 self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
@@ -153,7 +153,7 @@ class Data:
                  for i in range(self.vocab_size)]
         blank, spaced, maybe, always = [                                   # (V,) each
             np.array([re.search(pattern, text) is not None for text in texts])
-            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', rf'[{MARKS}]\W*$|\n')]
+            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', rf'[{MARKS}][\s"\'”’）」』】》]*$|\n')]
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
@@ -240,7 +240,7 @@ def hide_tokens(ids, data, rng):
     """
     ids (T,) -> (what the model sees, targets). 15 % of the text tokens are to be predicted, at
     least one. Of those, 80 % are shown as [MASK], 10 % as a random token, and 10 % as they are: the
-    texts of a task have no [MASK], so the model must read every token that it sees.
+    texts of a task have no [MASK], so the model must use what it sees, which may be wrong.
     """
     places = np.flatnonzero(data.is_text[ids])                             # no special token
     shown, targets = ids.copy(), np.full_like(ids, IGNORE_INDEX)
@@ -493,7 +493,7 @@ class Settings:
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none', low=0)
     freeze: str = flag('', 'weights not to train, by words in their names: tokens blocks.0.')
-    adversarial: float = flag(0.0, 'also learn with the embedding so far up its gradient', low=0)
+    adversarial: float = flag(0.0, 'also learn at an embedding so far up its gradient', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
@@ -1055,8 +1055,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             split.windows(config.block_size)
         else:
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
-            alone = config.arch in ('bert', 'encdec')                      # a BERT reads sources
-            longest = max(longest, split.longest if alone else joined)
+            alone = {'bert': split.longest[0], 'encdec': max(split.longest)}  # BERT reads sources
+            longest = max(longest, alone.get(config.arch, joined))
     require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
             f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
@@ -1158,7 +1158,7 @@ def claim_folder(s, config, resumed, runtime):
     except (ImportError, OSError):  # Windows, or a drive without locks
         pass
     path.write_text(str(os.getpid()))
-    for name in ('ckpt.pt', 'best.pt', 'log.csv', 'config.toml'):
+    for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml'):
         for half in folder.glob(f'{name}.*.tmp'):  # of a run that was killed while it saved
             half.unlink()
         old = folder / name

@@ -557,7 +557,7 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
         {'label': '1', 'text': 'x'}, {'label': 'b c', 'text': '"""y"', 'text_b': 'z'}]
     assert capsys.readouterr().err == f"{tmp_path / 'a.jsonl'}: not read: at\n"
 
-def test_tagged_files_of_all_kinds_are_read(tmp_path):
+def test_tagged_files_of_all_kinds_are_read(tmp_path, capsys):
     """Four columns, -DOCSTART-, words of CJK; U+00A0 is part of a token, no border (F17)."""
     write(tmp_path / 'a.conll', '-DOCSTART- -X- O O\n\n1 CD O O\n2 CD O O\n\nEU NNP I-NP B-ORG\n'
           '10\u00a0000 CD I-NP O\n\n\n東京Bonn NNP I-NP B-LOC')
@@ -565,6 +565,8 @@ def test_tagged_files_of_all_kinds_are_read(tmp_path):
         {'tokens': ['1', '2'], 'tags': ['O', 'O']},  # a text, no column that counts
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
         {'tokens': ['東', '京', 'Bonn'], 'tags': ['B-LOC', 'I-LOC', 'I-LOC']}]
+    assert len(rows_of('tag', write(tmp_path / 'b.conll', 'EU\tO\n\n' * 12))) == 12
+    assert 'b.conll: each of 12 texts has one token' in capsys.readouterr().err
 
 ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
 QUESTION = ('{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{' + ANSWER + '}]},\n'
@@ -605,7 +607,6 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'no validation': ('classify', {'a.tsv': LABELS, 'w': '\n'}, ['--val', 'w'], 'w: 2 rows'),
     'no tag': ('tag', {'a.conll': 'EU\tB-组织\n说\n'}, [], 'a.conll, line 2'),
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'a.conll, line 2'),
-    'a token a text': ('tag', {'a.conll': 'EU\tO\n\n' * 12}, [], 'each of 12 texts has one token'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
     'an answer elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),
