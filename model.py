@@ -275,7 +275,7 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token
-    exp(0) / (exp(1/2) + 3) = 0.22:
+    exp(0) / (exp(1/2) + 3) = 0.22 (with V = X these are also the outputs):
 
     >>> x = torch.eye(4)[None, None]
     >>> [round(weight, 2) for weight in attention_weights(x, x)[0, 0, 0].tolist()]
@@ -452,10 +452,10 @@ class Attention(nn.Module):
 
 ACTIVATIONS = {
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # GPT-2 was trained with it
-    'gelu': F.gelu,
+    'gelu': F.gelu,  # x P(N(0, 1) < x): Hendrycks and Gimpel 2016, arxiv.org/abs/1606.08415
     'relu': F.relu,
     'relu2': lambda x: F.relu(x).square(),  # So et al. 2021, Primer, arxiv.org/abs/2109.08668
-    'swiglu': F.silu,
+    'swiglu': F.silu,  # x sigmoid(x)
     'geglu': lambda x: F.gelu(x, approximate='tanh'),
 }
 GATED = ('swiglu', 'geglu')  # Shazeer 2020, arxiv.org/abs/2002.05202
@@ -654,8 +654,8 @@ def init_weights(model):
     """
     Biases start at 0, norms stay at 1, matrices are normal draws, of mean 0 and standard deviation
 
-    gpt2     0.02; 0.02 / sqrt(2 n_layer) where a layer writes to the residual stream: 2.3 of [2]
-    normal   0.02 everywhere (BERT, LLaMA)
+    gpt2     0.02; / sqrt(2 n_layer) where a layer writes to the residual stream: section 2.3 of [2]
+    normal   0.02 everywhere (BERT; LLaMA as in Hugging Face's code)
     fan_in   1 / sqrt(columns); token embeddings 1, as they enter the first block: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
              nothing yet

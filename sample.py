@@ -571,8 +571,9 @@ def bleu_words(text):
 def bleu(guesses, rights):
     """
     BLEU of a corpus, 0 to 100 (Papineni et al. 2002; Post 2018, https://arxiv.org/abs/1804.08771):
-    the geometric mean of the shares of its 1- to 4-grams that are in the reference, times a brevity
-    penalty where it is shorter. An n without a match counts as 1/2, 1/4, ... of a match.
+    the geometric mean of the shares of its 1- to 4-grams that the reference has, each as often as
+    there at most, times a brevity penalty where it is shorter. An n without a match counts as 1/2,
+    1/4, ... of a match.
     """
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
     log_mean, smooth = 0.0, 1.0
@@ -590,7 +591,7 @@ def bleu(guesses, rights):
 ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
 
 def rouge(guess, right):
-    """ROUGE-1, -2, -L (Lin 2004): F1 of words, word pairs, the longest common subsequence."""
+    """ROUGE-1, -2, -L (Lin 2004, there recalls): F1 of words, pairs, longest common subsequence."""
     guess, right = [ROUGE_WORD.findall(cjk_apart(text.lower())) for text in (guess, right)]
     row = [0] * (len(right) + 1)  # longest common subsequence with the first i words of `right`
     for word in guess:

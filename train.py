@@ -256,7 +256,8 @@ def span_corruption(data, index, T):
     """
     Text-to-text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
     https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average
-    (section 3.3.4). A sentinel stands for each, and the target says what stood there.
+    (section 3.3.4). A sentinel stands for each, and the target says what stood there. (The figure
+    in the paper ends with one more sentinel.)
 
         text           Thank you for inviting me to your party last week
         ids            Thank you <extra_0> me to your party <extra_1> <|endoftext|>
@@ -365,8 +366,10 @@ class Optimizer:
 
 class AdamW(Optimizer):
     """
-    Loshchilov and Hutter 2017, https://arxiv.org/abs/1711.05101: with running means m of the
-    gradient g and v of its square, both divided by 1 - beta^t since they start at 0,
+    Kingma and Ba 2014, https://arxiv.org/abs/1412.6980, with the decay of Loshchilov and Hutter
+    2017, https://arxiv.org/abs/1711.05101 (there the schedule alone scales it, as in torch not):
+    with running means m of the gradient g and v of its square, both divided by 1 - beta^t since
+    they start at 0,
 
         weight -= lr * (m / (sqrt(v) + 1e-8) + weight_decay * weight)
     """
@@ -756,9 +759,9 @@ def duration(seconds):
 def flops_per_token(model):
     """
     Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361), and 12 L C T for attention, as if no key were hidden
-    (Chowdhery et al. 2022, appendix B). Too much where a token meets only a part of the weights:
-    one of two stacks, or BERT's output one time in seven.
+    https://arxiv.org/abs/2001.08361), not counting an untied input table, and 12 L C T for
+    attention, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). Too much
+    where a token meets a part of the weights: one of two stacks, BERT's output one time in seven.
     """
     c, n = model.config, num_parameters(model)
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
@@ -780,7 +783,10 @@ def dry_run(model, s, data, runtime):
     n, tokens = num_parameters(model), tokens_per_step(s, data, config)
     flops = flops_per_token(model) * (2 if s.adversarial else 1)
     width = runtime.dtype.itemsize // 2                                    # times 16 bits
-    activations = s.batch_size * T * (width * L * (34 * C + 5 * config.n_head * T) + 8 * V)
+    # the T x S weights are stored where attention() follows the formula, as does the equation
+    fused = runtime.device == 'cuda' or T > 512 or (width == 2 and not config.dropout)
+    scores = 0 if fused else 5 * config.n_head * T
+    activations = s.batch_size * T * (width * L * (34 * C + scores) + 8 * V)
     x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
     timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
     speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
@@ -788,8 +794,8 @@ def dry_run(model, s, data, runtime):
     runtime.print0(
         f"parameters {n:,}: {', '.join(parts)}\n"
         f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
-        f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (about "
-        "20 make the best of compute: Hoffmann et al. 2022)\n"
+        f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (for a "
+        "GPT on new text about 20 make the best of compute: Hoffmann et al. 2022)\n"
         f"compute    {flops / 1e6:,.1f} MFLOPs a token, {flops * total / 1e12:,.1f} TFLOPs in all\n"
         f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
         f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
