@@ -150,7 +150,7 @@ def read_flags(argv, description, groups):
         if given.get('eval_only'):  # of the run itself, not of the model that it began with
             values.pop('init_from', None)
         preset = values.get('preset')
-        require('arch' not in values or given.get('preset', preset) == preset or not preset,
+        require('arch' not in values or not preset or given.get('preset', preset) == preset,
                 f"it has all choices of {preset}: leave --preset out")
         words = []
         for name, found in values.items():
@@ -225,6 +225,8 @@ FORMAT = 'plainformer tokenizer 2'
 def split_cjk(text):
     """Each CJK character apart, and the texts between them, which may be empty."""
     return regex.split(f'({CJK.pattern})', text)
+
+WITH_OFFSETS = ('tag', 'qa')  # tasks whose texts encode_with_offsets cuts so, before it encodes
 
 # Where a long text may be cut, so that no token of WORDS would cross the cut: after a line end, or
 # before the last of several, if a line follows that begins with no white space; or before a space
@@ -352,7 +354,7 @@ class Tokenizer:
         by_words = self.name != 'byte'
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                            use_regex=by_words)
-        if task in ('tag', 'qa'):  # as encode_with_offsets
+        if task in WITH_OFFSETS:
             by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
@@ -1436,7 +1438,7 @@ def prepare_task(settings, task, folder, files, val_files):
                     f"{row['where']}: the label {row['label']!r} is nowhere else: leave it out")
     train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
     characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
-    if task in ('tag', 'qa'):  # as encode_with_offsets
+    if task in WITH_OFFSETS:
         unique = itertools.chain(*map(split_cjk, unique))
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
     for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):

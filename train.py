@@ -496,7 +496,7 @@ class Settings:
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', low=0, below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none', low=0)
     freeze: str = flag('', 'weights not to train, by words in their names: tokens blocks.0.')
-    adversarial: float = flag(0.0, 'also learn at an embedding so far up its gradient', low=0)
+    adversarial: float = flag(0.0, 'also learn, embeddings moved so far up their gradient', low=0)
     # where
     seed: int = flag(1337, 'of everything random', low=0)
     device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
@@ -679,8 +679,8 @@ def micro_batches(step, s, runtime):
 
 def fgm_perturbation(gradient, distance):
     """
-    How the table of token embeddings is moved, whose gradient is g: by distance * g / |g| (Miyato
-    et al. 2017, https://arxiv.org/abs/1605.07725, move those of each example).
+    distance * g / |g|: how far the table of token embeddings moves up its gradient g (Miyato et al.
+    2017, https://arxiv.org/abs/1605.07725, move the embeddings of each example).
     """
     return distance * gradient / gradient.norm().clamp(min=1e-12)
 

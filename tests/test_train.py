@@ -937,6 +937,7 @@ def test_a_new_run_moves_the_files_of_an_old_one(d, tmp_path, capsys):
     """Nothing is overwritten, and each move is printed."""
     fit(tmp_path, d, max_iters=1)
     for number in ('', '1'):
+        (tmp_path / 'loss.png').write_text(f'drawn {number}')
         old = {path: path.read_bytes() for path in tmp_path.iterdir() if '.old' not in path.name}
         fit(tmp_path, d, max_iters=1, seed=f'{number}6')
         out = capsys.readouterr().out
