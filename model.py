@@ -60,8 +60,8 @@ TASKS = ('classify', 'tag', 'qa')  # what a TaskModel can be trained for
 @dataclass
 class Config:
     """
-    The architecture of a model. Raises ValueError where it cannot be built. What a fork adds to the
-    computation has to be a field, since an export refuses the fields that others lack.
+    The architecture of a model. Raises ValueError where it cannot be built. Whatever you add to the
+    computation has to be a field, so that an export can refuse it.
     """
     arch: str = flag('gpt', 'kind of model', ('gpt', 'bert', 'encdec', 'lstm'))
     task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
@@ -314,7 +314,7 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     """
     attention_weights(q, k) @ v: by a fused kernel, or by the formula where that is better. They
-    agree up to rounding: if you change the formula, take out the kernel.
+    agree up to rounding: to change the formula, take out the kernel.
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
@@ -347,7 +347,7 @@ class KVCache:
     """
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
-        length          number of tokens read so far
+        length          number of tokens read so far; of a source 0
         positions       those of the tokens that are read now, (T,)
         layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
@@ -357,8 +357,9 @@ class KVCache:
     size is the most tokens it has room for. On a CPU keys and values are float32 whatever the
     dtype of the model: one query then attends to many keys 5 times as fast as in bfloat16.
 
-    A CUDA graph repeats operations of fixed shapes at fixed places in memory. In it, `length` is a
-    tensor on the device, and all `size` keys are read; a mask hides those to come.
+    A CUDA graph (`capture` in sample.py) repeats operations of fixed shapes at fixed places in
+    memory. In it, `length` is a tensor on the device, and all `size` keys are read; a mask hides
+    those to come.
     """
 
     def __init__(self, size, memory=None, memory_mask=None):
@@ -418,7 +419,7 @@ class Attention(nn.Module):
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
-        """All heads of q (B, T, H D), k and v (B, S, G D). sample.py: as one product."""
+        """All heads of q (B, T, H D), k and v (B, S, G D). sample.py joins the three."""
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
@@ -558,7 +559,7 @@ class Stack(nn.Module):
         self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)    # post-norm ends in one
+        self.norm = make_norm(config, config.n_embd, config.norm_first)    # post-norm blocks end so
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -573,7 +574,7 @@ class Stack(nn.Module):
         ids (B, T) -> hidden states (B, T, C). attention_mask (B, T) and memory_mask (B, S) are
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
         holds only the new tokens, attention_mask also covers the earlier ones, and the memory is
-        that of the cache. others: more arguments of the function attention_mask, which a fork adds.
+        that of the cache. others: arguments that you have added to the function attention_mask.
         Raises ValueError beyond block_size or the cache, and where memory is missing.
         """
         past, source_cache = 0, None
@@ -613,8 +614,8 @@ class Stack(nn.Module):
         """The arguments of attention about who sees whom, for all blocks of one window."""
         T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
-        # do T queries and T keys where the window hides none: is_causal is their triangle. Several
-        # new tokens after a cache need one: is_causal aligns query 0 with key 0.
+        # do T queries and T keys where the window hides none: causal=True is their triangle.
+        # Several new tokens after a cache need one: causal=True aligns query 0 with key 0.
         if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
@@ -855,7 +856,7 @@ class TaskModel(nn.Module):
         last token of the answer.
         """
         task = self.config.task
-        whole_text = task not in ('tag', 'qa')                             # classify, or a fork's
+        whole_text = task not in ('tag', 'qa')                             # classify, or your own
         attention_mask = None if attention_mask is None else attention_mask.bool()
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         if whole_text and self.config.arch == 'bert':
@@ -1013,8 +1014,8 @@ def pairs(text):
 
 class Family(NamedTuple):
     """How Hugging Face writes down one family of models."""
-    preset: str           # what an empty config.json means; its recipe is used to train on
-    unlike: dict          # fields where that differs
+    preset: str           # what an empty config.json means; its row of RECIPES trains it
+    unlike: dict          # fields that differ from the preset's
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config
     activations: dict     # theirs -> ours; the last of several names is exported

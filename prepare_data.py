@@ -216,7 +216,7 @@ def progress(text):
 
 SPECIALS = ['<|endoftext|>', '[PAD]', '[CLS]', '[SEP]', '[MASK]',
             *(f'<extra_{i}>' for i in range(100))]
-ONE = r'(?s:.)'  # each character is a piece
+EACH = r'(?s:.)'  # each character is a piece
 # letters, digits, or other signs, each with one space before it; then other white space
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
@@ -226,10 +226,10 @@ def split_cjk(text):
     """Each CJK character apart, and the texts between them, which may be empty."""
     return regex.split(f'({CJK.pattern})', text)
 
-WITH_OFFSETS = ('tag', 'qa')  # tasks whose texts encode_with_offsets cuts so, before it encodes
+WITH_OFFSETS = ('tag', 'qa')  # tasks whose texts encode_with_offsets first cuts with split_cjk
 
-# Where a long text may be cut, so that no token of WORDS would cross the cut: after a line end, or
-# before the last of several, if a line follows that begins with no white space; or before a space
+# Where a long text may be cut, so that no token of WORDS would cross the cut: at a line end (before
+# the last of several) if the next line begins with no white space; or before a space
 # (but not after > : a piece that ends in <|endoftext|> would look as if a document ended there).
 # (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
@@ -388,11 +388,11 @@ class Tokenizer:
 
 def char_tokenizer(characters):
     """One token for each character of the text."""
-    return Tokenizer('char', ONE, {c.encode(): i for i, c in enumerate(sorted(characters))})
+    return Tokenizer('char', EACH, {c.encode(): i for i, c in enumerate(sorted(characters))})
 
 def byte_tokenizer():
     """256 tokens, which can write any text."""
-    return Tokenizer('byte', ONE, {bytes([b]): b for b in range(256)})
+    return Tokenizer('byte', EACH, {bytes([b]): b for b in range(256)})
 
 def gpt2_tokenizer():
     """That of GPT-2, with our special tokens after its own 50,257."""
@@ -1024,8 +1024,8 @@ def qa_examples(tokenizer, row, labels, block_size):
     """
     Where in the context do the first and the last token of the answer stand? A long context is cut
     into windows that overlap by half, each an example. Where the window does not hold the answer,
-    both targets are 0, the place of [CLS]. A token in which the answer ends, as before a Korean
-    suffix, is cut in two, which a model may notice: then trust only sample.py --score FILE.
+    both targets are 0, the place of [CLS]. A token across the end of the answer, as before a
+    Korean suffix, is cut there, which gives answers away: then trust only sample.py --score FILE.
 
         ids       [CLS] which city [SEP] Oslo is old . [SEP]
         targets   4, 4                                          of Oslo

@@ -100,7 +100,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
         chosen = order[start:start + batch_size]
         batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
         kinds = [key for key in batch if key.endswith('targets')]
-        for kind in kinds or ['targets']:  # a pass for each; one where there are none
+        for kind in kinds or ['targets']:  # BERT returns the logits of one kind a call
             inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
             with evaluating(model):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # the sum, not a mean
@@ -179,7 +179,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
         chosen = sample_token(logits, uniform, temperature, top_k, top_p)
-        return chosen.where(logits.amax(dim=-1).isfinite(), -1)     # below: a graph cannot raise
+        return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
     size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
@@ -204,7 +204,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         chosen = chosen.cpu()
         require(chosen.min() >= 0, NOT_FINITE)
         for text, token in zip(computed, chosen.tolist()):
-            text.append(text[-1] if i and text[-1] in end_ids else token)
+            text.append(text[-1] if i and text[-1] in end_ids else token)  # a prompt may end so
         yield torch.tensor([text[-1] for text in texts])
         rest = [k for k, text in enumerate(computed) if text[-1] not in end_ids]
         if not rest:
@@ -330,7 +330,7 @@ class TextStream:
         return {'text': self.text} | ({} if self.score is None else {'score': self.score})
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for ids of no token and for special ones, but not ends, if ends=True."""
+    """(V,) bool: True for ids without a token and special ones; ends=True spares the ends."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -408,8 +408,7 @@ def write_targets(model, tokenizer, examples, settings):
     return results
 
 # -----------------------------------------------------------------------------
-# Answers. decode_... (no decoder of a model) turns the logits of one row, of all its examples, into
-# an answer, a dict.
+# Answers. Each decode_... turns the logits of all examples of one row into an answer, a dict.
 
 def decode_label(examples, logits, labels):
     """(L,) -> the likeliest label."""
@@ -620,7 +619,7 @@ BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by say
 LOWER_IS_BETTER = ['loss']  # of those scores
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
-    """Scores of labelled examples, and their loss; of text to text no loss, and greedy targets."""
+    """Scores and loss of labelled examples; of text to text no loss, targets written greedily."""
     settings = settings or Settings(temperature=0.0)
     rows = [list(row) for _, row in itertools.groupby(examples, lambda e: e['meta']['row'])]
     answers, totals = answer_rows(model, tokenizer, rows, task, labels, settings)
@@ -679,7 +678,7 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
     require(rows, f"--score {path}: no rows in it")
     if task == 'qa' and not ours:  # others do not say if they know questions without an answer
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
-    # No answers (only qa has any), which guide how a context is cut into tokens; so no loss.
+    # Without answers, which would guide how qa cuts a context into tokens; so no loss.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)
     for example in examples:
@@ -909,7 +908,7 @@ def arrange_weights(model):
         joined = lambda x, source: torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
         x = weight[None, :1]                                               # any input, (1, 1, C)
         new, old = (torch.cat(project(x, x), dim=-1) for project in (joined, attention.project))
-        close = torch.finfo(new.dtype).eps ** 0.75                         # but a fork may do more
+        close = torch.finfo(new.dtype).eps ** 0.75                         # unless you changed it
         if (new - old).norm() <= close * old.norm():
             attention.project = joined
 
@@ -933,9 +932,9 @@ def read_start(start):
         raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-SIGNS = r'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'    # CJK's, full width
+WIDE = r'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'    # CJK's signs
 # A word without the punctuation after it, or another sign, such as an emoji of several characters
-TOKEN = regex.compile(rf'[\p{{L}}\p{{N}}_@#][^\s{SIGNS}]*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X')
+TOKEN = regex.compile(rf'[\p{{L}}\p{{N}}_@#][^\s{WIDE}]*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X')
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""
@@ -990,7 +989,7 @@ def format_answer(answer):
         return f'{tagged}\t{found}'.rstrip()
     if 'targets' in answer:
         return '\n'.join(one_line(target['text']) for target in answer['targets'])
-    return one_line(str(next(iter(answer.values()))))                      # qa, and tasks of forks
+    return one_line(str(next(iter(answer.values()))))                      # qa, and your own tasks
 
 def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""

@@ -2,7 +2,7 @@
 Train any model of model.py with one loop.
 
     python train.py                                           a small GPT on Python's documentation
-    python train.py --dataset shakespeare --preset nano       another text, another row of PRESETS
+    python train.py --dataset shakespeare --preset gpt2       another text, another row of PRESETS
     python train.py --init_from resume                        go on as if it had never stopped
     python train.py --preset bert --out_dir out-bert          learn as BERT did, from the same text
     python train.py --init_from out-bert --dataset pytopics   fine-tune it on labelled data
@@ -49,7 +49,7 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 # Data
 
 SPLITS = {'train': 0, 'val': 1}
-MARKS = '。！？।۔؟'  # end a sentence, whatever follows
+ENDS = '。！？।۔؟'  # end a sentence, whatever follows
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, *seed):
@@ -63,7 +63,7 @@ def row_order(data, epoch):
     length, but for a batch that begins in one epoch and ends in the next.
     """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # end an earlier batch
+    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # rest of a batch
     middle = order[begin:begin + (n - begin) // size * size]               # a view of order
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
@@ -153,11 +153,11 @@ class Data:
                  for i in range(self.vocab_size)]
         blank, spaced, maybe, always = [                                   # (V,) each
             np.array([re.search(pattern, text) is not None for text in texts])
-            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', rf'[{MARKS}][\s"\'”’）」』】》]*$|\n')]
+            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', rf'[{ENDS}][\s"\'”’）」』】》]*$|\n')]
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
-        for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else MARKS):
+        for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else ENDS):
             if len(mark) > 1:  # of several tokens, in this order
                 ends |= np.all([np.roll(before, i) == token
                                 for i, token in enumerate(mark[::-1])], axis=0)
@@ -196,7 +196,7 @@ def masked_lm(data, index, T):
         text          the cat sat . it purred .
         ids           [CLS] the [MASK] sat .  [SEP] it  dog   .   [SEP]
         segments        0    0    0     0  0    0    1   1    1     1
-        targets         .    .   cat    .  .    .    .  purred .    .       a dot is IGNORE_INDEX
+        targets         -    -   cat    -  -    -    -  purred -    -       - is IGNORE_INDEX
         next_targets  1                                                     B follows A
 
     Rows of labelled data have no next_targets; nor has text of one document, or without sentences
@@ -304,7 +304,7 @@ def completion(data, index, T):
 class Objective:
     example: object      # (data, index, T) -> example, of at most T tokens if it is cut from text
     archs: tuple         # the models that can learn it; the first row that fits is the default
-    tasks: tuple = ('',)  # of the data; '': text
+    tasks: tuple = ('',)  # of the data; '': any data, as text
     by_rows: bool = True  # takes labelled data row by row, not as one text
     shortest: int = 1    # block_size that has room for an example
 
@@ -326,7 +326,7 @@ def get_batch(data, objective, T, first, n):
 # -----------------------------------------------------------------------------
 # Optimizers. Those of torch.optim would do, but they import the compiler, which takes two seconds
 
-ONE = torch.tensor(1.0)
+GOOD = torch.tensor(1.0)
 
 class Optimizer:
     """
@@ -341,7 +341,7 @@ class Optimizer:
         self.state = {p: self.new_state(p) for group in groups for p in group['params']}
 
     @torch.no_grad()
-    def step(self, rate=1.0, good=ONE):
+    def step(self, rate=1.0, good=GOOD):
         """
         Move the weights. rate: the learning rate as a share of its peak. good: 1, or 0 for a step
         that moves nothing; a tensor on the device, so that the CPU need not wait for it.
@@ -367,7 +367,7 @@ class Optimizer:
 class AdamW(Optimizer):
     """
     Kingma and Ba 2014, https://arxiv.org/abs/1412.6980, with the decay of Loshchilov and Hutter
-    2017, https://arxiv.org/abs/1711.05101 (there the schedule alone scales it, as in torch not):
+    2017, https://arxiv.org/abs/1711.05101 (scaled by lr, as in torch; there by the schedule alone):
     with running means m of the gradient g and v of its square, both divided by 1 - beta^t since
     they start at 0,
 
@@ -385,12 +385,13 @@ class AdamW(Optimizer):
         torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read, and waited for
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
-                            maximize=False, found_inf=(1 - good).to(t[0].device))  # in one pass
+                            maximize=False, found_inf=(1 - good).to(t[0].device))  # the formula
 
 def orthogonal(x):
     """
-    x (n, rows, columns) -> nearly orthogonal matrices: of U S V^T about U V^T. Five steps of an odd
-    polynomial (Newton-Schulz) bring most singular values to between 0.7 and 1.2.
+    x (n, rows, columns) -> nearly orthogonal matrices: of U S V^T about U V^T. Five times (Newton
+    and Schulz) x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x brings most singular values to
+    between 0.7 and 1.2.
     """
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
@@ -427,7 +428,7 @@ class Muon(Optimizer):
         torch._foreach_copy_(means, list(new))
         ahead = gradients.lerp(new, self.momentum)                         # Nesterov's momentum
         steps = orthogonal(ahead.to(self.dtype)).float()
-        scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))
+        scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))           # as in the post
         torch._foreach_mul_(weights, 1 - lr * decay * good)
         torch._foreach_add_(weights, list(steps * (-lr * scale * good)))
 
@@ -509,9 +510,9 @@ class Settings:
 
 # Good values where they differ from the defaults: by what is trained, then by preset ('': any).
 MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
-PAIRS = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3, muon_learning_rate=0.01,
-             eval_interval=250)
-SMALL = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
+TEXT_TO_TEXT = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3,
+                    muon_learning_rate=0.01, eval_interval=250)
+NEW_HEAD = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
     """
@@ -526,7 +527,7 @@ RECIPES = {
     'pretrain': {
         'lstm': dict(learning_rate=1e-2),
         'palm': dict(learning_rate=1e-2),  # its embeddings start large
-        't5': PAIRS,
+        't5': TEXT_TO_TEXT,
         'gpt2-124m': dict(learning_rate=6e-4, warmup_iters=2000, max_iters=600_000, beta2=0.95,
                           batch_size=12, gradient_accumulation_steps=40, eval_interval=2000,
                           eval_iters=200),
@@ -537,10 +538,10 @@ RECIPES = {
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),
     },
-    'classify': {'': dict(SMALL, dropout=0.3), **large()},
-    'tag': {'': dict(SMALL, max_iters=1500), **large(max_iters=600, learning_rate=2e-4)},
-    'qa': {'': SMALL, **large()},
-    'seq2seq': {'': dict(PAIRS, batch_size=64), **large(learning_rate=3e-4)},
+    'classify': {'': dict(NEW_HEAD, dropout=0.3), **large()},
+    'tag': {'': dict(NEW_HEAD, max_iters=1500), **large(max_iters=600, learning_rate=2e-4)},
+    'qa': {'': NEW_HEAD, **large()},
+    'seq2seq': {'': dict(TEXT_TO_TEXT, batch_size=64), **large(learning_rate=3e-4)},
 }
 RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
 
@@ -725,8 +726,8 @@ def backward(step, model, forward, data, s, runtime):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. float16 overflows now and then, which only halves its scale. On a
-    GPU only the steps of the log ask, since that waits for it: others skip a bad step in silence.
+    then raise ValueError. An overflow of float16 only halves its scale. To ask waits for a GPU, so
+    that only steps of the log do: others skip a bad step in silence.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -761,7 +762,7 @@ def flops_per_token(model):
     Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
     https://arxiv.org/abs/2001.08361), not counting an untied input table, and 12 L C T for
     attention, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). Too much
-    where a token meets a part of the weights: one of two stacks, BERT's output one time in seven.
+    where a token uses only some weights: one of two stacks, BERT's output for one in seven.
     """
     c, n = model.config, num_parameters(model)
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
@@ -1119,7 +1120,7 @@ def start(given):
     runtime = Runtime(s)
     folder = find_dataset(s.dataset, runtime)
     data, val = (Data(folder, split, s.seed) for split in SPLITS)
-    if s.objective and '' in OBJECTIVES[s.objective].tasks:  # labelled data are text, too
+    if s.objective and '' in OBJECTIVES[s.objective].tasks:  # learn labelled data as text
         data.task = val.task = ''
         data.labels = val.labels = []
     torch.manual_seed(s.seed)  # of the weights that are new
