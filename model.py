@@ -628,6 +628,7 @@ class Stack(nn.Module):
             buckets = distance_buckets(distance, not self.causal, self.config.buckets,
                                        self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
+            bias = bias.contiguous()                                       # as kernels want it
         # As numbers, made once for all blocks; kernels would make them of bools in each.
         mask = torch.where(mask, bias, -math.inf)                          # (1 or B, 1 or H, T, S)
         return {'mask': mask.to(self.embed.tokens.weight.dtype)}
@@ -929,6 +930,8 @@ def reading(path, remedy):
 
 def find_checkpoint(path):
     """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
+    if os.path.isfile(path) and path.endswith(('.safetensors', '.bin', '.json')):
+        path = os.path.dirname(os.path.abspath(path))
     for found in (Path(path), Path(path, 'best.pt'), Path(path, 'ckpt.pt')):
         if found.is_file():
             return found
@@ -937,10 +940,10 @@ def find_checkpoint(path):
         with contextlib.suppress(Exception):  # not installed, no network, or no such model
             from huggingface_hub import snapshot_download
             folder = snapshot_download(path, allow_patterns=patterns)
+    require(any(Path(folder).glob('model*')) or not Path(folder, 'adapter_config.json').exists(),
+            f"{path} is an adapter, without its model: merge the two first, with peft")
     if Path(folder, 'config.json').exists():
         return folder
-    require(not Path(folder, 'adapter_config.json').exists(),
-            f"{path} is an adapter, without its model: merge the two first, with peft")
     raise FileNotFoundError(
         f"there is no checkpoint {path}, which is a .pt file or a folder with a config.json: train "
         f"a model first, with python train.py, or download https://huggingface.co/{path} into a "
@@ -959,7 +962,7 @@ def load(path, device='cpu', **changes):
         with reading(path, "it is damaged or of another version, choose another checkpoint"):
             with zipfile.ZipFile(path) as parts:  # its checksums, which torch.load does not compare
                 require(parts.testzip() is None, "a part of it is damaged")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)  # runs no code
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)  # runs no code
             model = build(Config(**checkpoint['config']))
             model.load_state_dict(checkpoint['model'])
     for name, p in model.named_parameters():

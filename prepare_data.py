@@ -250,12 +250,20 @@ def safe_pieces(texts, size=PIECE):
             rest = rest[cut:]
     yield rest
 
+def note_unknown(tokenizer, split, ids):
+    """Say it where a tokenizer of others has no tokens for parts of the text."""
+    lost = 0 if tokenizer.unknown is None else np.count_nonzero(ids == tokenizer.unknown)
+    if lost:
+        print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
+              "their text: choose another --tokenizer")
+
 class Tokenizer:
     """
     A pattern cuts text into pieces, and a table {bytes: id} says which bytes of a piece are one
     token. char, byte, bpe and gpt2 differ in pattern and table only. Special tokens, such as
     <|endoftext|> and [MASK], have ids of their own: where a text says [MASK], it is text.
     """
+    unknown = None  # no text is unknown
 
     def __init__(self, name, pattern, ranks, special=()):
         """special {text: id}: those that it lacks get the ids after all others."""
@@ -266,6 +274,7 @@ class Tokenizer:
                                           special_tokens=self.special)
         self.n_vocab = self.encoding.n_vocab
         self.end_ids = [self.special['<|endoftext|>']]
+        self.mask_takes_space = name not in ('char', 'byte')  # the one before it, as words do
 
     def id(self, text):
         """The id of a special token, by our name for it."""
@@ -358,8 +367,8 @@ class Tokenizer:
             by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
-        engine.add_special_tokens([  # [MASK] has the space before it, as words have
-            hf.AddedToken(text, lstrip=by_words and text == '[MASK]')
+        engine.add_special_tokens([
+            hf.AddedToken(text, lstrip=self.mask_takes_space and text == '[MASK]')
             for text in sorted(special, key=special.get)])
         return engine
 
@@ -375,7 +384,7 @@ class Tokenizer:
                              source + '$A <|endoftext|> $B <|endoftext|>')}
         if arch in frames:
             names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
-                     for text, i in special.items() if engine.id_to_token(i)]
+                     for text, i in special.items() if text in frames[arch][1]]
             engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
                 *frames[arch], names)
         more = {'gpt': {'padding_side': 'left'},  # so that the text goes on behind the prompt
@@ -538,6 +547,8 @@ class HFTokenizer(Tokenizer):
         engine.encode_special_tokens = True  # where they are written in a text, they are text
         self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
         self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
+        mask = engine.get_added_tokens_decoder().get(special.get('[MASK]'))
+        self.mask_takes_space = mask is not None and mask.lstrip
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
         self.marks = [i for i in special.values()  # not a word that ends a text, such as .
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
@@ -712,7 +723,7 @@ def is_json_lines(path):
         if path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl')):
             return True
         begin = next(read_text(path, 1000), '') if os.path.isfile(path) else ''  # not of a pipe
-        return re.match(r'\{".*\btext":', begin) is not None  # such as WikiExtractor's wiki_00
+        return re.match(r'\{ ?".*\btext" ?:', begin) is not None  # such as WikiExtractor's wiki_00
     first = next(filter(None, map(str.strip, read_text(path))), '')
     as_rows = first.startswith('{') and first.endswith('}')
     require(as_rows or not first.startswith(('[', '{')),
@@ -987,8 +998,9 @@ def tag_examples(tokenizer, row, labels, block_size):
     of its own: some tokenizers drop characters such as U+200B.
     """
     tokens, room, examples = row['tokens'], block_size - 2, []
-    ids, offsets = tokenizer.encode_with_offsets(' '.join(tokens))
-    ends = np.cumsum([len(token) + 1 for token in tokens])  # of each token and its space
+    gap = ' ' * (tokenizer.name != 'char' or b' ' in tokenizer.ranks)  # Chinese may have none
+    ids, offsets = tokenizer.encode_with_offsets(gap.join(tokens))
+    ends = np.cumsum([len(token + gap) for token in tokens])  # of each token and its space
     pieces = [[] for _ in tokens]
     for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
         pieces[owner].append(i)                             # of the token that it ends in
@@ -1002,7 +1014,8 @@ def tag_examples(tokenizer, row, labels, block_size):
     for begin, window, first in windows:
         here = slice(begin, begin + len(first))
         framed, _ = add_special_tokens(tokenizer, window)
-        example = {'ids': framed, 'meta': {'tokens': tokens[here], 'first': first}}
+        meta = {'tokens': tokens[here], 'first': first}
+        example = {'ids': framed, 'meta': pick(row, 'text') | meta}
         if 'tags' in row:
             tags = example['meta']['tags'] = row['tags'][here]
             targets = example['targets'] = [IGNORE_INDEX] * len(framed)
@@ -1410,6 +1423,7 @@ def prepare_text(settings, task, folder, files, val_files):
         progress('')
         require(counts[split]['tokens'] > 1, f"{some_of(both)}: too short for a {split} split: "
                 "add text, change --val_fraction, or give --val FILE")
+        note_unknown(tokenizer, split, np.memmap(folder / f'{split}.bin', dtype, mode='r'))
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
 def prepare_task(settings, task, folder, files, val_files):
@@ -1443,7 +1457,9 @@ def prepare_task(settings, task, folder, files, val_files):
     tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
     for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
         examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
-        sizes = [len(example['ids'] + example.get('decoder_ids', [])) for example in examples]
+        ids = [example['ids'] + example.get('decoder_ids', []) for example in examples]
+        note_unknown(tokenizer, split, np.array([*itertools.chain(*ids)]))
+        sizes = [*map(len, ids)]
         counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
                          'bytes': len(''.join(texts).encode())}
         text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)

@@ -198,6 +198,10 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
         if as_graph and new.size(1) == 1:
             step_one = step_one or capture(step, cache, new, uniforms[i])
             chosen = step_one(new, uniforms[i])
+        elif as_graph:
+            length, cache.length = cache.length, 0                         # a number: no mask
+            chosen = step(new, uniforms[i])
+            cache.length = length.fill_(read)
         else:
             chosen = step(new, uniforms[i])
         new = chosen[:, None].to(device)                                   # stays on the device
@@ -435,21 +439,22 @@ def entities(tags):
         before = kind
     return found
 
-CJK_GAP = regex.compile(f'(?<={CJK.pattern}) (?={CJK.pattern})')  # where nobody writes a space
-
 def cjk_apart(text):
     """Each CJK character becomes a word of its own."""
     return CJK.sub(r' \g<0> ', text)
 
 def decode_tags(examples, logits, labels):
     """(T, L) of each part of a text -> the tags of its tokens, at their first pieces; entities."""
-    tokens, tags = [], []
+    tokens, tags, ends = [], [], [0]
     for example, row in zip(examples, logits):
         best, meta = row.argmax(dim=-1).tolist(), example['meta']
         tokens += meta['tokens']
         tags += [labels[best[first]] if first >= 0 else 'O' for first in meta['first']]
-    found = [{'kind': kind, 'text': CJK_GAP.sub('', ' '.join(tokens[i:j])), 'first': i,
-              'last': j - 1} for kind, i, j in entities(tags)]
+    text = examples[0]['meta'].get('text', ' '.join(tokens))               # as it was written
+    for token in tokens:
+        ends.append(text.index(token, ends[-1]) + len(token))
+    found = [{'kind': kind, 'text': text[ends[i]:ends[j]].strip(), 'first': i, 'last': j - 1}
+             for kind, i, j in entities(tags)]
     return {'tokens': tokens, 'tags': tags, 'entities': found}
 
 def decode_span(examples, logits, labels):
@@ -558,7 +563,7 @@ def answer_scores(answers, golds):
 
 def bleu_words(text):
     """sacrebleu's 13a rule: punctuation apart, but . and , in a number; CJK by characters."""
-    text = f' {cjk_apart(text)} '
+    text = f' {cjk_apart(text.rstrip())} '
     for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
                            ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
                            (r'([\u3000-\u303f\uff00-\uffef])', r' \1 '),
@@ -944,7 +949,7 @@ def examples_of(tokenizer, kind, line, block_size):
             ids.insert(0, tokenizer.start_id)
         return [{'ids': ids[-block_size:]}]
     if kind == 'tag':
-        row = {'tokens': TOKEN.findall(cjk_apart(line))}
+        row = {'tokens': TOKEN.findall(cjk_apart(line)), 'text': line}
     elif kind == 'seq2seq':
         row = {'source': line.strip()}
     else:
@@ -963,7 +968,7 @@ def masked_example(tokenizer, texts, block_size):
     One or two texts with [MASK] -> an example. Where tokens carry the space before a word, the
     space before [MASK] is part of the hidden word.
     """
-    parts, hidden = [], r'\[MASK\]' if tokenizer.name in ('char', 'byte') else r' ?\[MASK\]'
+    parts, hidden = [], r' ?\[MASK\]' if tokenizer.mask_takes_space else r'\[MASK\]'
     for text in texts:
         ids = []
         for piece in re.split(hidden, text):
@@ -985,7 +990,7 @@ def format_answer(answer):
         return f"{answer['label']} {answer['probability']:.4f}"
     if 'tags' in answer:
         tagged = ' '.join(map('/'.join, zip(answer['tokens'], answer['tags'])))
-        found = '; '.join(f"{e['kind']}: {e['text']}" for e in answer['entities'])
+        found = '; '.join(f"{e['kind']}: {one_line(e['text'])}" for e in answer['entities'])
         return f'{tagged}\t{found}'.rstrip()
     if 'targets' in answer:
         return '\n'.join(one_line(target['text']) for target in answer['targets'])
@@ -1091,15 +1096,15 @@ def main(argv):
             "--start is empty: give a text, FILE:path, or - for standard input")
     if writes:
         arrange_weights(model)
-    if use == 'export':
-        check_finite(*model.parameters())
-        export(model, tokenizer, labels, settings.export, kind)
-        print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
-    elif use == 'attention':
+    if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif any(re.match(needed, name) for name in checkpoint.get('new', [])):
         raise ValueError(f"{path} is an encoder without a head, so it has no output: fine-tune it "
                          f"first, with python train.py --init_from {path}")
+    elif use == 'export':
+        check_finite(*model.parameters())
+        export(model, tokenizer, labels, settings.export, kind)
+        print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'score':
         scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings, block_size,
                              'folder' not in checkpoint)

@@ -572,8 +572,8 @@ class Runtime:
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
         if self.device == 'cpu':
             keep_memory()
-        if self.device == 'cuda' and s.dtype != 'float32':
-            torch.set_float32_matmul_precision('high')  # TF32 where autocast leaves float32
+        tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
+        torch.set_float32_matmul_precision('high' if tf32 else 'highest')
         self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
         self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
 
@@ -859,7 +859,8 @@ class Trainer:
         pays = runtime.device == 'cuda' and fixed and s.max_iters >= 1000
         if pays if s.compile is None else s.compile:
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-            self.forward = torch.compile(model)
+            # without the logits, which would get a gradient of zeros, as large as they are
+            self.forward = torch.compile(lambda **batch: (None, model(**batch)[1]))
 
     def catch(self, number, frame):
         """
@@ -1053,6 +1054,7 @@ FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulati
 def check(given, s, config, data, val, checkpoint, path, resume):
     """Raise ValueError for what would fail later, before anything is written."""
     folder, longest, objective = data.folder, 0, OBJECTIVES[s.objective]
+    old = checkpoint.get('settings', {})
     require(config.block_size >= objective.shortest,
             f"--block_size {config.block_size}: {s.objective} needs at least {objective.shortest}")
     for split in (data, val):
@@ -1066,15 +1068,19 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             longest = max(longest, alone.get(config.arch, joined))
     require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
             f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
+    theirs = old.get('dataset') or os.path.abspath(checkpoint.get('folder', ''))
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
-            f"{folder} was encoded with another tokenizer than {path}: prepare it with that one")
+            f"{folder} was encoded with another tokenizer than {path}: prepare it with "
+            f"--tokenizer {shell_word(theirs)}")
+    require(not (s.eval_only and checkpoint.get('new')), f"{path} lacks weights, which would be "
+            f"random ({', '.join(checkpoint.get('new', []))}): train it first")
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
     ends = (s.lr_decay_iters or s.max_iters) < s.max_iters and s.lr_schedule != 'constant'
     require(s.eval_only or not ends or s.min_lr != 0, f"--lr_decay_iters {s.lr_decay_iters}: from "
             f"there to --max_iters {s.max_iters} nothing is learned at --min_lr 0: raise one")
-    old_labels, old = checkpoint.get('labels', []), checkpoint.get('settings', {})
+    old_labels = checkpoint.get('labels', [])
     head = data.task if data.task in TASKS else ''
     require(not s.eval_only or (config.task, old_labels) == (head, data.labels),
             f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
@@ -1110,6 +1116,7 @@ def start(given):
     elif path in ('scratch', 'auto'):
         path = Path(s.out_dir) if s.eval_only else None
     is_new = not (resume or s.eval_only)
+    torch.manual_seed(s.seed)  # of the weights that are new
     if path is not None:
         model, checkpoint, _ = sample.open_model(path)
     values = checkpoint.get('settings', {})
@@ -1123,7 +1130,6 @@ def start(given):
     if s.objective and '' in OBJECTIVES[s.objective].tasks:  # learn labelled data as text
         data.task = val.task = ''
         data.labels = val.labels = []
-    torch.manual_seed(s.seed)  # of the weights that are new
     sort_head(model, checkpoint, data)
     if is_new:
         kind = data.task or ('more text' if path else 'pretrain')

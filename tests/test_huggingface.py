@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import prepare_data
 import sample
+import train
 from model import IGNORE_INDEX, PRESETS, build, export_huggingface, load, save
 
 transformers.utils.logging.disable_progress_bar()
@@ -196,7 +197,7 @@ def test_every_head_of_bert_answers_as_in_transformers(name, place):
     named = {'id2label': dict(enumerate(labels)), 'label2id': {}} if labels else {}
     theirs, folder, back = reference('bert', name, **named), place(), place()
     theirs.save_pretrained(folder)
-    model, checkpoint = load(folder)
+    model, checkpoint = load(folder / 'model.safetensors')  # any file of it will do
     assert checkpoint['labels'] == labels and model.config.task == task
     assert {key.removeprefix('trunk.').split('.')[0] for key in checkpoint['new']} == new
     inputs, ours = batch_of('bert', [9, 6, 2], 2)
@@ -374,7 +375,8 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
         same(a, b)
     monkeypatch.undo()  # now the hub cannot be reached
     refuses('somebody/gpt2', 'https://huggingface.co/somebody/gpt2')
-    put(folder := place(), 'adapter_config.json', {})
+    put(folder := place(), 'config.json', about)
+    put(folder, 'adapter_config.json', {})
     refuses(folder, 'is an adapter')
 
 @pytest.mark.parametrize('preset, changes, named', [
@@ -593,8 +595,9 @@ def test_masks_are_filled_with_what_transformers_finds_likeliest(folders, place,
         write(folder := shutil.copytree(folders['bert'], place() / 'copy'),
               there.config.to_dict() | {'architectures': [f'BertFor{name}']},
               {k: t for k, t in there.state_dict().items() if lost not in k})
-        with pytest.raises(ValueError, match='has no output'):
-            sample.main(['--init_from', str(folder), '--start', 'the [MASK]'])
+        for flags in (['--start', 'the [MASK]'], ['--export', str(folder / 'new')]):
+            with pytest.raises(ValueError, match='has no output'):
+                sample.main(['--init_from', str(folder), *flags])
 
 @pytest.fixture(scope='session')
 def tiny(shared, tmp_path_factory):
@@ -661,7 +664,8 @@ BPE, BYTE = prepare_data.bpe_tokenizer(LINES * 3, 420), prepare_data.byte_tokeni
 
 @pytest.mark.parametrize('preset, tokenizer, auto', [
     ('gpt2', BPE, 'AutoModelForCausalLM'), ('llama', BYTE, 'AutoModelForCausalLM'),
-    ('t5', BPE, 'AutoModelForSeq2SeqLM'), ('bert', BPE, 'AutoModelForPreTraining')])
+    ('t5', BPE, 'AutoModelForSeq2SeqLM'), ('bert', BPE, 'AutoModelForPreTraining'),
+    ('bert', BYTE, 'AutoModelForPreTraining')])
 def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto, place, capsys):
     """AutoModel and AutoTokenizer give the same ids, logits and text; load() the same bits."""
     out, folder = place(), place() / 'new'
@@ -690,13 +694,15 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
         framed = prepare_data.add_special_tokens(tokenizer, a, b)
         found = theirs('the cat', '床')
         assert (found['input_ids'], found['token_type_ids']) == framed
-        [masked] = sample.examples_of(tokenizer, 'masks', 'the [MASK] cat', 32)
-        assert theirs('the [MASK] cat')['input_ids'] == masked['ids']
+        for ours in (tokenizer, again):  # of bytes, the space before [MASK] is not hidden
+            [masked] = sample.examples_of(ours, 'masks', 'the [MASK] cat', 32)
+            assert theirs('the [MASK] cat')['input_ids'] == masked['ids']
         for task in ('classify', 'tag', 'qa'):  # a tag or an answer may begin at any CJK character
             saved = tokenizer.export_files(tokenizer.n_vocab, 'bert', task)['tokenizer.json']
-            right = BPE.encode(LINES[1]), BPE.encode_with_offsets(LINES[1])[0]
+            right = tokenizer.encode(LINES[1]), tokenizer.encode_with_offsets(LINES[1])[0]
             found = hf.Tokenizer.from_str(json.dumps(saved)).encode(LINES[1], None, False, False)
-            assert found.ids == right[task != 'classify'].tolist() and len(right[0]) < len(right[1])
+            assert found.ids == right[task != 'classify'].tolist()
+            assert len(right[0]) < len(right[1]) or tokenizer is BYTE
         return
     assert theirs('the cat')['input_ids'] == a + end
     found = ask(capsys, '--out_dir', out, '--start', 'the cat', '--max_new_tokens', 12,
@@ -738,13 +744,25 @@ def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
 
 def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path, capsys):
     """prepare_data.py, train.py and sample.py: tokenizer and labels go all the way."""
-    put(tmp_path, 'rows.tsv', ''.join(f'yes\tthe cat {i}\n不\t床前 {i}\n' for i in range(12)))
-    command('prepare_data.py', '--task', 'classify', '--input', 'rows.tsv', '--tokenizer',
-            folders['bert'], '--out_dir', 'rows', '--block_size', 48, cwd=tmp_path)
+    put(tmp_path, 'rows.tsv', ''.join(f'yes\tthe cat {i}\n不\t床前龘\n' for i in range(12)))
+    said = command('prepare_data.py', '--task', 'classify', '--input', 'rows.tsv', '--tokenizer',
+                   folders['bert'], '--out_dir', 'rows', '--block_size', 48, cwd=tmp_path)
+    assert re.search(r'train: \d+ of \d+ tokens are unknown to the tokenizer', str(said))
     command('train.py', '--init_from', folders['bert'], '--dataset', 'rows', '--max_iters', 9,
             '--eval_interval', 9, '--batch_size', 8, '--device', 'cpu', cwd=tmp_path)
     command('sample.py', '--export', 'new', cwd=tmp_path)
     found = ask(capsys, '--init_from', new := tmp_path / 'new', '--start', 'the cat')
+    before, after = map(prepare_data.load_tokenizer, (folders['bert'], new))
+    assert before.to_dict() == after.to_dict()
+    lacking = shutil.copytree(folders['bert'], tmp_path / 'lacking')
+    tensors = load_file(lacking / 'model.safetensors')
+    save_file({name: t for name, t in tensors.items() if 'pooler' not in name},
+              lacking / 'model.safetensors', {'format': 'pt'})
+    flags = {'init_from': str(lacking), 'dataset': str(tmp_path / 'rows'), 'device': 'cpu'}
+    first, again = (train.start(flags)[0].state_dict() for _ in range(2))
+    assert all(t.equal(again[name]) for name, t in first.items())  # in each process, too
+    with pytest.raises(ValueError, match=r'random \(pooler.weight'):
+        train.start(flags | {'eval_only': True})
     auto = transformers.AutoModelForSequenceClassification.from_pretrained(new)
     assert auto.config.label2id == {label: i for i, label in auto.config.id2label.items()}
     theirs = transformers.AutoTokenizer.from_pretrained(new)

@@ -231,7 +231,7 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path, capsys):
     """Each document ends in one <|endoftext|>; hidden files and empty documents are left out."""
     marker = '<|endoftext|>\n'
     write(tmp_path / 'in/a.txt', f'one\n{marker}<|endoftext|> \t\ntwo\r\n\r\nstill two{marker}')
-    write(tmp_path / 'in/b/wiki_00', '{"text": "three\\n<|endoftext|>\\n"}\n\n{"text": ""}\n')
+    write(tmp_path / 'in/b/wiki_00', '{ "text" : "three\\n<|endoftext|>\\n"}\n\n{"text": ""}\n')
     write(tmp_path / 'in/.hidden', 'no')
     many = [write(tmp_path / f'many/{i}.txt', 'x') for i in range(10, 30)]
     for name in 'xy':  # links in a circle, 2 ** 40 ways long
@@ -393,7 +393,7 @@ def test_the_first_piece_carries_the_tag_and_no_token_is_lost(bpe, row, block_si
     """Parts of a long text hold all tokens once, in order; no other piece has a target."""
     tokens, tags = map(list, zip(*row))
     labels = ['O', 'B-地', 'I-地']
-    for tokenizer in (CHAR({*' '.join(tokens)} | {' '}), BYTE, bpe):
+    for tokenizer in (CHAR({*''.join(tokens)} | {' '}), CHAR({*''.join(tokens)}), BYTE, bpe):
         made = TASKS['tag'].examples(
             tokenizer, {'tokens': tokens, 'tags': tags}, labels, block_size)
         assert [token for part in made for token in part['meta']['tokens']] == tokens

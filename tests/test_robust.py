@@ -443,7 +443,7 @@ def test_data_of_another_tokenizer_are_refused(trained, tmp_path, refusal, way):
     words = {'init_from': ['--init_from=out', '--out_dir=new'], 'resume': ['--init_from=resume'],
              'eval_only': ['--eval_only']}[way]
     line = refusal([*words, f'--dataset={other}'])
-    assert f'{other} was encoded with another tokenizer than out' in line
+    assert f'{other} was encoded with another tokenizer than out' in line and '--tokenizer ' in line
 
 def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refusal):
     shutil.copytree(trained / 'd', tmp_path / 'out')

@@ -41,8 +41,9 @@ def ours(name, seed, folder):
     out = f'out-{name}-{seed}'.replace(' ', '-')
     data = ['--dataset', 'text'] if name != 'quick start' else []
     shutil.rmtree(Path(folder, 'data', 'pydoc'), ignore_errors=True)
-    seconds, _ = command('train.py', *data, '--out_dir', out, '--seed', seed, *shlex.split(RECIPES[name]), cwd=folder)
-    _, said = command('train.py', '--eval_only', '--out_dir', out, cwd=folder)
+    data += ['--device', 'cpu', '--out_dir', out]
+    seconds, _ = command('train.py', *data, '--seed', seed, *shlex.split(RECIPES[name]), cwd=folder)
+    _, said = command('train.py', '--eval_only', *data[-4:], cwd=folder)
     return seconds, float(re.search(r'loss ([\d.]+)', said)[1])
 
 def theirs(seed, folder, quick):
