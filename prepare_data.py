@@ -716,17 +716,12 @@ def read_lines(path):
 
 def is_json_lines(path):
     """
-    Whether a file has a JSON object a line: its name tells, or how it begins. Raises ValueError at
-    other .json: taken as text, its keys and quotes would be learned, too.
+    Whether a file has a JSON object a line: how it begins tells. Raises ValueError at other .json:
+    taken as text, its keys and quotes would be learned, too.
     """
-    if not path.lower().endswith('.json'):
-        if path.lower().endswith(('.jsonl', '.ndjson', '.jsonlines', '.jl')):
-            return True
-        begin = next(read_text(path, 1000), '') if os.path.isfile(path) else ''  # not of a pipe
-        return re.match(r'\{ ?".*\btext" ?:', begin) is not None  # such as WikiExtractor's wiki_00
-    first = next(filter(None, map(str.strip, read_text(path))), '')
-    as_rows = first.startswith('{') and first.endswith('}')
-    require(as_rows or not first.startswith(('[', '{')),
+    begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
+    as_rows = re.match(r'\{ *"', begin) is not None
+    require(as_rows or begin[:1] not in ('[', '{') or '.js' not in path.lower(),
             f"{path} is no text: write it as JSON lines, an object a line")
     return as_rows
 
