@@ -105,6 +105,7 @@ class Config:
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
     label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
+    may_change = ('block_size', 'dropout', 'label_smoothing')  # of a trained model: see resize
 
     def __post_init__(self):
         for f in fields(self):
@@ -311,10 +312,10 @@ class Dropout(nn.Dropout):
         kept = draws.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
         return x * kept.to(x.dtype) * (256 / (256 - zeroed))
 
-def attention(q, k, v, drop, mask=None, causal=False, scale=None):
+def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     """
     attention_weights(q, k) @ v: by a fused kernel, or by the formula where that is better. They
-    agree up to rounding: to change the formula, take out the kernel.
+    agree up to rounding. others: arguments that you add to the formula, which then is used.
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
@@ -324,9 +325,9 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None):
     # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
     # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
     # wrong for tensors that are not contiguous (https://github.com/pytorch/pytorch/issues/181133).
-    if q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
-                    and (q.dtype == torch.bfloat16 or p > 0)):
-        weights = drop(attention_weights(q, k, mask, causal, scale))
+    if others or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
+                              and (q.dtype == torch.bfloat16 or p > 0)):
+        weights = drop(attention_weights(q, k, mask, causal, scale, **others))
         return weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
                                           enable_gqa=k.size(1) < q.size(1))
@@ -425,11 +426,11 @@ class Attention(nn.Module):
     def split_heads(self, t):
         return t.unflatten(-1, (-1, self.head_size)).transpose(1, 2)       # (B, H, T, D)
 
-    def forward(self, x, memory=None, mask=None, causal=False, newest=0, rotary=None, cache=None):
+    def forward(self, x, memory=None, newest=0, rotary=None, cache=None, **scoring):
         """
-        x (B, T, C) -> (B, T, C). mask and causal as in attention_weights. rotary: (cos, sin) of
-        the positions of x. With a cache, x holds only the new tokens, which see the last `newest`
-        of all keys (0: all of them); the first call fills the cache of a memory.
+        x (B, T, C) -> (B, T, C). rotary: (cos, sin) of the positions of x. With a cache, x holds
+        only the new tokens, which see the last `newest` of all keys (0: all of them); the first
+        call fills the cache of a memory. scoring: mask, causal, ... as in attention_weights.
         """
         if memory is not None and cache is not None and self.layer in cache.layers:
             q = self.q_norm(self.split_heads(self.q(x)))                   # (B, H, T, D)
@@ -443,9 +444,10 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # 0: all
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
+        scoring['scale'] = self.scale
         if self.recorded is not None:
-            self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
-        y = attention(q, k, v, self.drop, mask, causal, self.scale).to(dtype)  # (B, H, T, D)
+            self.recorded.append(attention_weights(q, k, **scoring))
+        y = attention(q, k, v, self.drop, **scoring).to(dtype)             # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))                     # heads side by side
 
 # -----------------------------------------------------------------------------

@@ -359,7 +359,7 @@ class Tokenizer:
                     merges.append((write(left), write(right)))
         hf = optional('tokenizers')
         vocab = {write(token): i for token, i in self.ranks.items()}
-        engine = hf.Tokenizer(hf.models.BPE(vocab, merges))
+        engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
         by_words = self.name != 'byte'
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                            use_regex=by_words)

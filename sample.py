@@ -44,8 +44,8 @@ from torch.nn.utils.rnn import pad_sequence
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
                    require, write_file)
 from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, encode_rows,
-                          flag, load_tokenizer, new_folder, progress, read_flags,
-                          read_pieces, render_token, run, write_ids, write_json)
+                          flag, load_tokenizer, new_folder, pick, progress, read_flags, read_pieces,
+                          render_token, run, write_ids, write_json)
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -156,14 +156,16 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     index = (cumulated > threshold).int().argmax(dim=-1)                   # the first above it
     return index if order is None else order.gather(1, index[:, None])[:, 0]
 
+SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generate read
+
 @torch.inference_mode()
-def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, seed=0, rows=None,
-             suppressed=None, end_ids=(), cache=None):
+def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
+             suppressed=None, end_ids=(), cache=None, **filters):
     """
     Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i draws from
     a generator of its own, (seed, rows[i]) or (seed, i), so a sample does not depend on the other
-    rows. Tokens in suppressed (V,) bool are never chosen. A row that has chosen one of
-    end_ids has ended and repeats it; when all have, the generator returns.
+    rows. Tokens in suppressed (V,) bool are never chosen. A row that has chosen one of end_ids has
+    ended and repeats it; when all have, the generator returns. filters: those of sample_token.
 
     With the cache each step reads only the newest token. When the window of block_size tokens is
     full, its newer half is read again from position 0 and the older half is forgotten. cache: that
@@ -178,7 +180,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
 
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
-        chosen = sample_token(logits, uniform, temperature, top_k, top_p)
+        chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
@@ -187,8 +189,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0, se
     as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    texts = ids.tolist()
-    computed = texts                                                       # those not ended
+    texts = computed = ids.tolist()                                        # those not ended
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
             newer = [text[-max(1, block_size // 2):] for text in computed]
@@ -369,8 +370,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
         return [[TextStream(tokenizer, prompt, settings.stop, *text)
                  for text in texts[:settings.num_samples]] for prompt, texts in zip(prompts, found)]
     streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in prompts]
-    chosen = generate(model, ids, length, settings.temperature, settings.top_k, settings.top_p,
-                      settings.seed, rows, **how)
+    how |= pick(vars(settings), *SAMPLING.split())
+    chosen = generate(model, ids, length, rows=rows, **how)
     if not (settings.stop or settings.stream):  # nobody looks before the end
         chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
     ends = torch.full((len(ids), 1), tokenizer.end_id)                     # shows what has waited
@@ -824,7 +825,7 @@ def check_use(given, settings, kind, arch):
     if beams > 1:
         writing, several = 'length_penalty', 'num_samples'
     elif settings.temperature > 0:
-        writing, several = 'temperature top_k top_p seed', 'num_samples'
+        writing, several = SAMPLING, 'num_samples'
     writing += ' max_new_tokens stop num_beams'
     live = '' if beams > 1 or settings.json else 'stream'
     read = {'export': '', 'score': 'json', 'start': 'json', 'attention': 'start'}[use]

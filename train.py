@@ -1137,7 +1137,7 @@ def start(given):
         values = recipes.get('', {}) | recipes.get(s.preset, {}) | values
         model = model or new_model(s, values, data, runtime)
         model = adapt_model(model, checkpoint, path, data, runtime)
-    model = resize(model, path, **pick(values, 'dropout', 'label_smoothing', 'block_size'))
+    model = resize(model, path, **pick(values, *Config.may_change))
     objective = find_objective(s, model.config.arch, data.task)
     s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size

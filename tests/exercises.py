@@ -47,13 +47,8 @@ SOLUTIONS = {
         self.drop, self.layer = Dropout(config.dropout), layer
         self.sink = nn.Parameter(torch.zeros(H))
 '''),
-        ('model.py', '''        if self.recorded is not None:
-            self.recorded.append(attention_weights(q, k, mask, causal, self.scale))
-        y = attention(q, k, v, self.drop, mask, causal, self.scale)''', '''
-        weights = attention_weights(q, k, mask, causal, self.scale, self.sink)
-        if self.recorded is not None:
-            self.recorded.append(weights)
-        y = self.drop(weights) @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)'''),
+        ('model.py', '        if self.recorded is not None:\n',
+         "        scoring['sink'] = self.sink\n        if self.recorded is not None:\n"),
     ]),
     'a prefix LM': ('--preset gpt2 --objective prefix_lm', [
         ('train.py', "def masked_lm(", '''def prefix_lm(data, index, T):

@@ -55,7 +55,7 @@ def train_speed(flags, steps, precision='high', by_hand=''):
     torch._dynamo.reset()  # or it would remember other sizes, and compile for any
     kernels = model.attention, train.AdamW.update
     if 'attention' in by_hand:
-        model.attention = lambda q, k, v, drop, *how: model.attention_weights(q, k, *how) @ v
+        model.attention = lambda q, k, v, drop, **how: model.attention_weights(q, k, **how) @ v
     train.AdamW.update = adamw_by_formula if 'adamw' in by_hand else train.AdamW.update
     groups = {'training': train.Settings, 'model': model.Config}
     net, s, data, val, _, runtime = train.start(train.read_flags(shlex.split(flags), '', groups))
