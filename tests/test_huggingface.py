@@ -752,8 +752,7 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
             '--eval_interval', 9, '--batch_size', 8, '--device', 'cpu', cwd=tmp_path)
     command('sample.py', '--export', 'new', cwd=tmp_path)
     found = ask(capsys, '--init_from', new := tmp_path / 'new', '--start', 'the cat')
-    before, after = map(prepare_data.load_tokenizer, (folders['bert'], new))
-    assert before.to_dict() == after.to_dict()
+    assert len({str(prepare_data.load_tokenizer(f).to_dict()) for f in (folders['bert'], new)}) == 1
     lacking = shutil.copytree(folders['bert'], tmp_path / 'lacking')
     tensors = load_file(lacking / 'model.safetensors')
     save_file({name: t for name, t in tensors.items() if 'pooler' not in name},

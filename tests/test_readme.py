@@ -19,8 +19,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / 'README.md', ROOT / 'README.zh.md', ROOT / 'tests' / 'bench' / 'README.md']
 SCRIPTS = ('model', 'train', 'sample', 'prepare_data')
@@ -119,17 +117,6 @@ def test_readmes_are_short():
     """A newcomer decides in a minute: 300 lines in English, 240 in Chinese."""
     for path, most in zip(READMES, (300, 240)):
         assert len(path.read_text(encoding='utf-8').splitlines()) <= most, path.name
-
-@pytest.mark.parametrize('text, found', [
-    ('```\n$ python a.py --x \\\n    1  # why\nout\n```', [('python a.py --x      1', '')]),
-    ('<!-- not run here: no GPU -->\n```\npip install x\n```\n```\npython b.py\n```',
-     [('pip install x', 'no GPU'), ('python b.py', '')]),
-    ('| a | `python c.py` | <!-- not run here: far --> |', [('python c.py', 'far')]),
-    ('Type `--x`, or python.', [])])
-def test_commands_are_found_with_the_reason_not_to_run_them(tmp_path, text, found):
-    """In blocks and in tables, over several lines, with or without a prompt."""
-    (tmp_path / 'R.md').write_text(text, encoding='utf-8')
-    assert commands(tmp_path / 'R.md') == found
 
 def main():
     shared = Path(os.environ.get('PLAINFORMER_SHARED', ROOT.parent / 'shared'))

@@ -10,6 +10,7 @@ b10 to b15 are families of bugs that users of similar projects met.
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -991,8 +992,7 @@ def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
     for row in filter(None, rows if task in DECODERS else []):  # the plain model, each alone
         texts = [text.strip() for text in row['text'].split('|||')]
         names = ('question', 'context') if task == 'qa' else ('text', 'text_b')
-        inputs = ({key: row[key] for key in ('tokens', 'text')} if task == 'tag'
-                  else dict(zip(names, texts)))
+        inputs = sample.pick(row, 'tokens', 'text') if task == 'tag' else dict(zip(names, texts))
         examples = encode_rows(tokenizer, task, [inputs], labels, 40)
         expected = DECODERS[task](examples, [alone(model, e)[0] for e in examples], labels)
         for key, value in expected.items():
@@ -1023,9 +1023,8 @@ def test_a_tagger_answers_with_tokens_tags_and_entities(ask, line, tokens):
     entities = get_entities(row['tags'])
     assert [(e['kind'], e['first'], e['last']) for e in row['entities']] == entities
     tagged = ' '.join(f'{token}/{tag}' for token, tag in zip(row['tokens'], row['tags']))
-    ends = [0]
-    for token in tokens.split():
-        ends.append(line.index(token, ends[-1]) + len(token))
+    after = lambda at, token: line.index(token, at) + len(token)
+    ends = [*itertools.accumulate(tokens.split(), after, initial=0)]
     named = [f'{kind}: {line[ends[i]:ends[j + 1]].strip()}' for kind, i, j in entities]
     assert ask('tag', '--start', line).out == f"{tagged}\t{'; '.join(named)}".rstrip() + '\n'
 
