@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -900,6 +901,10 @@ def write_file(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        for seconds in (0.1, 1, 5):  # Windows refuses while another program has the old file open
+            with contextlib.suppress(PermissionError):
+                return os.replace(temporary, path)
+            time.sleep(seconds)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # a RuntimeError is how torch reports a full disk
         reason = ' '.join(str(e.__context__ or e).split())[:200]
@@ -1123,23 +1128,22 @@ def config_from(theirs):
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
     family, values, not_read = FAMILIES[kind], {}, []
-    only = UNSUPPORTED | {'is_causal': kind != 'bert'}
+    must_be = UNSUPPORTED | {'is_causal': kind != 'bert' or None}
     known = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
     rope = theirs.get('rope_scaling') or theirs.get('rope_parameters') or {}
     rope = {'rope_type': rope.get('type', 'default')} | rope               # type: its older name
     for name, value in (theirs | rope).items():
         ours = known.get(name)
         if ours == 'window':
-            value = str(value or 0)
+            value = str(value or 0)                                        # null: no window
         if value is None or (name, value) == ('type_vocab_size', 0):  # there, a BERT has segments
             continue
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')
         if ours:
-            values[ours] = value or values.get(ours, value)  # either of Llama's two biases: both
-        elif name in only:
-            require(value == only[name] or not (value or only[name]),
-                    f"{name}={value!r} is not supported here")
+            values[ours] = value or values.get(ours, value)  # either of Llama's two biases
+        elif name in must_be:
+            require((value or None) == must_be[name], f"{name}={value!r} is not supported here")
         elif not FAMILIAR.fullmatch(name):
             not_read.append(name)
     if kind == 't5':
@@ -1176,10 +1180,10 @@ def config_to(kind, config):
     return theirs
 
 def hf_name(family, config, name):
-    """Hugging Face's name of a weight of ours, without the prefix."""
-    parts = '|'.join(map(re.escape, family.names))
-    theirs = re.sub(parts, lambda part: family.names[part[0]], name.removeprefix('trunk.'))
-    theirs = re.sub(r'(encoder\.block\.\d+\.layer)\.2', r'\1.1', theirs)  # no cross-attention
+    """Their name of a weight of ours, without the prefix: GPT-2's ln_f for decoder.norm."""
+    pattern = '|'.join(map(re.escape, family.names))
+    theirs = re.sub(pattern, lambda match: family.names[match[0]], name.removeprefix('trunk.'))
+    theirs = re.sub(r'(encoder\.block\.\d+\.layer)\.2', r'\1.1', theirs)  # T5: no cross-attention
     if config.activation not in GATED:
         theirs = theirs.replace('.wi_1', '.wi')  # T5's name where there is no gate
     if config.task == 'qa':
@@ -1228,11 +1232,11 @@ def from_huggingface(folder):
     tensors = read_tensors(folder, family)
     tokens = f"{family.names['tokens']}.weight"
     head = tensors.get(f"{family.names['output']}.weight")
-    if config.tied or theirs['model_type'] == 't5':  # a head counts, unless it is a copy
+    if config.tied or theirs['model_type'] == 't5':  # tied, unless it has another head
         config.tied = head is None or head.equal(tensors.get(tokens, head))
-    copy = tensors.get('decoder.embed_tokens.weight', head if config.tied else None)
-    if copy is not None:  # the table has several names; a file may hold only one of these
-        tensors.setdefault(tokens, copy)
+    other = tensors.get('decoder.embed_tokens.weight', head if config.tied else None)
+    if other is not None:  # the table may be stored under another of its names alone
+        tensors.setdefault(tokens, other)
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))
@@ -1274,8 +1278,8 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
     model = resize(model.cpu(), folder, vocab_size=vocab_size or model.config.vocab_size)
     config = spell_out(model.config)
     rotary = 'llama' if config.window == '0' else 'mistral'
-    kind = {'relative': 't5', 'rotary': rotary}.get(config.positions, 'gpt2')
-    kind = 'bert' if config.arch == 'bert' else kind
+    others = {'relative': 't5', 'rotary': rotary}
+    kind = 'bert' if config.arch == 'bert' else others.get(config.positions, 'gpt2')
     family, theirs = FAMILIES[kind], config_to(kind, config) | fields
     there = spell_out(config_from(theirs)[0])
     lost = [f'{name}={value}' for name, value in asdict(config).items()

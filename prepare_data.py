@@ -229,9 +229,8 @@ def split_cjk(text):
 WITH_OFFSETS = ('tag', 'qa')  # tasks whose texts encode_with_offsets first cuts with split_cjk
 
 # Where a long text may be cut, so that no token of WORDS would cross the cut: at a line end (before
-# the last of several) if the next line begins with no white space; or before a space
-# (but not after > : a piece that ends in <|endoftext|> would look as if a document ended there).
-# (?r) searches from the end.
+# the last of several) if the next line begins with no white space; or before a space, but not after
+# >: what ends in <|endoftext|> would look like the end of a document. (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
@@ -360,9 +359,8 @@ class Tokenizer:
         hf = optional('tokenizers')
         vocab = {write(token): i for token, i in self.ranks.items()}
         engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
-        by_words = self.name != 'byte'
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
-                                                           use_regex=by_words)
+                                                           use_regex=self.name != 'byte')
         if task in WITH_OFFSETS:
             by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
@@ -596,12 +594,11 @@ def open_huggingface(folder):
     if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
         optional('sentencepiece')
     config, about = read_any(folder, 'config.json'), read_any(folder, 'tokenizer_config.json')
-    kind = (config | about).get('tokenizer_class') or ''
-    # its words are found by a program, not by a table
+    kind = (config | about).get('tokenizer_class') or ''  # Japanese words are cut by a program
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
-    engine, named = theirs.backend_tokenizer, theirs.special_tokens_map
+    engine = theirs.backend_tokenizer
     if getattr(engine.normalizer, 'lowercase', False) and not about:
         print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
               "transformers", file=sys.stderr)
@@ -615,27 +612,28 @@ def open_huggingface(folder):
                for text in (f'<extra_id_{i}>', f'<extra_{i}>') if text in vocab}
     for name, keys in ROLES.items():
         for key in keys:
-            text = named.get(key, key)
+            text = theirs.special_tokens_map.get(key, key)
             if text in vocab:
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
-    # What stands before a text: a Llama's tokenizer puts <s> there, BERT's (some GPT-2s have it,
-    # too) [CLS]; T5's files name a token.
+    files = (config, read_any(folder, 'generation_config.json'))
+    for settings in files:
+        found = settings.get('eos_token_id')
+        ends += found if isinstance(found, list) else [found]
+    ends = [i for i in dict.fromkeys(ends) if i is not None]
+    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
+    # What stands before a text: <s> of a Llama, or [CLS] of a BERT (some GPT-2s have it, too)
     engine.no_padding()  # which a file may hold, too, before a text
     frame = engine.encode('a')
     start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
     if family == 'bert' and start != special.get('<|bos|>'):
         start = None  # add_special_tokens puts [CLS] there
-    if family == 't5' and start is not None:
-        special['<|source|>'] = start  # CodeT5 reads <s> source </s>
-    for settings in (config, read_any(folder, 'generation_config.json')):
-        found = settings.get('eos_token_id')
-        ends += found if isinstance(found, list) else [found]
-        found = settings.get('decoder_start_token_id')
-        if family == 't5' and found is not None:
-            start = found
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
-    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
+    elif family == 't5':
+        if start is not None:
+            special['<|source|>'] = start  # CodeT5 reads <s> source </s>
+        for settings in files:
+            found = settings.get('decoder_start_token_id')
+            start = start if found is None else found
     for name in SPECIALS[:4]:  # not [MASK]
         special.setdefault(name, ends[0])
     if start is not None:
@@ -644,9 +642,10 @@ def open_huggingface(folder):
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
     # export marks them as they were. Those without a row are none.
     saved, roles = json.loads(engine.to_str()), {*special.values(), *ends}
-    saved['added_tokens'] = [token for token in saved['added_tokens'] if token['id'] in rows]
-    for token in saved['added_tokens']:
+    added = [token for token in saved['added_tokens'] if token['id'] in rows]
+    for token in added:
         token['was_special'], token['special'] = token['special'], token['id'] in roles
+    saved['added_tokens'] = added
     return HFTokenizer(json.dumps(saved), special, ends)
 
 def refuse_pointer(path, f):
@@ -805,7 +804,11 @@ def new_folder(path):
         yield new
         if path.exists():
             path.rename(old)
-        new.rename(path)
+        try:
+            new.rename(path)
+        finally:  # Windows refuses while a virus scanner reads what is new
+            if not path.exists() and old.exists():
+                old.rename(path)
 
 def sha256_of(paths):
     digest = hashlib.sha256()
@@ -866,7 +869,7 @@ def read_columns(path, *names):
     is_label, as_json, blank = names[0] == 'label', is_json_lines(path), 0
     for n, texts in read_rows(path, *names):
         where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
-        if not filled:
+        if not filled:  # wrong only where a row follows
             blank = blank or n
             continue
         require(is_label or not blank, f"{path}, line {blank} is empty, and must be {columns}")
@@ -874,7 +877,7 @@ def read_columns(path, *names):
         require(not is_header, f"{where} looks like a header: leave it out")
         require(filled == texts and 2 <= len(texts) <= len(names),
                 f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
-        for name, text in zip(names, texts):
+        for name, text in zip(names, texts):  # a text may be a quotation: "" in it shows CSV
             quoted = '(?s)".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
             require(as_json or not re.fullmatch(quoted, text),
                     f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
@@ -888,7 +891,7 @@ def read_tagged(path):
     cut into its characters, as sample.py cuts what a user writes without spaces.
     """
     row, columns, counts, texts = None, 0, set(), 0
-    for n, line in itertools.chain(read_lines(path), [(0, '')]):
+    for n, line in itertools.chain(read_lines(path), [(0, '')]):  # '' ends the last text
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
             fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
             columns = columns or max(2, len(fields))
@@ -901,11 +904,12 @@ def read_tagged(path):
             row['tokens'] += parts
             row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
         elif row:
-            if row['tokens'][1:]:
-                counts.add(''.join(row['tokens']).isdecimal() or len({*row['tokens']}) == 1)
+            tokens = row['tokens']
+            if len(tokens) > 1:  # are they 1 2 3, the tokens counted, or 7 7 7, the text's number?
+                counts.add(''.join(tokens).isdecimal() or len({*tokens}) == 1)
             yield row
             row, texts = None, texts + 1
-    require(columns <= 2 or counts != {True},
+    require(columns <= 2 or counts != {True},  # in all texts
             f"{path}: the first column counts tokens or texts: leave it out")
     if texts > 9 and not counts:
         print(f"{path}: each of {texts} texts has one token: are there blank lines between tokens?",
@@ -928,8 +932,7 @@ def read_questions(path):
                                  'question': question['question'].strip(), 'answers': answers})
                     (context + question['question']).encode()  # no half of a surrogate pair
                     for start, answer in answers:
-                        is_there = start >= 0 and context.startswith(answer, start)
-                        if not is_there or not answer.strip():
+                        if start < 0 or not (context.startswith(answer, start) and answer.strip()):
                             wrong.append(f"{answer[:40]!r} of {where}")
     except Exception as e:
         raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}): an object, data > paragraphs > "
@@ -1009,14 +1012,14 @@ def tag_examples(tokenizer, row, labels, block_size):
     for begin, window, first in windows:
         here = slice(begin, begin + len(first))
         framed, _ = add_special_tokens(tokenizer, window)
-        meta = {'tokens': tokens[here], 'first': first}
-        example = {'ids': framed, 'meta': pick(row, 'text') | meta}
+        meta = pick(row, 'text') | {'tokens': tokens[here], 'first': first}
+        example = {'ids': framed, 'meta': meta}
         if 'tags' in row:
-            tags = example['meta']['tags'] = row['tags'][here]
-            targets = example['targets'] = [IGNORE_INDEX] * len(framed)
-            for place, tag in zip(first, tags):
+            meta['tags'] = row['tags'][here]
+            example['targets'] = [IGNORE_INDEX] * len(framed)
+            for place, tag in zip(first, meta['tags']):
                 if place >= 0:
-                    targets[place] = class_of(tag, labels)
+                    example['targets'][place] = class_of(tag, labels)
         examples.append(example)
     return examples
 
@@ -1026,7 +1029,8 @@ def encode_parts(tokenizer, text, cuts):
     for begin, end in itertools.pairwise([0, *cuts, len(text)]):
         ids, offsets = tokenizer.encode_with_offsets(text[begin:end])
         parts.append((ids, offsets + begin))
-    return map(np.concatenate, zip(*parts))
+    ids, offsets = zip(*parts)
+    return np.concatenate(ids), np.concatenate(offsets)
 
 def qa_examples(tokenizer, row, labels, block_size):
     """
@@ -1044,17 +1048,17 @@ def qa_examples(tokenizer, row, labels, block_size):
     question = tokenizer.encode_with_offsets(row['question'])[0].tolist()[:block_size // 2]
     context, size, place = row['context'], block_size - 3 - len(question), len(question) + 2
     if row.get('answers'):
-        start, text = row['answers'][0]
-        stop = start + len(text)
+        start, answer = row['answers'][0]
+        stop = start + len(answer)
         for cuts in ((), (start, stop)):  # cut if a token crosses an end of the answer
             ids, offsets = encode_parts(tokenizer, context, cuts)
-            first = int(np.searchsorted(offsets[:, 1], start, side='right'))
-            last = int(np.searchsorted(offsets[:, 0], stop)) - 1
-            require(first <= last, f"the tokenizer has no token for the answer {text[:40]!r}: "
+            first = int(np.searchsorted(offsets[:, 1], start, side='right'))   # ends behind start
+            last = int(np.searchsorted(offsets[:, 0], stop)) - 1               # begins before stop
+            require(first <= last, f"the tokenizer has no token for the answer {answer[:40]!r}: "
                     "leave it out, or choose another tokenizer")
-            if context[offsets[first, 0]:offsets[last, 1]].strip() == text.strip():
+            if context[offsets[first, 0]:offsets[last, 1]].strip() == answer.strip():
                 break
-        require(last - first < size, f"the answer {text[:40]!r} and its question have too many "
+        require(last - first < size, f"the answer {answer[:40]!r} and its question have too many "
                 f"tokens for block_size={block_size}: prepare (and train) with a larger one")
     else:
         ids, offsets = tokenizer.encode_with_offsets(context)
@@ -1062,7 +1066,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     holds = lambda begin: begin <= first and last < begin + size
     last_begin = max(0, len(ids) - size)
     begins = {*range(0, last_begin, max(1, size // 2)), last_begin}
-    if first >= 0 and not any(map(holds, begins)):
+    if first >= 0 and not any(map(holds, begins)):  # each window has but a part of the answer
         begins.add(first)
     examples = []
     for begin in sorted(begins):
@@ -1073,7 +1077,7 @@ def qa_examples(tokenizer, row, labels, block_size):
                 'first': place, 'offsets': (spans - low).tolist()}
         example = {'ids': framed, 'segments': segments, 'meta': meta}
         if 'answers' in row:
-            shift = place - begin
+            shift = place - begin  # from the context's tokens to those of ids
             example['targets'] = [first + shift, last + shift] if holds(begin) else [0, 0]
             meta |= {'id': row['id'], 'answers': [text for _, text in row['answers']]}
         examples.append(example)
@@ -1430,26 +1434,26 @@ def prepare_task(settings, task, folder, files, val_files):
     n_train, n_val = map(len, splits)
     require(n_train and n_val, f"{some_of(files + val_files)}: {n_train} rows to train on, {n_val} "
             "to validate: add rows or contexts, change --val_fraction, or give --val FILE")
-    found = [label for row in rows for label in spec.labels_of(row)]
-    labels = spec.label_names({*found})
-    last_column = {row.get('text_b', row.get('text')) for row in rows}
-    measured = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
-    most = 10 if measured else max(10, min(len(last_column), len(found) // 2))
-    many = task == 'classify' and len(labels) > most
-    require(not many and (len(labels) != 1 or task not in ('classify', 'tag')),
+    labels = spec.label_names({label for row in rows for label in spec.labels_of(row)})
+    most = math.inf
+    if task == 'classify':  # a label that is a text or a measurement is in the wrong column
+        last_column = {row.get('text_b', row['text']) for row in rows}
+        measured = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
+        most = 10 if measured else max(10, min(len(last_column), len(rows) // 2))
+    require(task not in ('classify', 'tag') or 1 < len(labels) <= most,
             f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
             "there must be two or more, each in several rows (to classify: in the first column, "
             "and no measurements)")
-    if task == 'classify' and len(found) > 2 * len(labels):
+    if task == 'classify' and len(rows) > 2 * len(labels):  # is line 1 a header, not a label?
         inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}
         for row in rows:
             require(not inside or row['label'] in inside,
                     f"{row['where']}: the label {row['label']!r} is nowhere else: leave it out")
-    train_texts, val_texts = ([text for row in rows for text in texts_of(row)] for rows in splits)
-    characters, unique = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
+    train_texts, val_texts = ([text for row in split for text in texts_of(row)] for split in splits)
+    characters, learned = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     if task in WITH_OFFSETS:
-        unique = itertools.chain(*map(split_cjk, unique))
-    tokenizer, counts = choose_tokenizer(settings, characters, unique), {}
+        learned = itertools.chain(*map(split_cjk, learned))
+    tokenizer, counts = choose_tokenizer(settings, characters, learned), {}
     for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
         examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
         ids = [example['ids'] + example.get('decoder_ids', []) for example in examples]
@@ -1489,9 +1493,9 @@ def prepare(settings):
         above = {folder for path in files + val_files for folder in Path(path).resolve().parents}
         require(Path(out_dir).resolve() not in above,
                 f"--out_dir {out_dir} holds the input, which would be lost: choose another name")
-        held_out = {*map(os.path.realpath, val_files)}
+        held_out = {os.stat(path)[1:3] for path in val_files}  # a file may have several names
         files = [path for path in files
-                 if os.path.realpath(path) not in held_out] or files       # where none is left
+                 if os.stat(path)[1:3] not in held_out] or files           # where none is left
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

@@ -106,11 +106,12 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
                 logits, loss = model(**inputs, **{f'num_{kind}': 1})       # the sum, not a mean
             check_finite(logits)
             if kinds:
-                guesses, targets, real = logits.argmax(-1), batch[kind], batch[kind] != IGNORE_INDEX
+                guesses, targets = logits.argmax(dim=-1), batch[kind]
+                real = targets != IGNORE_INDEX
                 if guesses.shape != targets.shape:  # BERT: logits only where there is a target
                     targets = targets[real]
-                is_choice = guesses.shape == targets.shape                 # else no accuracy
-                right = (guesses == targets).sum().item() if is_choice else math.nan
+                same = guesses.shape == targets.shape                      # else no accuracy
+                right = (guesses == targets).sum().item() if same else math.nan
                 totals[kind] += np.array([loss.item(), real.sum().item(), right])
         if postprocess:
             for i, row in zip(chosen, logits.float().cpu()):
@@ -174,8 +175,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     block_size, device = model.config.block_size, ids.device
     draws = [np.random.default_rng((seed, row)).random(max_new_tokens)
              for row in rows or range(len(ids))]
-    uniforms = torch.tensor(np.stack(draws, axis=1))                       # (max_new_tokens, B)
-    if device.type != 'mps':  # it has no float64: there tokens are chosen on the CPU
+    uniforms = torch.tensor(np.array(draws).T)                             # (max_new_tokens, B)
+    if device.type != 'mps':  # which has no float64: step chooses tokens where uniforms are
         uniforms = uniforms.to(device)
 
     def step(new, uniform):
@@ -186,36 +187,37 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
     size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
-    as_graph, step_one = device.type == 'cuda' and model.config.arch != 'lstm', None
+    as_graph, replay = device.type == 'cuda' and model.config.arch != 'lstm', None
     if as_graph:
         cache.length = torch.zeros((), dtype=torch.long, device=device)
-    texts = computed = ids.tolist()                                        # those not ended
+    texts = batch = ids.tolist()                                           # batch: those computed
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
-            newer = [text[-max(1, block_size // 2):] for text in computed]
+            newer = [text[-max(1, block_size // 2):] for text in batch]
             new, read = torch.tensor(newer, device=device), 0
             cache.clear()
         read += new.size(1)
-        if as_graph and new.size(1) == 1:
-            step_one = step_one or capture(step, cache, new, uniforms[i])
-            chosen = step_one(new, uniforms[i])
-        elif as_graph:
+        if not as_graph:
+            chosen = step(new, uniforms[i])
+        elif new.size(1) > 1:
             length, cache.length = cache.length, 0                         # a number: no mask
             chosen = step(new, uniforms[i])
             cache.length = length.fill_(read)
         else:
-            chosen = step(new, uniforms[i])
-        new = chosen[:, None].to(device)                                   # stays on the device
+            replay = replay or capture(step, cache, new, uniforms[i])
+            chosen = replay(new, uniforms[i])
+        new = chosen[:, None].to(device)                                   # the next step reads it
         chosen = chosen.cpu()
         require(chosen.min() >= 0, NOT_FINITE)
-        for text, token in zip(computed, chosen.tolist()):
-            text.append(text[-1] if i and text[-1] in end_ids else token)  # a prompt may end so
+        for text, token in zip(batch, chosen.tolist()):
+            has_ended = i and text[-1] in end_ids                          # at 0 it is the prompt's
+            text.append(text[-1] if has_ended else token)
         yield torch.tensor([text[-1] for text in texts])
-        rest = [k for k, text in enumerate(computed) if text[-1] not in end_ids]
+        rest = [k for k, text in enumerate(batch) if text[-1] not in end_ids]
         if not rest:
             return
-        if len(rest) < len(computed) and not as_graph:  # the shapes of a graph are fixed
-            computed, new, uniforms = [computed[k] for k in rest], new[rest], uniforms[:, rest]
+        if len(rest) < len(batch) and not as_graph:  # the shapes of a graph are fixed
+            batch, new, uniforms = [batch[k] for k in rest], new[rest], uniforms[:, rest]
             cache.reorder(rest)
 
 capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory of its own
@@ -224,21 +226,21 @@ def capture(step, cache, *inputs):
     """
     step(*inputs) as a CUDA graph: returns a function that runs it with other inputs of the same
     shapes. All of its hundreds of small kernels are launched at once, since launching them from
-    Python takes longer than running them; so whatever changes is a tensor, as cache.length.
+    Python takes longer than running them. Its memory is fixed, so cache.length, too, is a tensor.
     """
-    inputs, length = [t.clone() for t in inputs], cache.length.clone()
+    places, length = [t.clone() for t in inputs], cache.length.clone()
     stream, graph = capture_stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(*inputs)  # libraries set themselves up in the first call
+        step(*places)  # libraries set themselves up in the first call
         cache.length.copy_(length)  # undo the step
-    with torch.cuda.graph(graph, stream=stream):  # which begins by waiting for all streams
-        chosen = step(*inputs)
+    with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
+        chosen = step(*places)
 
     def replay(*values):
-        for old, new in zip(inputs, values):
-            old.copy_(new)
-        graph.replay()
+        for place, value in zip(places, values):
+            place.copy_(value)
+        graph.replay()  # fills chosen
         return chosen
 
     return replay
@@ -256,35 +258,36 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
     # Each row begins with one text, which is empty; later all have equally many, at most `beams`.
-    texts, log_p, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
+    texts, log_ps, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
         logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
         check_finite(logits.amax(dim=-1))
         V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
-        p = logits.float().log_softmax(dim=-1)
-        total = (p + p.new_tensor(log_p)[:, None]).view(len(rows), -1)     # (B, width V)
+        step = logits.float().log_softmax(dim=-1)
+        total = (step + step.new_tensor(log_ps)[:, None]).view(len(rows), -1)   # (B, width V)
         # Any of end_ids may end each text: so many candidates leave `beams` that go on.
         best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
-            unfinished = []                                                # (log P, beam, tokens)
-            for rank, (score, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
-                beam, token = i * width + place // V, place % V
-                text = texts[beam] if token in end_ids else [*texts[beam], token]
-                if token not in end_ids and length < max_new_tokens:
-                    unfinished.append((score, beam, text))
-                elif rank < beams and score > -math.inf:
-                    finished[row].append((score / norm, text))
+            unfinished = []                                                # (log P, parent, tokens)
+            for rank, (log_p, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
+                parent, token = i * width + place // V, place % V
+                ends = token in end_ids
+                text = texts[parent] if ends else [*texts[parent], token]
+                if not ends and length < max_new_tokens:
+                    unfinished.append((log_p, parent, text))
+                elif rank < beams and log_p > -math.inf:
+                    finished[row].append((log_p / norm, text))
             finished[row] = sorted(finished[row], reverse=True)[:beams]
-            if unfinished and (len(finished[row]) < beams
-                               or unfinished[0][0] / norm > finished[row][-1][0]):
+            to_beat = -math.inf if len(finished[row]) < beams else finished[row][-1][0]
+            if unfinished and unfinished[0][0] / norm > to_beat:
                 longer += unfinished[:beams]
                 rest.append(row)
         if not rest:
             break
         # If all rows go on with as many texts as before, those only change places.
         same = rest == rows and len(longer) == len(texts)
-        log_p, parents, texts = zip(*longer)
+        log_ps, parents, texts = zip(*longer)
         cache.reorder(ids.new_tensor(parents), source=not same)
         rows, newest = rest, ids.new_tensor([text[-1:] for text in texts])
     return finished
@@ -316,16 +319,17 @@ class TextStream:
             return ''
         self.done = tokens[-1] in self.ends
         self.ids += [token for token in tokens if token not in self.ends]
+        # '\ufffd' at the end is half a character; Llama's decoder spoils whole ones before it, too.
         whole = clean = self.decode(self.ids)
-        before = [*self.ids]
-        while clean.endswith('\ufffd'):  # Llama's decoder spoils whole characters before a half
-            before.pop()
-            clean = self.decode(before)
-        text = max(clean, whole.rstrip('\ufffd'), key=len)
+        rest = self.ids
+        while clean.endswith('\ufffd'):
+            rest = rest[:-1]
+            clean = self.decode(rest)
+        text = max(clean, whole.rstrip('\ufffd'), key=len)                 # what is certain
         if self.done:
             text += whole[len(text):]
         found = self.stop.search(text, partial=not self.done)
-        if found:  # a stop, or the beginning of one at the end of the text
+        if found:  # a stop, or at the end of the text the beginning of one, which waits
             text, self.done = text[:found.start()], self.done or not found.partial
         new = text[len(self.text):]
         self.text += new
@@ -353,32 +357,31 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
     beams, block_size = settings.num_beams, model.config.block_size
     length = settings.max_new_tokens or 200
-    if sources:
-        prompts = [()] * len(prompts)  # they are no part of the target
-    elif beams > 1:
+    if beams > 1 and not sources:
         room = block_size - min(length, block_size // 2)
         ids = ids[:, -room:]
-    if sources or beams > 1:
+    if beams > 1 or sources:
         length = max(1, min(length, block_size - ids.size(1)))
     if model.config.arch == 'encdec':
         batch = collate([{'ids': source} for source in sources], tokenizer.pad_id, ids.device)
         cache = model.encode(**batch, size=min(block_size, (length // 16 + 1) * 16))
     how = {'cache': cache, 'end_ids': tokenizer.end_ids,
            'suppressed': suppressed_tokens(model, tokenizer)}
+    before = [()] * len(ids) if sources else prompts  # a target does not continue its prompt
     if beams > 1:
         found = beam_search(model, ids, beams, length, settings.length_penalty, **how)
         return [[TextStream(tokenizer, prompt, settings.stop, *text)
-                 for text in texts[:settings.num_samples]] for prompt, texts in zip(prompts, found)]
-    streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in prompts]
+                 for text in texts[:settings.num_samples]] for prompt, texts in zip(before, found)]
+    streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in before]
     how |= pick(vars(settings), *SAMPLING.split())
-    chosen = generate(model, ids, length, rows=rows, **how)
-    if not (settings.stop or settings.stream):  # nobody looks before the end
-        chosen = [torch.stack([*chosen], dim=1)]                           # (B, T)
+    steps = generate(model, ids, length, rows=rows, **how)                 # each (B,)
+    if not (settings.stop or settings.stream):  # one long step: nobody looks before the end
+        steps = [torch.stack([*steps], dim=1)]                             # (B, T)
     ends = torch.full((len(ids), 1), tokenizer.end_id)                     # shows what has waited
-    for tokens in itertools.chain(chosen, [ends]):
-        texts = [stream.add(*new) for stream, new in
-                 zip(streams, tokens.view(len(streams), -1).tolist())]
-        show(texts[0])
+    for step in itertools.chain(steps, [ends]):
+        tokens = step.view(len(ids), -1).tolist()
+        new_texts = [stream.add(*row) for stream, row in zip(streams, tokens)]
+        show(new_texts[0])
         if all(stream.done for stream in streams):
             break
     return [[stream] for stream in streams]
@@ -461,22 +464,23 @@ def decode_tags(examples, logits, labels):
 def decode_span(examples, logits, labels):
     """
     (2, T) of each window of a context -> the span of at most 30 tokens of one window whose first
-    and last token are likeliest together (Devlin et al. 2018, https://arxiv.org/abs/1810.04805,
-    sections 4.2 and 4.3; 30 is the limit of its code).
-    A window without the answer points at [CLS]. If the training data had questions without answer
-    (labels says so), the answer is '' where [CLS] is, in every window, likelier than that span.
+    and last token are likeliest together (Devlin et al. 2018, arxiv.org/abs/1810.04805, sections
+    4.2 and 4.3; 30 is the limit of its code). A window without the answer points at [CLS]. Where
+    labels has 'no answer', the answer is '' if [CLS] is likelier than that span in every window.
     """
     best, no_answer = {'answer': '', 'probability': 0.0}, 1.0
     for example, row in zip(examples, logits):
         p, meta = row.softmax(dim=-1), example['meta']
-        no_answer, offsets = min(no_answer, float(p[0, 0] * p[1, 0])), meta['offsets']
+        no_answer = min(no_answer, float(p[0, 0] * p[1, 0]))
+        place, offsets = meta['first'], meta['offsets']                    # of the context's tokens
         if not offsets:
             continue
-        first, last = p[:, meta['first']:][:, :len(offsets)]
+        first, last = p[:, place:place + len(offsets)]
         both = (first[:, None] * last).triu().tril(29)                     # (begin, end)
         solid = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
         until = solid.cumsum(0)
-        both = both * (until > (until - solid)[:, None])       # an answer is not only white space
+        before = until - solid
+        both = both * (until > before[:, None])                # an answer is not only white space
         begin, end = divmod(int(both.argmax()), len(offsets))
         probability = float(both[begin, end])
         if probability > best['probability']:
@@ -500,9 +504,8 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
     """Rows, each a list of its examples -> (an answer for each, totals of `predict`)."""
     examples = list(itertools.chain(*rows))
     if task == 'seq2seq':
-        written = write_targets(model, tokenizer, examples, settings)
         return [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
-                for texts in written], {}
+                for texts in write_targets(model, tokenizer, examples, settings)], {}
     if task == 'masks':  # decoded batch by batch: the logits of all would not fit into memory
         suppressed = suppressed_tokens(model, tokenizer, ends=False).cpu()
         decode = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
@@ -576,9 +579,8 @@ def bleu_words(text):
 def bleu(guesses, rights):
     """
     BLEU of a corpus, 0 to 100 (Papineni et al. 2002; Post 2018, https://arxiv.org/abs/1804.08771):
-    the geometric mean of the shares of its 1- to 4-grams that the reference has, each as often as
-    there at most, times a brevity penalty where it is shorter. An n without a match counts as 1/2,
-    1/4, ... of a match.
+    the geometric mean of the shares of its 1- to 4-grams that the reference has (clipped counts),
+    times a brevity penalty where it is shorter. An n without a match has 1/2, 1/4, ... of a match.
     """
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
     log_mean, smooth = 0.0, 1.0
@@ -821,19 +823,19 @@ def check_use(given, settings, kind, arch):
     """The use that the flags ask for. Raises ValueError for a flag that would be ignored."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
-    writing, several = 'temperature', ''                                   # greedily
+    writing = 'max_new_tokens stop num_beams '
     if beams > 1:
-        writing, several = 'length_penalty', 'num_samples'
+        writing += 'length_penalty num_samples'
     elif settings.temperature > 0:
-        writing, several = SAMPLING, 'num_samples'
-    writing += ' max_new_tokens stop num_beams'
-    live = '' if beams > 1 or settings.json else 'stream'
-    read = {'export': '', 'score': 'json', 'start': 'json', 'attention': 'start'}[use]
-    read += {  # and for one kind of model, or one architecture
-        'start text': f' {several} {writing} {live}', 'start seq2seq': f' {several} {writing}',
-        'score seq2seq': f' {writing}', 'start masks': ' top_k',
-        'attention encdec': ' max_new_tokens',
-    }.get(f"{use} {arch if use == 'attention' else kind}", '')
+        writing += SAMPLING + ' num_samples'
+    else:
+        writing += 'temperature'
+    live = '' if beams > 1 or settings.json else ' stream'
+    read = {'export': '', 'attention': 'start '}.get(use, 'json ')
+    if use == 'attention' and arch == 'encdec':
+        read += 'max_new_tokens'
+    read += {'start text': writing + live, 'start seq2seq': writing, 'start masks': 'top_k',
+             'score seq2seq': writing.replace('num_samples', '')}.get(f'{use} {kind}', '')
     unread = given.keys() - {use, *read.split(), 'init_from' if settings.init_from else 'out_dir',
                              'device', 'dtype'}
     if unread:
@@ -887,38 +889,35 @@ def find_device(name):
             return device
     raise ValueError(f"--device {name}: this machine or this torch has none: use --device auto")
 
+def by_columns(t):
+    """On a CPU: a float32 matrix by columns, which a product with one token reads 1/4 faster."""
+    gains = t.is_cpu and t.dtype == torch.float32 and t.ndim == 2
+    return t.t().contiguous().t() if gains else t
+
+def join_projections(attention):
+    """q, k, v of self-attention in one product: starting three takes longer than multiplying."""
+    layers = [attention.q, attention.k, attention.v]
+    if {*map(type, layers)} != {torch.nn.Linear}:
+        return                                                             # such as LoRA
+    weight = by_columns(torch.cat([layer.weight for layer in layers]))
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    for layer, rows in zip(layers, weight.split(sizes)):
+        layer.weight.data = rows                                           # no memory of its own
+    joined = lambda x, source: torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
+    x = weight[None, :1]  # any input, (1, 1, C), shows whether you have changed `project`
+    old, new = (torch.cat(project(x, x), dim=-1) for project in (attention.project, joined))
+    if (new - old).norm() <= torch.finfo(new.dtype).eps ** 0.75 * old.norm():
+        attention.project = joined
+
 @torch.no_grad()
 def arrange_weights(model):
-    """
-    For products with one token: q, k and v of self-attention as one matrix, since starting three
-    products takes longer than multiplying; and on a CPU float32 matrices by columns, which it reads
-    a quarter faster. Afterwards the model can only write, on its device and in its dtype.
-    """
-    def by_columns(t):
-        gains = t.is_cpu and t.dtype == torch.float32 and t.ndim == 2
-        return t.t().contiguous().t() if gains else t
-
-    def join(attention):
-        layers = [attention.q, attention.k, attention.v]
-        if {*map(type, layers)} != {torch.nn.Linear}:
-            return                                                         # such as LoRA
-        weight = by_columns(torch.cat([layer.weight for layer in layers]))
-        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-        sizes = [layer.out_features for layer in layers]
-        for layer, rows in zip(layers, weight.split(sizes)):
-            layer.weight.data = rows                                       # no memory of its own
-        joined = lambda x, source: torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
-        x = weight[None, :1]                                               # any input, (1, 1, C)
-        new, old = (torch.cat(project(x, x), dim=-1) for project in (joined, attention.project))
-        close = torch.finfo(new.dtype).eps ** 0.75                         # unless you changed it
-        if (new - old).norm() <= close * old.norm():
-            attention.project = joined
-
+    """For products with one token. Then the model can only write, on its device, in its dtype."""
     for p in model.parameters():
         p.data = by_columns(p.data)
     for name, m in model.named_modules():
         if isinstance(m, Attention) and not name.endswith('cross'):
-            join(m)
+            join_projections(m)
     return model
 
 def read_start(start):
@@ -995,7 +994,6 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
     """The page that --attention names. An encoder-decoder shows the target that it writes, too."""
     require(kind == 'text' or '\n' not in prompt.strip(), "--attention shows one line: give one")
     example, whole = (examples_of(tokenizer, kind, prompt, n)[0] for n in (block_size, 10 ** 9))
-    is_part = len(example['ids']) < len(whole['ids'])
     if model.config.arch == 'encdec':
         [[text]] = write_targets(model, tokenizer, [example], settings)
         example['decoder_ids'] = [tokenizer.start_id, *text.ids]
@@ -1011,8 +1009,8 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
             for name, weights in maps.items()]
     page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c')).encode()
     write_file(settings.attention, lambda f: f.write(page))
-    print(f"{settings.attention}: the weights of {len(source)} tokens" + ", a part" * is_part,
-          file=sys.stderr)
+    print(f"{settings.attention}: the weights of {len(source)} tokens"
+          + ", a part" * (len(source) < len(whole['ids'])), file=sys.stderr)
 
 def print_texts(model, tokenizer, prompt, settings):
     """Print the samples. Returns the number of their tokens."""
@@ -1075,27 +1073,29 @@ def main(argv):
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
     if kind == 'seq2seq':
         settings.temperature = given.get('temperature', 0.0)
-    use, dtype = check_use(given, settings, kind, arch), settings.dtype
+    use = check_use(given, settings, kind, arch)
     if use != 'export' and (arch, model.config.positions) == ('encdec', 'relative'):
         model.config.block_size = 10 ** 9  # relative positions have no limit
     block_size = model.config.block_size
     if kind in DECODERS:  # long texts are cut as those of the training data were
         block_size = min(block_size, checkpoint.get('block_size') or block_size)
     writes = use == 'start' and kind in ('text', 'seq2seq')
-    needed = {'masks': 'output|transform', 'classify': r'trunk\.pooler'}.get(kind, '$^')
+    dtype = settings.dtype
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = 'bfloat16' if half and writes else 'float32'
-    model, prompt = model.to(getattr(torch, dtype)), read_start(settings.start)
-    require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
-            "--start is empty: give a text, FILE:path, or - for standard input")
+    model.to(getattr(torch, dtype))
     if writes:
         arrange_weights(model)
+    prompt = read_start(settings.start)
+    require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
+            "--start is empty: give a text, FILE:path, or - for standard input")
+    head = {'masks': 'output|transform', 'classify': r'trunk\.pooler'}.get(kind, '$^')
+    lacks_head = any(re.match(head, name) for name in checkpoint.get('new', []))  # not in the file
+    require(use == 'attention' or not lacks_head, f"{path} is an encoder without a head, so it has "
+            f"no output: fine-tune it first, with python train.py --init_from {path}")
     if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
-    elif any(re.match(needed, name) for name in checkpoint.get('new', [])):
-        raise ValueError(f"{path} is an encoder without a head, so it has no output: fine-tune it "
-                         f"first, with python train.py --init_from {path}")
     elif use == 'export':
         check_finite(*model.parameters())
         export(model, tokenizer, labels, settings.export, kind)

@@ -29,6 +29,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,22 +59,20 @@ def epoch_order(n, *seed):
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
-    """
-    The order of the rows of labelled data in an epoch (n,): each batch holds rows of about one
-    length, but for a batch that begins in one epoch and ends in the next.
-    """
+    """The rows of an epoch in order (n,): batches of about one length, but where epochs meet."""
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order, begin = rng.permutation(n), min(n, -epoch * n % size)           # rest of a batch
-    middle = order[begin:begin + (n - begin) // size * size]               # a view of order
+    order = rng.permutation(n)
+    begin = min(n, -epoch * n % size)  # so many complete the last batch of the epoch before
+    middle = order[begin:begin + (n - begin) // size * size]               # whole batches; a view
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
-    middle[:] = rng.permutation(middle[noisy.argsort()].reshape(-1, size)).flatten()
+    batches = middle[noisy.argsort()].reshape(-1, size)
+    middle[:] = rng.permutation(batches).flatten()                         # changes order
     return order
 
 class Data:
     """
-    One split of a folder that prepare_data.py made. `tokens` is one long row of ids; of labelled
-    data, `rows` are the examples besides. batch_size: so many consecutive rows should have about
-    the same length.
+    One split of a folder of prepare_data.py: `tokens`, one long row of ids, and of labelled data
+    `rows`, the examples. batch_size: so many consecutive rows should be about equally long.
     """
 
     def __init__(self, folder, split, seed=0, batch_size=1):
@@ -104,10 +103,7 @@ class Data:
                     f"{self.highest}, and should hold {total} below {self.vocab_size}")
 
     def rng(self, *numbers):
-        """
-        A generator: of the order of rows for (0, epoch), of an example for (1, index), of an offset
-        for (2, epoch). The same numbers draw the same again.
-        """
+        """Always the same generator of rows (0, epoch), examples (1, index), offsets (2, epoch)."""
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
@@ -151,19 +147,21 @@ class Data:
         """
         texts = [self.tokenizer.token_bytes(i).decode('utf-8', 'replace')
                  for i in range(self.vocab_size)]
-        blank, spaced, maybe, always = [                                   # (V,) each
-            np.array([re.search(pattern, text) is not None for text in texts])
-            for pattern in (r'^\s*$', r'^\s', r'[.!?]$', rf'[{ENDS}][\s"\'”’）」』】》]*$|\n')]
+        # which tokens of the vocabulary match (V,)
+        matches = lambda regex: np.array([re.search(regex, text) is not None for text in texts])
+        blank, spaced, maybe = matches(r'^\s*$'), matches(r'^\s'), matches(r'[.!?]$')
+        always = matches(rf'[{ENDS}][\s"\'”’）」』】》]*$|\n')
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
         for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else ENDS):
-            if len(mark) > 1:  # of several tokens, in this order
+            if len(mark) > 1:  # of several tokens: the last one is `before`, others before that
                 ends |= np.all([np.roll(before, i) == token
                                 for i, token in enumerate(mark[::-1])], axis=0)
         sentence = np.append(0, ends).cumsum()                             # of each token
         solid = np.flatnonzero(~blank[self.tokens] & ~is_end)  # white space begins no sentence
-        starts = solid[np.unique(sentence[solid], return_index=True)[1]]
+        _, first = np.unique(sentence[solid], return_index=True)
+        starts = solid[first]
         document = is_end.cumsum()[starts]                                 # ends before it
         followed = np.flatnonzero(document[1:] == document[:-1])
         return np.append(starts, len(self.tokens)), document, followed
@@ -222,17 +220,18 @@ def sentence_pair(data, rng, room):
     beginning of A and the end of B, so that the two still touch.
     """
     starts, document, followed = data.sentences
-    first = rng.choice(followed)                                           # A's first sentence
-    length = rng.integers(room // 4, 3 * room // 4 + 1)
-    low, high = np.searchsorted(document, document[first] + [0, 1])        # its document
-    beyond = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    after = min(max(beyond, first + 1), high - 1)                          # sentence after A
-    follows, second = rng.random() < 0.5, after
+    first = rng.choice(followed)                                           # sentence A begins with
+    length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
+    low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
+    after = np.searchsorted(starts, starts[first] + length, side='right') - 1
+    after = min(max(after, first + 1), high - 1)                           # sentence A ends before
+    follows = rng.random() < 0.5
+    second = after                                                         # sentence B begins with
     if not follows:
-        second = rng.integers(len(document) - (high - low))
-        second += (high - low) * (second >= low)                           # skip A's document
-    end = starts[np.searchsorted(document, document[second], side='right')]
+        second = rng.integers(len(document) - (high - low))                # without A's document,
+        second += (high - low) * (second >= low)                           # and with it
     a = data.tokens[max(starts[first], starts[after] - length):starts[after]]
+    end = starts[np.searchsorted(document, document[second], side='right')]  # of B's document
     b = data.tokens[starts[second]:min(end, starts[second] + room - len(a))]
     return a.tolist(), b[b != data.tokenizer.end_id].tolist(), int(follows)
 
@@ -319,8 +318,7 @@ OBJECTIVES = {
 
 def get_batch(data, objective, T, first, n):
     """The examples first, first + 1, ..., first + n - 1 since the start of training, as a batch."""
-    example = OBJECTIVES[objective].example
-    examples = [example(data, i, T) for i in range(first, first + n)]
+    examples = [OBJECTIVES[objective].example(data, i, T) for i in range(first, first + n)]
     return sample.collate(examples, data.tokenizer.pad_id)
 
 # -----------------------------------------------------------------------------
@@ -406,7 +404,10 @@ class Muon(Optimizer):
     """
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: momentum, then a step of equal
     size in all directions, where the plain gradient would follow the few largest. Matrices of one
-    shape are orthogonalised together, in bfloat16 if that is `dtype`: rough products will do.
+    shape are orthogonalised together, in bfloat16 if that is `dtype`: rough products will do. With
+    the running mean m of the gradient g, and scale = sqrt(max(1, rows / columns)) as in the post,
+
+        weight -= lr * (scale * orthogonal(momentum * m + (1 - momentum) * g) + decay * weight)
     """
 
     def __init__(self, groups, peak_lr, momentum, dtype):
@@ -422,13 +423,13 @@ class Muon(Optimizer):
         return [torch.zeros_like(p)]
 
     def update(self, lr, decay, good, weights, gradients, means):
-        old = torch.stack(means)                                           # (n, rows, columns)
-        gradients = torch.stack(gradients).where(good > 0, old)            # else the means stay
-        new = old.lerp(gradients, 1 - self.momentum)
-        torch._foreach_copy_(means, list(new))
-        ahead = gradients.lerp(new, self.momentum)                         # Nesterov's momentum
+        m = torch.stack(means)                                             # (n, rows, columns)
+        g = torch.stack(gradients).where(good > 0, m)                      # else m stays as it is
+        m = m.lerp(g, 1 - self.momentum)
+        torch._foreach_copy_(means, list(m))
+        ahead = g.lerp(m, self.momentum)                                   # Nesterov's momentum
         steps = orthogonal(ahead.to(self.dtype)).float()
-        scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))           # as in the post
+        scale = math.sqrt(max(1, steps.size(1) / steps.size(2)))
         torch._foreach_mul_(weights, 1 - lr * decay * good)
         torch._foreach_add_(weights, list(steps * (-lr * scale * good)))
 
@@ -515,10 +516,7 @@ TEXT_TO_TEXT = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3,
 NEW_HEAD = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
-    """
-    Rows for models that others have pre-trained: small steps, and few of them. Those of appendix
-    A.3 of BERT's paper are smaller still.
-    """
+    """Rows for pre-trained models: few, small steps; those of BERT (appendix A.3) are smaller."""
     usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
                  beta2=0.999, weight_decay=0.01, dropout=0.1)
     return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
@@ -625,32 +623,33 @@ class Runtime:
 # -----------------------------------------------------------------------------
 # Evaluation
 
+def target_scores(model, data, s, runtime, limit):
+    """Loss and accuracy on `limit` examples, by default all; text_scores of a text read whole."""
+    T, scores, example = model.config.block_size, {'loss': 0.0}, OBJECTIVES[s.objective].example
+    n = len(data.rows) or data.windows(T)
+    chosen = np.linspace(0, n - 1, min(n, limit or n), dtype=int)
+    examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
+    _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
+    kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
+    for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
+        nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
+        if 'rows' not in data.counts and count == len(data.tokens) - 1:
+            return sample.text_scores(nats, count, data.counts['bytes'])
+        if count:
+            scores['loss'] += nats / count
+            scores[kind.replace('targets', 'accuracy')] = right / count
+    return scores
+
 def evaluate(model, data, s, runtime, limit=None):
-    """
-    Scores of a split: the loss and the share of targets that the model predicts, or the scores of
-    a task. limit: use so many examples, evenly spread; but labels of val are always scored on all.
-    """
-    T, scores, example = model.config.block_size, {}, OBJECTIVES[s.objective].example
+    """The scores of a task, over all rows of val; target_scores where these have no loss."""
+    scores = {}
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
     with runtime.precision(), sample.evaluating(model):
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
-        if 'loss' in scores:
-            return scores
-        n = len(data.rows) or data.windows(T)
-        chosen = np.linspace(0, n - 1, min(n, limit or n), dtype=int)
-        examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
-        _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
-    scores['loss'] = 0.0
-    kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
-    for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
-        nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
-        if kinds == ['targets'] and 'rows' not in data.counts and count == len(data.tokens) - 1:
-            return sample.text_scores(nats, count, data.counts['bytes'])
-        if count:
-            scores['loss'] += nats / count
-            scores[kind.replace('targets', 'accuracy')] = right / count
+        if 'loss' not in scores:
+            scores |= target_scores(model, data, s, runtime, limit)
     return scores
 
 def print_sample(model, tokenizer, s, runtime):
@@ -764,10 +763,10 @@ def flops_per_token(model):
     attention, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). Too much
     where a token uses only some weights: one of two stacks, BERT's output for one in seven.
     """
-    c, n = model.config, num_parameters(model)
+    c = model.config
     looked_up = 0 if c.tied else c.vocab_size * c.n_embd
     attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
-    return 6 * (n - looked_up) + attention
+    return 6 * (num_parameters(model) - looked_up) + attention
 
 def dry_run(model, s, data, runtime):
     """
@@ -825,17 +824,17 @@ def plot(log, path):
         axes.legend()
         axes.figure.savefig(path)
 
+def in_main_thread():
+    return threading.current_thread() is threading.main_thread()           # others get no signals
+
 def on_signal(handler):
     """What Ctrl-C, SIGTERM and SIGHUP do from now on, but for those that nohup ignores."""
-    for number in STOPS:
+    for number in STOPS if in_main_thread() else []:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 class Trainer:
-    """
-    A run: the model and data, its optimizers, how far it has come (`at` and the rows of log.csv,
-    which its checkpoints hold), and its files. checkpoint: that of a run to go on with.
-    """
+    """A run, how far it has come (`at`, `log`), its files. checkpoint: of a run to go on with."""
 
     def __init__(self, model, data, val, s, runtime, checkpoint=None):
         self.data, self.val, self.s, self.runtime = data, val, s, runtime
@@ -851,6 +850,8 @@ class Trainer:
                     optimizer.load_state_dict(saved)
                 if checkpoint['scaler']:  # it was float16
                     runtime.scaler.load_state_dict(checkpoint['scaler'])
+            if not Path(s.out_dir, 'best.pt').exists():  # ckpt.pt was copied alone
+                self.at.best = Progress.best
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORES.get(data.task, ['loss'])[0]
         self.sign = -1 if self.best_by in sample.LOWER_IS_BETTER else 1
@@ -863,10 +864,7 @@ class Trainer:
             self.forward = torch.compile(lambda **batch: (None, model(**batch)[1]))
 
     def catch(self, number, frame):
-        """
-        The first signal is noted, a second one ends at once; but not where there are several
-        processes, which may get the first one twice: torchrun passes it on.
-        """
+        """Note the first signal; a second ends at once, but with torchrun, which sends it twice."""
         self.signal, alone = number, self.runtime.world_size == 1
         on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
         progress('')
@@ -905,9 +903,9 @@ class Trainer:
         self.log.append([at.step, train_loss, loss, learning_rate(at.step, s),
                          at.step * self.tokens, at.seconds])
         if runtime.is_main:
-            columns = 'step,train_loss,val_loss,lr,tokens,seconds'
             write_file(Path(s.out_dir, 'log.csv'), lambda f: np.savetxt(
-                f, self.log, '%.10g', ',', header=columns, comments=''))
+                f, self.log, '%.10g', ',', comments='',
+                header='step,train_loss,val_loss,lr,tokens,seconds'))
             writes = self.model.config.arch in ('gpt', 'lstm') and not self.data.task
             if s.sample_tokens and writes:
                 print_sample(self.model, self.data.tokenizer, s, runtime)
@@ -1052,22 +1050,25 @@ FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulati
          'objective', 'best_by')
 
 def check(given, s, config, data, val, checkpoint, path, resume):
-    """Raise ValueError for what would fail later, before anything is written."""
+    """Before anything is written, refuse what would fail later. checkpoint: of `path`, or {}."""
     folder, longest, objective = data.folder, 0, OBJECTIVES[s.objective]
-    old = checkpoint.get('settings', {})
+    old, old_labels = checkpoint.get('settings', {}), checkpoint.get('labels', [])
+    # Can the objective learn from the data?
     require(config.block_size >= objective.shortest,
             f"--block_size {config.block_size}: {s.objective} needs at least {objective.shortest}")
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
         objective.example(split, 0, config.block_size)
-        if not split.rows:
-            split.windows(config.block_size)
-        else:
+        if split.rows:
+            # BERT reads sources alone, an encoder-decoder each side alone, the others both joined
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
-            alone = {'bert': split.longest[0], 'encdec': max(split.longest)}  # BERT reads sources
+            alone = {'bert': split.longest[0], 'encdec': max(split.longest)}
             longest = max(longest, alone.get(config.arch, joined))
+        else:
+            split.windows(config.block_size)
     require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
             f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
+    # Do the checkpoint and its model suit the data?
     theirs = old.get('dataset') or os.path.abspath(checkpoint.get('folder', ''))
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with "
@@ -1077,10 +1078,6 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
-    ends = (s.lr_decay_iters or s.max_iters) < s.max_iters and s.lr_schedule != 'constant'
-    require(s.eval_only or not ends or s.min_lr != 0, f"--lr_decay_iters {s.lr_decay_iters}: from "
-            f"there to --max_iters {s.max_iters} nothing is learned at --min_lr 0: raise one")
-    old_labels = checkpoint.get('labels', [])
     head = data.task if data.task in TASKS else ''
     require(not s.eval_only or (config.task, old_labels) == (head, data.labels),
             f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
@@ -1091,6 +1088,10 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(longest <= config.block_size,
             f"{folder} has an example of {longest} tokens, more than block_size="
             f"{config.block_size}: raise --block_size, or prepare the data with a lower one")
+    # Do the flags contradict each other, or what cannot change any more?
+    ends = (s.lr_decay_iters or s.max_iters) < s.max_iters and s.lr_schedule != 'constant'
+    require(s.eval_only or not ends or s.min_lr != 0, f"--lr_decay_iters {s.lr_decay_iters}: from "
+            f"there to --max_iters {s.max_iters} nothing is learned at --min_lr 0: raise one")
     fixed = asdict(config) | {'preset': old.get('preset', s.preset), 'n_labels': len(data.labels)}
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
@@ -1114,11 +1115,12 @@ def start(given):
         if not path.exists():
             raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
-        path = Path(s.out_dir) if s.eval_only else None
-    is_new = not (resume or s.eval_only)
+        path = Path(s.out_dir) if s.eval_only else None                    # None: random weights
     torch.manual_seed(s.seed)  # of the weights that are new
     if path is not None:
         model, checkpoint, _ = sample.open_model(path)
+    # The data: the flags or the checkpoint name it.
+    is_new = not (resume or s.eval_only)
     values = checkpoint.get('settings', {})
     if is_new:
         values = pick(values, 'preset', 'dataset')
@@ -1130,6 +1132,7 @@ def start(given):
     if s.objective and '' in OBJECTIVES[s.objective].tasks:  # learn labelled data as text
         data.task = val.task = ''
         data.labels = val.labels = []
+    # The model, and the recipe for what it learns.
     sort_head(model, checkpoint, data)
     if is_new:
         kind = data.task or ('more text' if path else 'pretrain')
@@ -1138,10 +1141,11 @@ def start(given):
         model = model or new_model(s, values, data, runtime)
         model = adapt_model(model, checkpoint, path, data, runtime)
     model = resize(model, path, **pick(values, *Config.may_change))
+    # The objective, and the data as it reads them.
     objective = find_objective(s, model.config.arch, data.task)
+    by_rows = OBJECTIVES[objective].by_rows
     s = make(Settings, values | {'objective': objective})
     data.batch_size = s.batch_size
-    by_rows = OBJECTIVES[objective].by_rows
     for split in (data, val):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
         if not by_rows:
@@ -1152,16 +1156,11 @@ def start(given):
     freeze(model, s)
     return model, s, data, val, checkpoint if resume else None, runtime
 
-def claim_folder(s, config, resumed, runtime):
-    """
-    One run a folder: raise ValueError while another one writes into it. A new run writes all of its
-    flags to config.toml, and gives the files of an earlier one another name. Returns the lock, a
-    file that has to stay open; it is gone with its process, however that ends.
-    """
-    folder = Path(s.out_dir)
+def lock(folder):
+    """A file to keep open: it locks its folder. Raises ValueError while another process does."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / '.lock'
-    f = path.open('a')
+    f = path.open('a')  # closed with its process, however that ends
     try:
         import fcntl
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1171,19 +1170,24 @@ def claim_folder(s, config, resumed, runtime):
     except (ImportError, OSError):  # Windows, or a drive without locks
         pass
     path.write_text(str(os.getpid()))
-    for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml'):
-        for half in folder.glob(f'{name}.*.tmp'):  # of a run that was killed while it saved
+    return f
+
+def claim_folder(folder, s, config, resumed, runtime):
+    """A new run gives the files of an earlier one another name, and writes all of its flags."""
+    files = [folder / name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml')]
+    renamed, n = files, 0
+    while any(path.exists() for path in renamed):  # one number for all files of a run
+        renamed, n = [path.with_stem(f"{path.stem}.old{n or ''}") for path in files], n + 1
+    for old, new in zip(files, renamed):
+        for half in folder.glob(f'{old.name}.*.tmp'):  # of a run that was killed while it saved
             half.unlink()
-        old = folder / name
         if old.exists() and not resumed:
-            free = (old.with_stem(f"{old.stem}.old{n or ''}") for n in itertools.count())
-            new = old.replace(next(path for path in free if not path.exists()))
+            old.replace(new)
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     if not resumed:
         derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))        # from the data
         text = write_config(asdict(s) | asdict(config) | derived)
         write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
-    return f
 
 def main(argv):
     groups = {"training (defaults, where RECIPES has no other for the preset)": Settings,
@@ -1199,11 +1203,12 @@ def main(argv):
             print('val ' + sample.format_scores(scores))
     else:
         with contextlib.ExitStack() as after:  # in a notebook other runs and Ctrl-C may follow
-            for number in STOPS:
+            for number in STOPS if in_main_thread() else []:
                 after.callback(signal.signal, number, signal.getsignal(number))
             if runtime.is_main:
                 written = replace(s, objective=given.get('objective'))  # else the data says it
-                after.enter_context(claim_folder(written, model.config, checkpoint, runtime))
+                after.enter_context(lock(Path(s.out_dir)))
+                claim_folder(Path(s.out_dir), written, model.config, checkpoint, runtime)
             runtime.print0(
                 f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
                 f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
