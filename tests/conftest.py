@@ -40,9 +40,9 @@ def afresh(monkeypatch):
     """Draws and signals as at the start (nohup ignores some, a run notes them), and no pictures."""
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     torch.manual_seed(0)
-    for number in STOPS:
-        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (stop for stop in signal.Signals if stop.name in ('SIGTERM', 'SIGHUP')):
+        signal.signal(number, signal.SIG_DFL)
 
 @pytest.fixture(scope='session')
 def shared():

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -871,6 +872,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(fault, raised, tm
         f.write(b'half a file')
         assert os.path.dirname(f.name) == str(tmp_path) and f.name != str(path)
         raise fault
+    with mock.patch('os.replace', side_effect=[PermissionError, None]):
+        write_file(path, lambda f: f.write(path.read_bytes()))  # Windows: another program reads it
     with pytest.raises(raised, match=str(path) if raised is OSError else None):
         write_file(path, half)
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):

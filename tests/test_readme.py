@@ -114,7 +114,6 @@ def test_known_bugs_and_exercises_have_their_places():
         assert (ROOT / file).read_text(encoding='utf-8').count(old) == 1, old
 
 def test_readmes_are_short():
-    """A newcomer decides in a minute: 300 lines in English, 240 in Chinese."""
     for path, most in zip(READMES, (300, 240)):
         assert len(path.read_text(encoding='utf-8').splitlines()) <= most, path.name
 

@@ -124,14 +124,15 @@ def test_a_resumed_run_writes_where_it_was_read(d, tmp_path, monkeypatch):
     shutil.copytree(tmp_path / 'a', tmp_path / 'b')
     monkeypatch.chdir(tmp_path / 'b')
     saved = read('out')
-    saved['progress']['seconds'] = 1e6
+    saved['progress'] |= {'seconds': 1e6, 'best': (9, 9)}
     torch.save(saved, 'out/ckpt.pt')
+    os.unlink('out/best.pt')  # it was not copied: one is written, however good another was
     with pytest.raises(SystemExit) as _kept:  # with all that its frames hold, as in a notebook
         train.main(['--init_from=resume', '--max_iters=3'])
     with pytest.raises(SystemExit):
         train.main(['--init_from=resume', '--max_iters=4'])
     assert read('out')['progress']['step'] == 4 and read('out')['progress']['seconds'] > 1e6
-    assert read(tmp_path / 'a/out')['progress']['step'] == 2
+    assert read(tmp_path / 'a/out')['progress']['step'] == 2 and os.path.exists('out/best.pt')
 
 def test_what_is_still_to_be_evaluated_is_evaluated_on_resume(d, tmp_path):
     """The last step of a run, too, or best.pt could become worse; in another precision here."""
@@ -464,7 +465,5 @@ def test_a_run_goes_on_with_the_same_data_only(trained, folders, tmp_path, refus
     fit(tmp_path / 'b/out', folders / 'qa', **{**WIDE, 'preset': 'bert', 'max_iters': 1})
     line = refusal(['--eval_only', '--objective=masked_lm'], tmp_path / 'b')
     assert 'is for text with the labels [], out for qa' in line
-
-def test_an_example_longer_than_block_size_is_refused(folders, tmp_path, refusal):
     line = refusal(as_words({**WIDE, 'dataset': folders / 'classify', 'block_size': 12}))
     assert re.search(r'an example of \d+ tokens, more than block_size=12', line)

@@ -117,8 +117,6 @@ def main(argv):
     flags, trial = [], 20
     if args.quick:
         args.seconds, flags, trial = 1, '--n_layer 1 --n_embd 32 --block_size 32'.split(), 3
-    if min(*args.order, args.seconds) <= 0:
-        raise ValueError(f'--order {args.order} and --seconds {args.seconds} must be above 0')
     with tempfile.TemporaryDirectory() as folder:
         source = ['--dataset', 'pydoc'] if args.input == 'pydoc' else ['--input', os.path.abspath(args.input)]
         command('prepare_data.py', *source, '--tokenizer', args.tokenizer, '--vocab_size', args.vocab_size, '--out_dir',

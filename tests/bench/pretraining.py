@@ -60,10 +60,6 @@ def main(argv):
     if args.quick:
         small, tuning = '--n_layer 1 --n_embd 32 --n_head 2'.split(), lambda n: 10
         args.labels, args.reading_steps = [50], 20
-    if args.encoder and not os.path.exists(os.path.join(args.encoder, 'config.json')):
-        raise ValueError(f'--encoder {args.encoder}: there is no config.json in it, so it is not a Hugging Face folder')
-    if min(*args.labels, args.seeds, args.reading_steps) < 1:
-        raise ValueError('--labels, --seeds and --reading_steps must be at least 1')
     lines, judges = read_files(args.train, args.val)
     kinds = {line.split('\t')[0] for line in lines}
     sizes = [n for n in sorted(set(args.labels)) if n < len(lines)] + [len(lines)]

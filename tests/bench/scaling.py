@@ -114,8 +114,6 @@ def main(argv):
         check_fits()
         args.widths, args.layers, args.steps, args.parts, args.seeds = [16, 32, 48], 1, 20, [1 / 2, 1], 1
     widths = sorted(set(args.widths))
-    if len(widths) < 3 or min(*widths, args.layers, args.steps, args.seeds, *args.parts) <= 0:
-        raise ValueError('three --widths at least, and all numbers above 0, are needed')
     N = {width: 10 * args.layers * width ** 2 for width in widths}  # exactly: nano has no biases, and norms no weights
     D = lambda steps: steps * BATCH * BLOCK
     middle, one = widths[(len(widths) - 1) // 2], widths[-2]
