@@ -938,7 +938,7 @@ def reading(path, remedy):
 def find_checkpoint(path):
     """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
     if os.path.isfile(path) and path.endswith(('.safetensors', '.bin', '.json')):
-        path = os.path.dirname(os.path.abspath(path))
+        path = str(Path(path).parent)
     for found in (Path(path), Path(path, 'best.pt'), Path(path, 'ckpt.pt')):
         if found.is_file():
             return found

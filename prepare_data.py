@@ -251,7 +251,8 @@ def safe_pieces(texts, size=PIECE):
 
 def note_unknown(tokenizer, split, ids):
     """Say it where a tokenizer of others has no tokens for parts of the text."""
-    lost = 0 if tokenizer.unknown is None else np.count_nonzero(ids == tokenizer.unknown)
+    unknown = tokenizer.unknown
+    lost = 0 if unknown in (None, *tokenizer.end_ids) else np.count_nonzero(ids == unknown)
     if lost:
         print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
               "their text: choose another --tokenizer")
@@ -546,7 +547,7 @@ class HFTokenizer(Tokenizer):
         self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
         self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
         mask = engine.get_added_tokens_decoder().get(special.get('[MASK]'))
-        self.mask_takes_space = mask is not None and mask.lstrip
+        self.mask_takes_space = getattr(mask, 'lstrip', False)
         self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
         self.marks = [i for i in special.values()  # not a word that ends a text, such as .
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
@@ -719,8 +720,8 @@ def is_json_lines(path):
     taken as text, its keys and quotes would be learned, too.
     """
     begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
-    as_rows = re.match(r'\{ *"', begin) is not None
-    require(as_rows or begin[:1] not in ('[', '{') or '.js' not in path.lower(),
+    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:', begin) is not None
+    require(as_rows or begin[:1] not in ('[', '{') or 'json' not in Path(path).suffix.lower(),
             f"{path} is no text: write it as JSON lines, an object a line")
     return as_rows
 
@@ -802,9 +803,9 @@ def new_folder(path):
         new, old = Path(temporary, 'new'), Path(temporary, 'old')
         new.mkdir()
         yield new
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             new.rename(path)
         finally:  # Windows refuses while a virus scanner reads what is new
             if not path.exists() and old.exists():
@@ -1457,7 +1458,7 @@ def prepare_task(settings, task, folder, files, val_files):
     for split, chosen, texts in zip(('train', 'val'), splits, (train_texts, val_texts)):
         examples = encode_rows(tokenizer, task, chosen, labels, settings.block_size)
         ids = [example['ids'] + example.get('decoder_ids', []) for example in examples]
-        note_unknown(tokenizer, split, np.array([*itertools.chain(*ids)]))
+        note_unknown(tokenizer, split, np.concatenate(ids))
         sizes = [*map(len, ids)]
         counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
                          'bytes': len(''.join(texts).encode())}

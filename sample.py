@@ -945,7 +945,7 @@ def examples_of(tokenizer, kind, line, block_size):
             ids.insert(0, tokenizer.start_id)
         return [{'ids': ids[-block_size:]}]
     if kind == 'tag':
-        row = {'tokens': TOKEN.findall(cjk_apart(line)), 'text': line}
+        row = {'tokens': [*map(str.strip, TOKEN.findall(cjk_apart(line)))], 'text': line}
     elif kind == 'seq2seq':
         row = {'source': line.strip()}
     else:
@@ -955,11 +955,11 @@ def examples_of(tokenizer, kind, line, block_size):
         require(least <= len(texts) <= 2 and all(texts),
                 f"{line[:60]!r}: write {' ||| '.join(names)}")
         if kind == 'masks':
-            return [masked_example(tokenizer, texts)]
+            return [masked_example(tokenizer, texts, block_size)]
         row = dict(zip(names, texts))
     return encode_rows(tokenizer, kind, [row], [], block_size)
 
-def masked_example(tokenizer, texts):
+def masked_example(tokenizer, texts, block_size):
     """
     One or two texts with [MASK] -> an example. Where tokens carry the space before a word, the
     space before [MASK] is part of the hidden word.
@@ -971,6 +971,8 @@ def masked_example(tokenizer, texts):
             ids += [tokenizer.id('[MASK]'), *tokenizer.encode(piece).tolist()]
         parts.append(ids[1:])
     ids, segments = add_special_tokens(tokenizer, *parts)
+    require(len(ids) <= block_size, f"{texts[0][:60]!r} has {len(ids)} tokens, more than "
+            f"block_size={block_size}: shorten it")
     return {'ids': ids, 'segments': segments}
 
 def format_answer(answer):

@@ -824,12 +824,12 @@ def plot(log, path):
         axes.legend()
         axes.figure.savefig(path)
 
-def in_main_thread():
-    return threading.current_thread() is threading.main_thread()           # others get no signals
+def stops():
+    return STOPS if threading.current_thread() is threading.main_thread() else []  # gets signals
 
 def on_signal(handler):
     """What Ctrl-C, SIGTERM and SIGHUP do from now on, but for those that nohup ignores."""
-    for number in STOPS if in_main_thread() else []:
+    for number in stops():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -1069,12 +1069,16 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
             f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
     # Do the checkpoint and its model suit the data?
-    theirs = old.get('dataset') or os.path.abspath(checkpoint.get('folder', ''))
+    run = Path(path or '')
+    theirs = os.path.abspath(checkpoint.get('folder', run.parent if run.is_file() else run))
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with "
             f"--tokenizer {shell_word(theirs)}")
-    require(not (s.eval_only and checkpoint.get('new')), f"{path} lacks weights, which would be "
-            f"random ({', '.join(checkpoint.get('new', []))}): train it first")
+    single = s.objective == 'masked_lm' and (data.rows or not data.has_pairs)
+    lacking = [name for name in checkpoint.get('new', [])  # the two are of pairs
+               if not (single and re.match('pooler|nsp_head', name))]
+    require(not (s.eval_only and lacking), f"{path} lacks weights, which would be random "
+            f"({', '.join(lacking)}): train it first")
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
@@ -1203,7 +1207,7 @@ def main(argv):
             print('val ' + sample.format_scores(scores))
     else:
         with contextlib.ExitStack() as after:  # in a notebook other runs and Ctrl-C may follow
-            for number in STOPS if in_main_thread() else []:
+            for number in stops():
                 after.callback(signal.signal, number, signal.getsignal(number))
             if runtime.is_main:
                 written = replace(s, objective=given.get('objective'))  # else the data says it
