@@ -251,8 +251,7 @@ def safe_pieces(texts, size=PIECE):
 
 def note_unknown(tokenizer, split, ids):
     """Say it where a tokenizer of others has no tokens for parts of the text."""
-    unknown = tokenizer.unknown
-    lost = 0 if unknown in (None, *tokenizer.end_ids) else np.count_nonzero(ids == unknown)
+    lost = 0 if tokenizer.unknown is None else np.count_nonzero(ids == tokenizer.unknown)
     if lost:
         print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
               "their text: choose another --tokenizer")
@@ -548,7 +547,9 @@ class HFTokenizer(Tokenizer):
         self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
         mask = engine.get_added_tokens_decoder().get(special.get('[MASK]'))
         self.mask_takes_space = getattr(mask, 'lstrip', False)
-        self.unknown = engine.token_to_id(getattr(engine.model, 'unk_token', None) or '<unk>')
+        self.unknown = special.get('unknown')
+        if self.unknown in end_ids:  # GPT-2's files call its end so, too
+            self.unknown = None
         self.marks = [i for i in special.values()  # not a word that ends a text, such as .
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
 
@@ -720,8 +721,8 @@ def is_json_lines(path):
     taken as text, its keys and quotes would be learned, too.
     """
     begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
-    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:', begin) is not None
-    require(as_rows or begin[:1] not in ('[', '{') or 'json' not in Path(path).suffix.lower(),
+    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin) is not None  # tab: columns
+    require(as_rows or begin[:1] not in ('[', '{', '"') or 'json' not in Path(path).suffix.lower(),
             f"{path} is no text: write it as JSON lines, an object a line")
     return as_rows
 

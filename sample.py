@@ -819,6 +819,8 @@ class Settings:
         if self.seed == -1:
             self.seed = int.from_bytes(os.urandom(4))
 
+NEEDED = {'masks': 'output|transform', 'classify': r'trunk\.pooler'}  # weights, for an answer
+
 def check_use(given, settings, kind, arch):
     """The use that the flags ask for. Raises ValueError for a flag that would be ignored."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
@@ -859,14 +861,14 @@ def open_model(path, device='cpu'):
         print(f"{path}: not read: {', '.join(checkpoint['not_read'])}", file=sys.stderr)
     return model, checkpoint, tokenizer
 
-def export(model, tokenizer, labels, folder, kind='text'):
+def export(model, tokenizer, labels, folder, kind='text', block_size=None):
     """Write model and tokenizer as a Hugging Face folder, without rows that were added to GPT-2."""
     config, ends = model.config, tokenizer.end_ids
     size = min(config.vocab_size, max(tokenizer.n_vocab, 1 + max(ends)))
     if (tokenizer.name, config.arch, kind) == ('gpt2', 'gpt', 'text'):
         size = min(size, tokenizer.pad_id)  # the first token added; text to text needs its [SEP]
     files = tokenizer.export_files(size, config.arch, config.task)
-    files['tokenizer_config.json']['model_max_length'] = config.block_size
+    files['tokenizer_config.json']['model_max_length'] = block_size or config.block_size
     first = 'decoder_start_token_id' if config.arch == 'encdec' else 'bos_token_id'
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
     if tokenizer.pad_id < size:
@@ -945,7 +947,8 @@ def examples_of(tokenizer, kind, line, block_size):
             ids.insert(0, tokenizer.start_id)
         return [{'ids': ids[-block_size:]}]
     if kind == 'tag':
-        row = {'tokens': [*map(str.strip, TOKEN.findall(cjk_apart(line)))], 'text': line}
+        tokens = filter(None, map(str.strip, TOKEN.findall(cjk_apart(line))))
+        row = {'tokens': [*tokens], 'text': line}
     elif kind == 'seq2seq':
         row = {'source': line.strip()}
     else:
@@ -1092,15 +1095,14 @@ def main(argv):
     prompt = read_start(settings.start)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
-    head = {'masks': 'output|transform', 'classify': r'trunk\.pooler'}.get(kind, '$^')
-    lacks_head = any(re.match(head, name) for name in checkpoint.get('new', []))  # not in the file
+    lacks_head = any(re.match(NEEDED.get(kind, '$^'), name) for name in checkpoint.get('new', []))
     require(use == 'attention' or not lacks_head, f"{path} is an encoder without a head, so it has "
             f"no output: fine-tune it first, with python train.py --init_from {path}")
     if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif use == 'export':
         check_finite(*model.parameters())
-        export(model, tokenizer, labels, settings.export, kind)
+        export(model, tokenizer, labels, settings.export, kind, block_size)
         print(f"{settings.export}: a model and its tokenizer, as transformers loads them")
     elif use == 'score':
         scores = (score_rows(model, tokenizer, settings.score, kind, labels, settings, block_size,

@@ -1074,9 +1074,10 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with "
             f"--tokenizer {shell_word(theirs)}")
-    single = s.objective == 'masked_lm' and (data.rows or not data.has_pairs)
-    lacking = [name for name in checkpoint.get('new', [])  # the two are of pairs
-               if not (single and re.match('pooler|nsp_head', name))]
+    needed = sample.NEEDED.get(config.task or {'bert': 'masks'}.get(config.arch), '$^')
+    if s.objective == 'masked_lm' and not data.rows and val.has_pairs:
+        needed += '|pooler|nsp_head'
+    lacking = [name for name in checkpoint.get('new', []) if re.match(needed, name)]
     require(not (s.eval_only and lacking), f"{path} lacks weights, which would be random "
             f"({', '.join(lacking)}): train it first")
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),

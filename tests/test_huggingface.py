@@ -753,15 +753,15 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
     command('sample.py', '--export', 'new', cwd=tmp_path)
     found = ask(capsys, '--init_from', new := tmp_path / 'new', '--start', 'the cat')
     assert len({str(prepare_data.load_tokenizer(f).to_dict()) for f in (folders['bert'], new)}) == 1
-    lacking = shutil.copytree(folders['bert'], tmp_path / 'lacking')
-    tensors = load_file(lacking / 'model.safetensors')
-    save_file({name: t for name, t in tensors.items() if 'pooler' not in name},
-              lacking / 'model.safetensors', {'format': 'pt'})
+    lacking = shutil.copytree(new, tmp_path / 'lacking')
+    save_file({name: t for name, t in load_file(new / 'model.safetensors').items()
+               if 'pooler' not in name}, lacking / 'model.safetensors', {'format': 'pt'})
     flags = {'init_from': str(lacking), 'dataset': str(tmp_path / 'rows'), 'device': 'cpu'}
     first, again = (train.start(flags)[0].state_dict() for _ in range(2))
     assert all(t.equal(again[name]) for name, t in first.items())  # in each process, too
-    with pytest.raises(ValueError, match=r'random \(pooler.weight'):
+    with pytest.raises(ValueError, match=r'random \(trunk.pooler.weight'):
         train.start(flags | {'eval_only': True})
+    train.start(flags | {'eval_only': True, 'init_from': str(new)})  # lacks what it never reads
     auto = transformers.AutoModelForSequenceClassification.from_pretrained(new)
     assert auto.config.label2id == {label: i for i, label in auto.config.id2label.items()}
     theirs = transformers.AutoTokenizer.from_pretrained(new)

@@ -547,9 +547,9 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
 
 def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""
-    write(tmp_path / 'a.tsv', 'good\t A text \n\n\ufeffbad\ta\tb\n')
+    write(tmp_path / 'a.tsv', '{"a": 1}\t A text \n\n\ufeffbad\ta\tb\n')
     assert rows_of('classify', tmp_path / 'a.tsv') == [
-        {'label': 'good', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'}]
+        {'label': '{"a": 1}', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'}]
     same = dict(input=[str(tmp_path / 'a.tsv')], val=[str(tmp_path / 'a.tsv')], tokenizer='byte')
     prepare(Settings(**same, task='classify', block_size=8, out_dir=str(tmp_path / 'out')))
     assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
