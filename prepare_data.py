@@ -547,7 +547,8 @@ class HFTokenizer(Tokenizer):
         self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
         mask = engine.get_added_tokens_decoder().get(special.get('[MASK]'))
         self.mask_takes_space = getattr(mask, 'lstrip', False)
-        self.unknown = special.get('unknown')
+        unknown = getattr(engine.model, 'unk_token', None) or '<unk>'
+        self.unknown = special.get('unknown', engine.token_to_id(unknown))
         if self.unknown in end_ids:  # GPT-2's files call its end so, too
             self.unknown = None
         self.marks = [i for i in special.values()  # not a word that ends a text, such as .
