@@ -251,7 +251,10 @@ def safe_pieces(texts, size=PIECE):
 
 def note_unknown(tokenizer, split, ids):
     """Say it where a tokenizer of others has no tokens for parts of the text."""
-    lost = 0 if tokenizer.unknown is None else np.count_nonzero(ids == tokenizer.unknown)
+    lost = 0
+    if tokenizer.unknown is not None:  # in parts: there may be more ids than fit into memory
+        for part in np.array_split(ids, 1 + len(ids) // 10 ** 7):
+            lost += np.count_nonzero(part == tokenizer.unknown)
     if lost:
         print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
               "their text: choose another --tokenizer")

@@ -819,7 +819,11 @@ class Settings:
         if self.seed == -1:
             self.seed = int.from_bytes(os.urandom(4))
 
-NEEDED = {'masks': 'output|transform', 'classify': r'trunk\.pooler'}  # weights, for an answer
+def lacking(checkpoint, kind):
+    """The weights for this kind of answer that a Hugging Face folder lacks: they are random."""
+    needed = {'masks': 'output|transform', 'masks and pairs': 'output|transform|pooler|nsp_head',
+              'classify': r'trunk\.pooler'}.get(kind, '$^')
+    return [name for name in checkpoint.get('new', []) if re.match(needed, name)]
 
 def check_use(given, settings, kind, arch):
     """The use that the flags ask for. Raises ValueError for a flag that would be ignored."""
@@ -1095,9 +1099,9 @@ def main(argv):
     prompt = read_start(settings.start)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
-    lacks_head = any(re.match(NEEDED.get(kind, '$^'), name) for name in checkpoint.get('new', []))
-    require(use == 'attention' or not lacks_head, f"{path} is an encoder without a head, so it has "
-            f"no output: fine-tune it first, with python train.py --init_from {path}")
+    has_head = use == 'attention' or not lacking(checkpoint, kind)
+    require(has_head, f"{path} is an encoder without a head, so it has no output: fine-tune it "
+            f"first, with python train.py --init_from {path}")
     if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif use == 'export':

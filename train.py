@@ -1074,10 +1074,10 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with "
             f"--tokenizer {shell_word(theirs)}")
-    needed = sample.NEEDED.get(config.task or {'bert': 'masks'}.get(config.arch), '$^')
+    kind = config.task or {'bert': 'masks'}.get(config.arch)
     if s.objective == 'masked_lm' and not data.rows and val.has_pairs:
-        needed += '|pooler|nsp_head'
-    lacking = [name for name in checkpoint.get('new', []) if re.match(needed, name)]
+        kind = 'masks and pairs'
+    lacking = sample.lacking(checkpoint, kind)
     require(not (s.eval_only and lacking), f"{path} lacks weights, which would be random "
             f"({', '.join(lacking)}): train it first")
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
@@ -1177,8 +1177,9 @@ def lock(folder):
     path.write_text(str(os.getpid()))
     return f
 
-def claim_folder(folder, s, config, resumed, runtime):
+def claim_folder(s, config, resumed, runtime):
     """A new run gives the files of an earlier one another name, and writes all of its flags."""
+    folder = Path(s.out_dir)
     files = [folder / name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml')]
     renamed, n = files, 0
     while any(path.exists() for path in renamed):  # one number for all files of a run
@@ -1213,7 +1214,7 @@ def main(argv):
             if runtime.is_main:
                 written = replace(s, objective=given.get('objective'))  # else the data says it
                 after.enter_context(lock(Path(s.out_dir)))
-                claim_folder(Path(s.out_dir), written, model.config, checkpoint, runtime)
+                claim_folder(written, model.config, checkpoint, runtime)
             runtime.print0(
                 f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
                 f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
