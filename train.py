@@ -31,6 +31,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -570,6 +571,7 @@ class Runtime:
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
         if self.device == 'cpu':
             keep_memory()
+        warnings.filterwarnings('ignore', '.*to control TF32')  # torch 2.9: the next call is old
         tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
         self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
