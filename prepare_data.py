@@ -899,7 +899,7 @@ def read_tagged(path):
     row, columns, counts, texts = None, 0, set(), 0
     for n, line in itertools.chain(read_lines(path), [(0, '')]):  # '' ends the last text
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
-            fields = re.split('\t' if '\t' in line else ' +', line.strip(' '))
+            fields = re.split(' *\t' if '\t' in line else ' +', line.strip(' '))
             columns = columns or max(2, len(fields))
             token, tag = fields[0], fields[-1]
             require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),

@@ -569,6 +569,7 @@ def test_tagged_files_of_all_kinds_are_read(tmp_path, capsys):
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
         {'tokens': ['東', '京', 'Bonn'], 'tags': ['B-LOC', 'I-LOC', 'I-LOC']}]
     assert len(rows_of('tag', write(tmp_path / 'b.conll', 'EU\tO\n\n' * 12))) == 12
+    assert rows_of('tag', write(tmp_path / 'c', 'EU \tO\n')) == [{'tokens': ['EU'], 'tags': ['O']}]
     assert 'b.conll: each of 12 texts has one token' in capsys.readouterr().err
 
 ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
