@@ -969,7 +969,8 @@ def some_of(names):
 
 def class_of(label, labels):
     """The number of a label. Raises ValueError where the model does not know it."""
-    require(label in labels, f"the label {label!r} is unknown: choose one of {some_of(labels)}")
+    require(label in labels,
+            f"the label {label[:40]!r} is unknown: choose one of {some_of(labels)}")
     return labels.index(label)
 
 def classify_examples(tokenizer, row, labels, block_size):
@@ -1447,9 +1448,9 @@ def prepare_task(settings, task, folder, files, val_files):
         measured = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
         most = 10 if measured else max(10, min(len(last_column), len(rows) // 2))
     require(task not in ('classify', 'tag') or 1 < len(labels) <= most,
-            f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: {some_of(labels)}: "
-            "there must be two or more, each in several rows (to classify: in the first column, "
-            "and no measurements)")
+            f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
+            f"{some_of([label[:40] for label in labels])}: there must be two or more, each in "
+            "several rows (to classify: in the first column, and no measurements)")
     if task == 'classify' and len(rows) > 2 * len(labels):  # is line 1 a header, not a label?
         inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}
         for row in rows:
