@@ -904,7 +904,7 @@ def read_tagged(path):
             token, tag = fields[0], fields[-1]
             require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),
                     f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, "
-                    "last its tag, which is O, B-kind or I-kind")
+                    "last its tag, which is O, B-kind or I-kind (S- is B-, M- and E- are I- here)")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
             parts = [*filter(None, split_cjk(token))]
             row['tokens'] += parts
@@ -944,7 +944,8 @@ def read_questions(path):
         raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}): an object, data > paragraphs > "
                          "context and qas, each with a list of answers, maybe empty") from None
     if wrong:
-        raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}")
+        raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}: "
+                         "count characters from 0; without an answer, the list is empty")
     return rows
 
 def add_special_tokens(tokenizer, *texts):
