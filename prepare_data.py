@@ -1163,6 +1163,8 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
     examples, wrong = [], []
     for i, row in enumerate(rows):
+        if task == 'seq2seq':  # who asks does not repeat the space around a source
+            row = row | {'source': row['source'].strip()}
         try:
             made = TASKS[task].examples(tokenizer, row, labels, block_size)
         except ValueError as e:

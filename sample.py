@@ -954,7 +954,7 @@ def examples_of(tokenizer, kind, line, block_size):
         tokens = filter(None, map(str.strip, TOKEN.findall(cjk_apart(line))))
         row = {'tokens': [*tokens], 'text': line}
     elif kind == 'seq2seq':
-        row = {'source': line.strip()}
+        row = {'source': line}
     else:
         names = ('question', 'context') if kind == 'qa' else ('text', 'text_b')
         texts = [text.strip() for text in line.split('|||')]
