@@ -352,15 +352,14 @@ class Tokenizer:
     def hf_engine(self, special, task):
         """The same as a tokenizer of the package `tokenizers`."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
-        write = lambda token: ''.join(VISIBLE[b] for b in token)
+        vocab = {''.join(VISIBLE[b] for b in token): i for token, i in self.ranks.items()}
         merges = []  # each token with all pairs of tokens that it can be merged of
-        for token in self.ranks:
+        for token in vocab:
             for i in range(1, len(token)):
                 left, right = token[:i], token[i:]
-                if left in self.ranks and right in self.ranks:
-                    merges.append((write(left), write(right)))
+                if left in vocab and right in vocab:
+                    merges.append((left, right))
         hf = optional('tokenizers')
-        vocab = {write(token): i for token, i in self.ranks.items()}
         engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                            use_regex=self.name != 'byte')
