@@ -1499,9 +1499,9 @@ def prepare(settings):
                 path.write_text(text, encoding='utf-8', newline='\n')
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
-        above = {folder for path in files + val_files for folder in Path(path).resolve().parents}
-        require(Path(out_dir).resolve() not in above,
-                f"--out_dir {out_dir} holds the input, which would be lost: choose another name")
+        for path in files + val_files:
+            require(Path(out_dir).resolve() not in Path(path).resolve().parents, f"--out_dir "
+                    f"{out_dir} holds the input, which would be lost: choose another name")
         held_out = {os.stat(path)[1:3] for path in val_files}  # a file may have several names
         files = [path for path in files
                  if os.stat(path)[1:3] not in held_out] or files           # where none is left
