@@ -531,13 +531,14 @@ def label_scores(answers, golds):
 
 def entity_scores(answers, golds):
     """Precision, recall and F1 of whole entities: both ends and the kind must be right."""
-    found, true = set(), set()
-    for i, (answer, gold) in enumerate(zip(answers, golds)):
-        tags = [tag if first >= 0 else 'O'  # a token without a piece is O
-                for example in gold
-                for tag, first in zip(example['meta']['tags'], example['meta']['first'])]
-        found |= {(i, *entity) for entity in entities(answer['tags'])}
-        true |= {(i, *entity) for entity in entities(tags)}
+    guesses, right = [], []  # all texts in one row, as in seqeval, with an O behind each
+    for answer, gold in zip(answers, golds):
+        guesses += [*answer['tags'], 'O']
+        for example in gold:  # a token without a piece is O
+            pairs = zip(example['meta']['tags'], example['meta']['first'])
+            right += [tag if first >= 0 else 'O' for tag, first in pairs]
+        right.append('O')
+    found, true = set(entities(guesses)), set(entities(right))
     hits = len(found & true)
     return {'precision': hits / max(1, len(found)), 'recall': hits / max(1, len(true)),
             'f1': f1(hits, len(found), len(true))}
