@@ -543,13 +543,11 @@ def entity_scores(answers, golds):
     return {'precision': hits / max(1, len(found)), 'recall': hits / max(1, len(true)),
             'f1': f1(hits, len(found), len(true))}
 
-def ngrams(words, n):
-    return collections.Counter(zip(*(words[i:] for i in range(n))))
-
-def ngram_f1(guess, right, n):
-    """F1 of the n-grams that two lists of words have in common."""
-    guess, right = ngrams(guess, n), ngrams(right, n)
-    return f1((guess & right).total(), guess.total(), right.total())
+def count_ngrams(guess, right, n):
+    """Of two lists of words: the n-grams in common, those of guess, those of right."""
+    guess, right = (collections.Counter(zip(*(words[i:] for i in range(n))))
+                    for words in (guess, right))
+    return (guess & right).total(), guess.total(), right.total()
 
 def answer_words(text):
     """As SQuAD's script compares answers: no case, punctuation or articles. CJK by characters."""
@@ -563,7 +561,8 @@ def answer_scores(answers, golds):
         words, rights = answer_words(a['answer']), map(answer_words, g[0]['meta']['answers'])
         rights = [*filter(None, rights)] or [[]]  # no answer: '' is right
         exact.append(words in rights)
-        overlap.append(max(words == right or ngram_f1(words, right, 1) for right in rights))
+        overlap.append(max(words == right or f1(*count_ngrams(words, right, 1))
+                           for right in rights))
     return {'exact_match': fmean(exact), 'f1': fmean(overlap)}
 
 def bleu_words(text):
@@ -586,9 +585,8 @@ def bleu(guesses, rights):
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
     log_mean, smooth = 0.0, 1.0
     for n in range(1, 5):
-        pairs = [(ngrams(guess, n), ngrams(right, n)) for guess, right in zip(guesses, rights)]
-        hits = sum((guess & right).total() for guess, right in pairs)
-        total = sum(guess.total() for guess, _ in pairs)
+        counts = [count_ngrams(guess, right, n) for guess, right in zip(guesses, rights)]
+        hits, total, _ = map(sum, zip(*counts))
         if not total or (n == 1 and not hits):
             return 0.0
         smooth /= 1 if hits else 2
@@ -606,7 +604,7 @@ def rouge(guess, right):
         old = row[:]
         for i, other in enumerate(right, 1):
             row[i] = old[i - 1] + 1 if word == other else max(old[i], row[i - 1])
-    return [ngram_f1(guess, right, 1), ngram_f1(guess, right, 2),
+    return [f1(*count_ngrams(guess, right, 1)), f1(*count_ngrams(guess, right, 2)),
             f1(row[-1], len(guess), len(right))]
 
 # Of text to text, and their digits in print
