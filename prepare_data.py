@@ -1036,8 +1036,7 @@ def encode_parts(tokenizer, text, cuts):
     for begin, end in itertools.pairwise([0, *cuts, len(text)]):
         ids, offsets = tokenizer.encode_with_offsets(text[begin:end])
         parts.append((ids, offsets + begin))
-    ids, offsets = zip(*parts)
-    return np.concatenate(ids), np.concatenate(offsets)
+    return map(np.concatenate, zip(*parts))
 
 def qa_examples(tokenizer, row, labels, block_size):
     """
