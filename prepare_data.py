@@ -1470,7 +1470,7 @@ def prepare_task(settings, task, folder, files, val_files):
         counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
                          'bytes': len(''.join(texts).encode())}
         text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)
-        (folder / f'{split}.jsonl').write_text(text, encoding='utf-8', newline='\n')
+        (folder / f'{split}.jsonl').write_bytes(text.encode())
         if task == 'classify' and settings.block_size in sizes:
             print(f"{split}: {sizes.count(settings.block_size):,} examples fill --block_size "
                   f"{settings.block_size}: their texts may be cut")
@@ -1495,7 +1495,7 @@ def prepare(settings):
             paths = [folder / 'source.txt', folder / 'source.val.txt']
             texts = make(*download(name, settings.mirror))
             for path, text in zip(paths, texts):
-                path.write_text(text, encoding='utf-8', newline='\n')
+                path.write_bytes(text.encode())
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
         for path in files + val_files:
