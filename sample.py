@@ -534,10 +534,9 @@ def entity_scores(answers, golds):
     guesses, right = [], []  # all texts in one row, as in seqeval, with an O behind each
     for answer, gold in zip(answers, golds):
         guesses += [*answer['tags'], 'O']
-        for example in gold:  # a token without a piece is O
-            pairs = zip(example['meta']['tags'], example['meta']['first'])
-            right += [tag if first >= 0 else 'O' for tag, first in pairs]
-        right.append('O')
+        right += [tag if first >= 0 else 'O'  # a token without a piece is O
+                  for example in gold
+                  for tag, first in zip(example['meta']['tags'], example['meta']['first'])] + ['O']
     found, true = set(entities(guesses)), set(entities(right))
     hits = len(found & true)
     return {'precision': hits / max(1, len(found)), 'recall': hits / max(1, len(true)),
