@@ -165,6 +165,10 @@ def write_config(values):
     return ''.join(f'{name} = {json.dumps(value, ensure_ascii=False)}\n'
                    for name, value in values.items() if value is not None)
 
+def to_stderr(text):
+    """A line that is not a result."""
+    print(text, file=sys.stderr)
+
 # of the signals that a system has: Windows has no SIGHUP
 STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
 
@@ -199,7 +203,7 @@ def run(main):
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
                        "in its place), --block_size, --num_samples or --max_new_tokens")
         with contextlib.suppress(OSError):  # the terminal is closed
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+            to_stderr(f"{os.path.basename(sys.argv[0])}: error: {message}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -605,12 +609,12 @@ def open_huggingface(folder):
         folder, local_files_only=True, trust_remote_code=False)
     engine = theirs.backend_tokenizer
     if getattr(engine.normalizer, 'lowercase', False) and not about:
-        print(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
-              "transformers", file=sys.stderr)
+        to_stderr(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
+                  "transformers")
     family = config.get('model_type', 'bert')  # a tokenizer alone may be that of a BERT
     cleans = theirs.clean_up_tokenization_spaces and type(engine.model).__name__ != 'BPE'
     if cleans and family != 'bert':
-        print(f"{folder}: not read: clean_up_tokenization_spaces", file=sys.stderr)
+        to_stderr(f"{folder}: not read: clean_up_tokenization_spaces")
     rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
     vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
     special = {f'<extra_{i}>': vocab[text] for i in range(100)
@@ -748,7 +752,7 @@ def read_rows(path, *names):
                                  f"{' and '.join(names[:2])}") from None
             yield n, texts
     if unread and len(names) > 1:  # plain text may have any others
-        print(f"{path}: not read: {', '.join(sorted(unread))}", file=sys.stderr)
+        to_stderr(f"{path}: not read: {', '.join(sorted(unread))}")
 
 def read_pieces(paths):
     """
@@ -917,8 +921,8 @@ def read_tagged(path):
     require(columns <= 2 or counts != {True},  # in all texts
             f"{path}: the first column counts tokens or texts: leave it out")
     if texts > 9 and not counts:
-        print(f"{path}: each of {texts} texts has one token: are there blank lines between tokens?",
-              file=sys.stderr)
+        to_stderr(f"{path}: each of {texts} texts has one token: are there blank lines between "
+                  "tokens?")
 
 def read_questions(path):
     """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""

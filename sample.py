@@ -45,7 +45,7 @@ from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, n
                    require, write_file)
 from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, encode_rows,
                           flag, load_tokenizer, new_folder, pick, progress, read_flags, read_pieces,
-                          render_token, run, write_ids, write_json)
+                          render_token, run, to_stderr, write_ids, write_json)
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -860,7 +860,7 @@ def open_model(path, device='cpu'):
     elif checkpoint.get('tokenizer'):
         tokenizer = Tokenizer.from_dict(checkpoint['tokenizer'])
     if checkpoint.get('not_read'):
-        print(f"{path}: not read: {', '.join(checkpoint['not_read'])}", file=sys.stderr)
+        to_stderr(f"{path}: not read: {', '.join(checkpoint['not_read'])}")
     return model, checkpoint, tokenizer
 
 def export(model, tokenizer, labels, folder, kind='text', block_size=None):
@@ -1016,8 +1016,8 @@ def write_attention(model, tokenizer, prompt, kind, settings, block_size):
             for name, weights in maps.items()]
     page = PAGE.replace('DATA', json.dumps(data).replace('<', r'\u003c')).encode()
     write_file(settings.attention, lambda f: f.write(page))
-    print(f"{settings.attention}: the weights of {len(source)} tokens"
-          + ", a part" * (len(source) < len(whole['ids'])), file=sys.stderr)
+    to_stderr(f"{settings.attention}: the weights of {len(source)} tokens"
+              + ", a part" * (len(source) < len(whole['ids'])))
 
 def print_texts(model, tokenizer, prompt, settings):
     """Print the samples. Returns the number of their tokens."""
@@ -1119,7 +1119,7 @@ def main(argv):
             n = print_answers(model, tokenizer, prompt, kind, labels, settings, block_size)
             what, rate = 'answers', 'a second'
         seconds = time.perf_counter() - started
-        print(f"{n} {what} in {seconds:.2f} s ({n / seconds:.1f} {rate})", file=sys.stderr)
+        to_stderr(f"{n} {what} in {seconds:.2f} s ({n / seconds:.1f} {rate})")
 
 if __name__ == '__main__':
     run(main)
