@@ -175,9 +175,8 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     block_size, device = model.config.block_size, ids.device
     draws = [np.random.default_rng((seed, row)).random(max_new_tokens)
              for row in rows or range(len(ids))]
-    uniforms = torch.tensor(np.array(draws).T)                             # (max_new_tokens, B)
-    if device.type != 'mps':  # which has no float64: step chooses tokens where uniforms are
-        uniforms = uniforms.to(device)
+    # step chooses tokens where uniforms (max_new_tokens, B) are: mps has no float64
+    uniforms = torch.tensor(np.array(draws).T, device='cpu' if device.type == 'mps' else device)
 
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
