@@ -470,7 +470,7 @@ def decode_span(examples, logits, labels):
     best, no_answer = {'answer': '', 'probability': 0.0}, 1.0
     for example, row in zip(examples, logits):
         p, meta = row.softmax(dim=-1), example['meta']
-        no_answer = min(no_answer, float(p[0, 0] * p[1, 0]))
+        no_answer = min(no_answer, float(p[:, 0].prod()))                  # of [CLS], twice
         place, offsets = meta['first'], meta['offsets']                    # of the context's tokens
         if not offsets:
             continue
@@ -835,10 +835,9 @@ def check_use(given, settings, kind, arch):
         writing += 'temperature'
     live = '' if beams > 1 or settings.json else ' stream'
     read = {'export': '', 'attention': 'start '}.get(use, 'json ')
-    if use == 'attention' and arch == 'encdec':
-        read += 'max_new_tokens'
     read += {'start text': writing + live, 'start seq2seq': writing, 'start masks': 'top_k',
-             'score seq2seq': writing.replace('num_samples', '')}.get(f'{use} {kind}', '')
+             'score seq2seq': writing.replace('num_samples', ''),
+             'attention seq2seq': 'max_new_tokens' * (arch == 'encdec')}.get(f'{use} {kind}', '')
     unread = given.keys() - {use, *read.split(), 'init_from' if settings.init_from else 'out_dir',
                              'device', 'dtype'}
     if unread:
@@ -1096,9 +1095,9 @@ def main(argv):
     prompt = read_start(settings.start)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
-    has_head = use == 'attention' or not lacking(checkpoint, kind)
-    require(has_head, f"{path} is an encoder without a head, so it has no output: fine-tune it "
-            f"first, with python train.py --init_from {path}")
+    require(use == 'attention' or not lacking(checkpoint, kind),
+            f"{path} is an encoder without a head, so it has no output: fine-tune it first, with "
+            f"python train.py --init_from {path}")
     if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif use == 'export':
