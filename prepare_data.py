@@ -845,7 +845,7 @@ def write_ids(path, dtype, tokenizer, pieces):
         for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for (text, ends), ids in zip(batch, encoded):
-                is_open = is_open or len(ids) > 0
+                is_open |= len(ids) > 0
                 closes = ends and is_open
                 if closes:
                     ids, is_open = np.append(ids, tokenizer.end_id), False
