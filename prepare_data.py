@@ -984,7 +984,7 @@ def classify_examples(tokenizer, row, labels, block_size):
         ids        [CLS] a funny film [SEP]
         targets    1                           of the labels negative, positive
     """
-    texts = [tokenizer.encode(row[name]).tolist() for name in ('text', *pick(row, 'text_b'))]
+    texts = [tokenizer.encode(text).tolist() for text in pick(row, 'text', 'text_b').values()]
     by_length = sorted(texts, key=len)  # a tie shortens the one that was shorter
     while sum(map(len, texts)) > block_size - 1 - len(texts):
         max(by_length, key=len).pop()
