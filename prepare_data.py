@@ -71,8 +71,9 @@ def require(holds, message):
     if not holds:
         raise ValueError(message)
 
-BOUNDS = {'low': ('at least', operator.ge), 'high': ('at most', operator.le),
-          'above': ('above', operator.gt), 'below': ('below', operator.lt)}
+BOUNDS = {'above': ('above', operator.gt), 'below': ('below', operator.lt),
+          'low': ('at least', operator.ge), 'high': ('at most', operator.le)}
+LIMITS = {int: {'low': 0, 'high': 2 ** 63 - 1}, float: {'low': 0}}  # where a flag says no others
 
 def flag(default, help, choices=(), **bounds):
     """A field that describes itself. None stands for a value that is derived or missing."""
@@ -90,10 +91,10 @@ def check_flags(settings):
         given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
         require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
         require(not isinstance(value, float) or math.isfinite(value), f"{given}: must be finite")
-        limits = {'high': 2 ** 63 - 1, **rules} if f.type is int else rules  # int64
-        for bound in BOUNDS.keys() & limits:
-            words, holds = BOUNDS[bound]
-            require(holds(value, limits[bound]), f"{given}: must be {words} {limits[bound]}")
+        limits = LIMITS.get(f.type, {}) | rules
+        for bound, (words, holds) in BOUNDS.items():
+            if bound in limits:
+                require(holds(value, limits[bound]), f"{given}: must be {words} {limits[bound]}")
 
 def boolean(text):
     """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""

@@ -796,11 +796,11 @@ class Settings:
     max_new_tokens: int = flag(None, 'tokens in a text, at most [200, or as many as the longest '
                                      'target that it is scored by]', low=1)
     temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
-                                   'text to text 0 if not given', low=0, high=1e6)
+                                   'text to text 0 if not given', high=1e6)
     num_beams: int = flag(1, 'above 1: search the likeliest text by beams', low=1, high=4096)
-    length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', low=0, high=10)
-    top_k: int = flag(0, 'the k likeliest tokens; 0: all. Of [MASK], how many to show; 0: 5', low=0)
-    top_p: float = flag(1.0, 'the fewest tokens that reach this probability', low=0, high=1)
+    length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', high=10)
+    top_k: int = flag(0, 'the k likeliest tokens; 0: all. Of [MASK], how many to show; 0: 5')
+    top_p: float = flag(1.0, 'the fewest tokens that reach this probability', high=1)
     stop: list = flag([], "texts at which to stop; a line end is $'\\n' in most shells")
     seed: int = flag(-1, 'the same seed writes the same text; -1: a new one every time', low=-1)
     stream: bool = flag(False, 'print text as it is generated, one sample after the other')

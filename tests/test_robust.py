@@ -285,7 +285,7 @@ BAD_TEXTS = {'dataset': 'nowhere', 'init_from': 'not/a/file.pt', 'config': 'nowh
 
 def bad_values(f):
     """Values that a field of a dataclass of flags does not allow, as a user may write them."""
-    rules = f.metadata
+    rules = prepare_data.LIMITS.get(f.type, {}) | f.metadata
     if f.name in BAD_TEXTS:
         return [BAD_TEXTS[f.name]]
     if rules['choices']:
