@@ -380,6 +380,7 @@ class KVCache:
         if isinstance(self.length, torch.Tensor):
             return both.index_copy_(3, self.positions, new.type_as(both))
         end = self.length + k.size(2)
+        require(end <= self.size, f"{end} tokens are more than the {self.size} of this KVCache")
         both[..., self.length:end, :] = new
         return both[..., :end, :]                                          # (2, B, G, S, D)
 
@@ -591,8 +592,6 @@ class Stack(nn.Module):
         if end > self.config.block_size:  # require(f'...') would recompile at each length
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
-        if cache is not None and end > cache.size:
-            raise ValueError(f"{end} tokens are more than the {cache.size} of this KVCache")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
         shared, cross = {'cache': cache}, {'cache': source_cache, 'memory': memory}
