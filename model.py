@@ -938,14 +938,16 @@ def find_checkpoint(path):
     """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
     if os.path.isfile(path) and path.endswith(('.safetensors', '.bin', '.json')):
         path = str(Path(path).parent)
-    for found in (Path(path), Path(path, 'best.pt'), Path(path, 'ckpt.pt')):
+    for name in ('', 'best.pt', 'ckpt.pt'):
+        found = Path(path, name)
         if found.is_file():
             return found
-    folder, patterns = path, ['*.json', 'model*.safetensors', '*.txt', '*.model']
+    folder = path
     if not os.path.isdir(path):
         with contextlib.suppress(Exception):  # not installed, no network, or no such model
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(path, allow_patterns=patterns)
+            folder = snapshot_download(path, allow_patterns=[
+                '*.json', 'model*.safetensors', '*.txt', '*.model'])
     require(any(Path(folder).glob('model*')) or not Path(folder, 'adapter_config.json').exists(),
             f"{path} is an adapter, without its model: merge the two first, with peft")
     if Path(folder, 'config.json').exists():
