@@ -629,9 +629,8 @@ class Stack(nn.Module):
             distance = key_positions - positions[:, None]                  # (T, S)
             buckets = distance_buckets(distance, not self.causal, self.config.buckets,
                                        self.config.max_distance)
-            bias = self.relative_bias(buckets).permute(2, 0, 1)            # (H, T, S)
-            bias = bias.contiguous()                                       # as kernels want it
-        # As numbers, made once for all blocks; kernels would make them of bools in each.
+            bias = self.relative_bias(buckets).permute(2, 0, 1).contiguous()  # (H, T, S)
+        # As kernels want it: contiguous, and numbers, which they would make of bools in each block.
         mask = torch.where(mask, bias, -math.inf)                          # (1 or B, 1 or H, T, S)
         return {'mask': mask.to(self.embed.tokens.weight.dtype)}
 
@@ -938,7 +937,7 @@ def find_checkpoint(path):
     """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
     if os.path.isfile(path) and path.endswith(('.safetensors', '.bin', '.json')):
         path = str(Path(path).parent)
-    for name in ('', 'best.pt', 'ckpt.pt'):
+    for name in ('', 'best.pt', 'ckpt.pt'):  # '': path itself
         found = Path(path, name)
         if found.is_file():
             return found
