@@ -1277,8 +1277,7 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
         raise ValueError("exporting needs one more package: pip install safetensors") from e
     model = resize(model.cpu(), folder, vocab_size=vocab_size or model.config.vocab_size)
     config = spell_out(model.config)
-    rotary = 'llama' if config.window == '0' else 'mistral'
-    others = {'relative': 't5', 'rotary': rotary}
+    others = {'relative': 't5', 'rotary': 'llama' if config.window == '0' else 'mistral'}
     kind = 'bert' if config.arch == 'bert' else others.get(config.positions, 'gpt2')
     family, theirs = FAMILIES[kind], config_to(kind, config) | fields
     there = spell_out(config_from(theirs)[0])
