@@ -588,9 +588,7 @@ class Runtime:
 
     def precision(self):
         """Inside, products are in self.dtype; an LSTM, the residual stream and the loss are not."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device, self.dtype)
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def move(self, t):
         """A tensor of the CPU on the device; a GPU copies it while it works on something else."""
