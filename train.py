@@ -818,7 +818,7 @@ def plot(log, path):
     """The losses as a picture, where matplotlib is installed."""
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-        rows, axes = np.reshape(log, (-1, 6)), Figure().subplots()
+        rows, axes = np.array(log), Figure().subplots()
         axes.plot(rows[:, 0], rows[:, 1:3], label=['train loss', 'val loss'])
         axes.set(xlabel='step', ylabel='nats per token')
         axes.legend()
