@@ -748,11 +748,10 @@ class LSTM(LanguageModel):
 
     def hidden(self, ids, cache=None, **inputs):
         """ids (B, T) -> (B, T, C)."""
-        state = None if cache is None else cache.state                     # 2 x (n_layer, B, C)
+        cache = cache or KVCache(0)                                        # only its state is used
         with torch.autocast(ids.device.type, enabled=False):  # cuDNN would take float16, unscaled
-            x, state = self.lstm(self.drop(self.tokens(ids)), state)
-        if cache is not None:
-            cache.state, cache.length = state, cache.length + ids.size(1)
+            x, cache.state = self.lstm(self.drop(self.tokens(ids)), cache.state)
+        cache.length += ids.size(1)
         return self.drop(x)
 
 class BERT(LanguageModel):
