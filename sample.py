@@ -44,8 +44,8 @@ from torch.nn.utils.rnn import pad_sequence
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
                    require, write_file)
 from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, encode_rows,
-                          flag, load_tokenizer, new_folder, pick, progress, read_flags, read_pieces,
-                          render_token, run, to_stderr, write_ids, write_json)
+                          flag, load_tokenizer, new_folder, pick, progress, read_any, read_flags,
+                          read_pieces, render_token, run, to_stderr, write_ids, write_json)
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -855,6 +855,8 @@ def open_model(path, device='cpu'):
         with contextlib.suppress(FileNotFoundError):
             tokenizer = load_tokenizer(checkpoint['folder'])
             checkpoint['tokenizer'] = tokenizer.to_dict()
+            about = read_any(checkpoint['folder'], 'tokenizer_config.json')
+            checkpoint['block_size'] = about.get('model_max_length')       # as an export says it
     elif checkpoint.get('tokenizer'):
         tokenizer = Tokenizer.from_dict(checkpoint['tokenizer'])
     if checkpoint.get('not_read'):

@@ -769,6 +769,9 @@ def test_a_bert_folder_is_tuned_exported_and_asked_by_command(folders, tmp_path,
     p = auto(**theirs('the cat', return_tensors='pt')).logits[0].softmax(dim=-1)
     assert found['label'] == auto.config.id2label[p.argmax().item()] in ('yes', '不')
     assert abs(found['probability'] - p.max().item()) < 1e-4
+    put(new, 'tokenizer_config.json', {'tokenizer_class': 'BertTokenizer', 'model_max_length': 4})
+    assert ask(capsys, '--init_from', new, '--start', 'the cat cat cat')['probabilities'] == (
+        found['probabilities'])  # cut as there
 
 def test_a_t5_folder_is_tuned_by_command(folders, tmp_path):
     """Its scores change in the last digit each time `tokenizers` reads them, and it is the same."""

@@ -534,7 +534,10 @@ FIELD = st.text(st.characters(codec='utf-8', exclude_characters='\t\n\r\ufeff'),
     st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(['', '\ufeff']),
     st.sampled_from(['', 'end', 'two']), st.booleans())
 def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark, last, as_json):
-    """TSV with any line ends, a byte order mark, an empty last line; or JSON lines."""
+    """
+    TSV with any line ends, a byte order mark, an empty last line; or JSON lines. A source is
+    encoded without the white space around it, as sample.py reads it from a user.
+    """
     if any(text.lower() in prepare_data.HEADERS for text in pairs[0]):
         return
     folder = tmp_path_factory.mktemp('pairs')
@@ -543,7 +546,10 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
     else:
         lines, name = [f'{a}\t{b}' for a, b in pairs], 'a.tsv'
     write(folder / name, mark + end.join(lines) + end * ['', 'end', 'two'].index(last))
-    assert [(row['source'], row['target']) for row in rows_of('seq2seq', folder / name)] == pairs
+    rows = rows_of('seq2seq', folder / name)
+    assert [(row['source'], row['target']) for row in rows] == pairs
+    made = prepare_data.encode_rows(BYTE, 'seq2seq', rows, [], 999)
+    assert [bytes(e['ids'][:-1]).decode() for e in made] == [a.strip() for a, _ in pairs]
 
 def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""
