@@ -845,7 +845,8 @@ class TaskModel(nn.Module):
         super().__init__()
         self.config, self.trunk = config, trunk
         self.drop = Dropout(config.dropout)
-        self.head = nn.Linear(config.n_embd, 2 if config.task == 'qa' else config.n_labels)
+        n = 2 if config.task == 'qa' else config.n_labels or 1             # 1: a task of your own
+        self.head = nn.Linear(config.n_embd, n)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 

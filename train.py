@@ -739,6 +739,7 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
                          "--muon_learning_rate or --adversarial")
     for optimizer in optimizers:
         optimizer.step(learning_rate(step, s) / s.learning_rate, good)
+    for optimizer in optimizers:  # when all have moved: two may share a weight
         optimizer.zero_grad()
     runtime.scaler.update()
 
