@@ -4,6 +4,7 @@ and runs.
 """
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -24,6 +25,13 @@ sys.path.insert(0, str(ROOT))
 hypothesis.settings.register_profile('plain', deadline=None, derandomize=True, database=None,
     max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile('plain')
+
+# What compares with others needs tests/requirements.txt.
+EXTRAS = {'test_huggingface.py': 'transformers', 'test_sample.py': 'sacrebleu'}
+collect_ignore = [file for file, package in EXTRAS.items() if not importlib.util.find_spec(package)]
+
+def pytest_report_header():
+    return [f'{file} is left out: pip install -r tests/requirements.txt' for file in collect_ignore]
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'gpu: needs a GPU; deselected where there is none')

@@ -534,10 +534,7 @@ FIELD = st.text(st.characters(codec='utf-8', exclude_characters='\t\n\r\ufeff'),
     st.sampled_from(['\n', '\r\n', '\r']), st.sampled_from(['', '\ufeff']),
     st.sampled_from(['', 'end', 'two']), st.booleans())
 def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark, last, as_json):
-    """
-    TSV with any line ends, a byte order mark, an empty last line; or JSON lines. A source is
-    encoded without the white space around it, as sample.py reads it from a user.
-    """
+    """TSV with any line ends, a byte order mark, an empty last line; or JSON lines."""
     if any(text.lower() in prepare_data.HEADERS for text in pairs[0]):
         return
     folder = tmp_path_factory.mktemp('pairs')
