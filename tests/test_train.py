@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import types
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -450,6 +451,20 @@ def test_a_step_without_any_target_is_no_nan(folders):
         row['targets'] = [IGNORE_INDEX] * len(row['ids'])
     assert train.backward(0, model, model, data, s, runtime).item() == 0
     assert all((grad == 0).all() for grad in gradients(model).values())
+
+def test_the_logits_are_freed_before_gradients_are_made(folders):
+    """With a large vocabulary they are the largest tensor of all."""
+    model, data, s, runtime = parts_of(folders / 'text')
+    kept = []
+
+    def forward(**batch):
+        logits, loss = model(**batch)
+        alive = weakref.ref(logits)
+        loss.register_hook(lambda _: kept.append(alive()))
+        return logits, loss
+
+    train.backward(0, model, forward, data, s, runtime)
+    assert kept == [None]
 
 def trainer(folder, out, scale=None, **flags):
     """A Trainer with a tiny GPT; scale: scale losses as float16 does on a GPU, but in float32."""
