@@ -787,7 +787,7 @@ def dry_run(model, s, data, runtime):
     # the T x S weights are stored where attention() follows the formula, as does the equation
     fused = runtime.device == 'cuda' or T > 512 or (width == 2 and not config.dropout)
     scores = 0 if fused else 5 * config.n_head * T
-    activations = s.batch_size * T * (width * L * (34 * C + scores) + 8 * V)
+    activations = s.batch_size * T * (width * L * (34 * C + scores) + 12 * V)
     x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
     timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
     speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
