@@ -705,7 +705,8 @@ def backward(step, model, forward, data, s, runtime):
             seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
             torch.manual_seed(int(seed))  # of dropout
             with runtime.precision():
-                loss = forward(**batch, **numbers)[1]                      # the logits are freed
+                _, loss = forward(**batch, **numbers)
+            del _  # the logits, which may be the largest tensor, before gradients are made
             runtime.scaler.scale(loss * runtime.world_size).backward()
             total += loss.detach()
         runtime.average_gradients(model)  # times world_size: their sum
