@@ -77,8 +77,10 @@ def refused(script, *flags, cwd, **kwargs):
     assert len(lines) == 1, '\n'.join(lines)
     return lines[0]
 
-def one_line(error):
-    """The message of an exception caught by pytest.raises, which must be one line."""
+def one_line(kind, call, *args, **kwargs):
+    """The message of the exception of a kind that a call raises, which must be one line."""
+    with pytest.raises(kind) as error:
+        call(*args, **kwargs)
     message = str(error.value)
     assert message and '\n' not in message, f'not one line: {message}'
     return message

@@ -126,9 +126,7 @@ def test_rows_of_presets_are_what_history_chose():
 
 def refusal(**values):
     """The one line with which Config refuses these values."""
-    with pytest.raises(ValueError) as error:
-        Config(**values)
-    return one_line(error)
+    return one_line(ValueError, Config, **values)
 
 @pytest.mark.parametrize('field', [f for f in dataclasses.fields(Config)
                                    if type(f.default) in (int, float)], ids=lambda f: f.name)
@@ -849,9 +847,8 @@ def test_more_tokens_and_fewer_positions_change_nothing_that_was_there(name, add
 def test_a_folder_means_its_best_checkpoint_else_its_latest(tmp_path):
     """best.pt before ckpt.pt; nothing there is an error that says how to train a model."""
     for path in (tmp_path, tmp_path / 'ckpt.pt', tmp_path / 'nowhere'):
-        with pytest.raises(FileNotFoundError) as error:
-            load(path)
-        assert str(path) in one_line(error) and 'train.py' in one_line(error)
+        message = one_line(FileNotFoundError, load, path)
+        assert str(path) in message and 'train.py' in message
     save(tmp_path / 'ckpt.pt', build(tiny('gpt2')), step=2)
     assert load(tmp_path)[1]['step'] == 2
     save(tmp_path / 'best.pt', build(tiny('llama')), step=1)
@@ -888,10 +885,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(fault, raised, tm
 def refused_file(path, content):
     """The line with which load refuses a file of these bytes."""
     path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        load(path)
-    assert str(path) in one_line(error)
-    return one_line(error)
+    message = one_line(ValueError, load, path)
+    assert str(path) in message
+    return message
 
 @given(st.floats(0, 0.999), st.integers(0, 999), st.binary(max_size=60))
 def test_a_damaged_file_is_refused(tmp_path, part, place, content):
