@@ -116,6 +116,9 @@ def same(a, b):
     assert a.shape == b.shape, f'{tuple(a.shape)} and {tuple(b.shape)}'
     assert torch.equal(a, b), f'{(a != b).sum()} of {a.numel()} values differ'
 
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
 # -----------------------------------------------------------------------------
 # Data and runs that take a moment
 
@@ -154,17 +157,15 @@ def prepared(folder, text, val=None, **flags):
         input=[f'{folder}.train.txt'], val=[f'{folder}.val.txt'], out_dir=str(folder), **flags))
     return str(folder)
 
-def prepare_all(root):
+@pytest.fixture(scope='session')
+def folders(tmp_path_factory):
     """d: characters of one document; text: bytes of several; and one folder for each task."""
+    root = tmp_path_factory.mktemp('data')
     prepared(root / 'd', CHARS, CHARS[:400], tokenizer='char')
     train_text, val_text = map('<|endoftext|>\n'.join, (DOCUMENTS, DOCUMENTS[:3]))
     prepared(root / 'text', train_text, val_text, tokenizer='byte')
     for task, rows in ROWS.items():
         prepared(root / task, rows, task=task, tokenizer='byte', block_size=40)
-
-@pytest.fixture(scope='session')
-def folders(tmp_path_factory):
-    prepare_all(root := tmp_path_factory.mktemp('data'))
     return root
 
 @pytest.fixture(scope='session')
@@ -199,3 +200,16 @@ def different(a, b):
     """The names of the weights of two checkpoints that are not equal bit for bit."""
     a, b = a['model'], b['model']
     return {name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])}
+
+def assert_same_end(a, b):
+    """Two out folders hold the same run, bit for bit; only seconds and folder may differ."""
+    assert [{**row, 'seconds': ''} for row in log_of(a)] == [
+        {**row, 'seconds': ''} for row in log_of(b)]
+    for name in ('ckpt.pt', 'best.pt'):
+        one, two = read(a, name), read(b, name)
+        assert not different(one, two)
+        assert {**one['progress'], 'seconds': 0} == {**two['progress'], 'seconds': 0}
+        assert one.get('scaler') == two.get('scaler')
+        states = [[t for o in c.get('optimizer', []) for p in o for t in p] for c in (one, two)]
+        assert len(states[0]) == len(states[1])
+        assert all(torch.equal(t, u) for t, u in zip(*states)), 'the optimizer differs'

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import awake, close, one_line, same, tiny
+from conftest import awake, close, gradients, one_line, same, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -98,9 +98,6 @@ def writing(model, batch):
     source = [batch['ids'], batch['attention_mask']] if model.config.arch == 'encdec' else []
     cache = model.encode(*source) if source else KVCache(model.config.block_size)
     return lambda ids: model(*source, ids)[0], cache
-
-def gradients(model):
-    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 # -----------------------------------------------------------------------------
 # Config and PRESETS
@@ -285,8 +282,8 @@ def test_the_formula_equals_the_fused_kernel(B, G, groups, D, length, S, kind, s
     close(attention(q, k, v, Dropout(0.0), mask, causal, scale), fused, 1e-10)
     half = [t.bfloat16().requires_grad_() for t in (q / 2, k / 2, v / 2)]
     truth = attention(*(t.double() for t in half), Dropout(0.0), mask, causal, scale)
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients):
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
             y = attention(*half, Dropout(0.0), mask, causal, scale)
         assert y.dtype == torch.bfloat16 and (y.double() - truth).abs().max() < 0.08
 

@@ -23,7 +23,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, WIDE, as_words, command, different, fit, log_of, prepared, read
+from conftest import (ROOT, TINY, WIDE, as_words, assert_same_end, command, fit, log_of, prepared,
+                      read)
 
 import prepare_data
 import train
@@ -86,19 +87,6 @@ def text_of(folder, name):
 
 def steps_logged(out):
     return len(log_of(out)) if Path(out, 'log.csv').exists() else 0
-
-def assert_same_end(a, b):
-    """Two out folders hold the same run, bit for bit; only seconds and folder may differ."""
-    assert [{**row, 'seconds': ''} for row in log_of(a)] == [
-        {**row, 'seconds': ''} for row in log_of(b)]
-    for name in ('ckpt.pt', 'best.pt'):
-        one, two = read(a, name), read(b, name)
-        assert not different(one, two)
-        assert {**one['progress'], 'seconds': 0} == {**two['progress'], 'seconds': 0}
-        assert one.get('scaler') == two.get('scaler')
-        states = [[t for o in c.get('optimizer', []) for p in o for t in p] for c in (one, two)]
-        assert len(states[0]) == len(states[1])
-        assert all(torch.equal(t, u) for t, u in zip(*states)), 'the optimizer differs'
 
 # -----------------------------------------------------------------------------
 # Ends, and how a run goes on
