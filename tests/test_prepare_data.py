@@ -287,14 +287,12 @@ def test_reading_in_pieces_changes_nothing(tmp_path, bpe):
 
 def test_bpe_learns_from_the_training_part_alone(tmp_path):
     """Pairs that only validation has must not become tokens."""
-    path = write(tmp_path / 'a.txt', 'ab cd ' * 90 + 'zq zq ' * 10)
-    prepare(Settings(input=[path], vocab_size=380, out_dir=str(tmp_path / 'out')))
-    tokenizer = prepare_data.load_tokenizer(tmp_path / 'out')
-    assert len(tokenizer.encode(' ab')) == 1 and len(tokenizer.encode(' zq')) == 3
+    text = write(tmp_path / 'a.txt', 'ab cd ' * 90 + 'zq zq ' * 10)
     path, val = (write(tmp_path / f'{x}.tsv', f'{x} {x} {x}\t{x}\n' * 9) for x in ('ab', 'zq'))
-    prepare(Settings(input=[path], val=[val], task='seq2seq', vocab_size=380, out_dir=f'{path}.d'))
-    tokenizer = prepare_data.load_tokenizer(f'{path}.d')
-    assert len(tokenizer.encode(' ab')) == 1 and len(tokenizer.encode(' zq')) == 3
+    for files in (dict(input=[text]), dict(input=[path], val=[val], task='seq2seq')):
+        prepare(Settings(**files, vocab_size=380, out_dir=str(tmp_path / 'out')))
+        tokenizer = prepare_data.load_tokenizer(tmp_path / 'out')
+        assert len(tokenizer.encode(' ab')) == 1 and len(tokenizer.encode(' zq')) == 3
 
 def test_ids_fit_their_file(tmp_path):
     """uint16 up to 65,536 tokens, uint32 beyond: no id wraps around."""
