@@ -154,6 +154,7 @@ def batch_of(family, lengths, segments):
 @every_family
 @some(15)
 @given(data=st.data(), lengths=rows)
+@torch.no_grad()
 def test_logits_and_loss_are_those_of_transformers_there_and_back(family, data, lengths, place):
     """A folder opens with the logits and loss it had, and its export is the same model again."""
     theirs, folder, back = reference(family, **data.draw(CHOICES[family])), place(), place()
@@ -162,8 +163,7 @@ def test_logits_and_loss_are_those_of_transformers_there_and_back(family, data, 
     assert checkpoint['not_read'] == []
     assert all(family == 'llama' and name.endswith('.bias') for name in checkpoint['new'])
     inputs, ours = batch_of(family, lengths, getattr(theirs.config, 'type_vocab_size', 1))
-    with torch.no_grad():
-        expected, (logits, loss) = theirs(**inputs), model.eval()(**ours)
+    expected, (logits, loss) = theirs(**inputs), model.eval()(**ours)
     right = logits_of(expected)
     if family == 'bert':  # only where a token has a target
         close(logits, right[ours['targets'] != IGNORE_INDEX], 1e-4)
@@ -174,8 +174,7 @@ def test_logits_and_loss_are_those_of_transformers_there_and_back(family, data, 
     export_huggingface(model, back, bos_token_id=3, decoder_start_token_id=0)
     again, info = type(theirs).from_pretrained(back, output_loading_info=True)
     assert not any(info.values()) and again.config.bos_token_id == 3, info
-    with torch.no_grad():
-        same(logits_of(again.eval()(**inputs)), right)
+    same(logits_of(again.eval()(**inputs)), right)
     for ours, theirs in zip(load(back)[0].parameters(), model.parameters(), strict=True):
         same(ours, theirs)
 
