@@ -201,7 +201,7 @@ def different(a, b):
     a, b = a['model'], b['model']
     return {name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])}
 
-def assert_same_end(a, b):
+def same_run(a, b):
     """Two out folders hold the same run, bit for bit; only seconds and folder may differ."""
     assert [{**row, 'seconds': ''} for row in log_of(a)] == [
         {**row, 'seconds': ''} for row in log_of(b)]

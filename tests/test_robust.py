@@ -25,13 +25,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import (ROOT, TINY, WIDE, as_words, assert_same_end, command, fit, log_of, prepared,
-                      read)
+from conftest import ROOT, TINY, WIDE, as_words, command, fit, log_of, prepared, read, same_run
 
 import prepare_data
 import train
 
-TESTS = Path(__file__).resolve().parent
 STEADY = dict(WIDE, dropout=0.1, lr_decay_iters=24, eval_interval=2)
 
 def run_script(script, words, folder, stdout, limit):
@@ -52,7 +50,7 @@ def forks():
     """A process that has imported what a run needs; each start of a run is a fork of it."""
     context, path = multiprocessing.get_context('forkserver'), os.environ.get('PYTHONPATH')
     context.set_forkserver_preload(['test_robust'])
-    os.environ['PYTHONPATH'] = os.pathsep.join([str(TESTS), str(ROOT)])
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT / 'tests'), str(ROOT)])
     yield context
     os.environ.pop('PYTHONPATH') if path is None else os.environ.update(PYTHONPATH=path)
 
@@ -106,7 +104,7 @@ def test_a_resumed_run_is_the_unbroken_run(folders, tmp_path, dataset, preset, f
     shutil.move(tmp_path / 'old', tmp_path / 'broken')  # the folder may move in between
     fit(tmp_path / 'broken', init_from='resume', max_iters=6)
     fit(tmp_path / 'broken', init_from='auto', max_iters=12)
-    assert_same_end(tmp_path / 'broken', tmp_path / 'whole')
+    same_run(tmp_path / 'broken', tmp_path / 'whole')
 
 def test_a_resumed_run_writes_where_it_was_read(d, tmp_path, monkeypatch):
     """A moved or copied out folder goes on where it is now, and the old place stays as it is."""
@@ -147,7 +145,7 @@ def test_kill_9_at_any_moment_loses_nothing(folders, tmp_path, start, preset):
             kills += process.exitcode is None
         status = end_of(process)
         assert status in (0, -signal.SIGKILL), text_of(tmp_path, 'stderr')
-    assert_same_end(out, tmp_path / 'whole')
+    same_run(out, tmp_path / 'whole')
     assert not list(out.glob('*old*'))
 
 @pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130), ('SIGHUP', 129)])
@@ -164,7 +162,7 @@ def test_a_signal_saves_and_ends_and_resume_goes_on(folders, tmp_path, start, na
     end = (step // 5 + 1) * 5
     fit(tmp_path / 'out', init_from='resume', max_iters=end)
     fit(tmp_path / 'whole', **{**flags, 'max_iters': end})
-    assert_same_end(tmp_path / 'out', tmp_path / 'whole')
+    same_run(tmp_path / 'out', tmp_path / 'whole')
 
 def test_a_second_signal_ends_at_once(folders, tmp_path, start):
     """A step that takes long is not waited for, and the checkpoint before it is whole."""
@@ -192,7 +190,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folders, tmp_path, start):
     assert before == files()
     fit(tmp_path / 'out', init_from='resume', max_iters=24)
     fit(tmp_path / 'whole', **{**flags, 'max_iters': 24, 'out_dir': tmp_path / 'whole'})
-    assert_same_end(tmp_path / 'out', tmp_path / 'whole')
+    same_run(tmp_path / 'out', tmp_path / 'whole')
 
 def test_a_folder_in_use_is_refused_and_the_lock_of_a_killed_run_does_not_count(d, tmp_path, start):
     """F19: the line names the process; neither a new run nor a resume touches its files."""

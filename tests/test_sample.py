@@ -881,14 +881,7 @@ def ask(checkpoints, monkeypatch, capsys):
         return capsys.readouterr()
     ask.lines = lambda *args, **more: [json.loads(line) if line else None for line in
         ask(*args, '--json', **more).out.removesuffix('\n').split('\n')]
-    ask.reader = capsys
     return ask
-
-def error(ask, *args):
-    """The one line of an error that the user can mend; nothing may be written before it."""
-    message = one_line((ValueError, OSError), ask, *args)
-    assert ask.reader.readouterr().out == ''
-    return message
 
 def test_text_is_what_generate_yields_and_is_read_from_flag_file_or_pipe(ask, tmp_path):
     """Chinese, and bytes; with a byte order mark and Windows line ends; the prompt comes first."""
@@ -1287,8 +1280,8 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('lstm', ['--start', 'a', '--attention', 'a.html'], ['LSTM', 'no attention']),
     ('tag', ['--attention', 'a.html'], ['--start', 'empty']),
 ], ids=lambda x: x if isinstance(x, str) else '')
-def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypatch, kind, flags,
-                                            words):
+def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypatch, capsys, kind,
+                                            flags, words):
     """It names the mistake, and comes before anything is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'bad.txt').write_bytes(b'ab\xffc')
@@ -1298,7 +1291,8 @@ def test_what_the_user_can_mend_is_one_line(ask, checkpoints, tmp_path, monkeypa
     (tmp_path / 'unanswered.json').write_text(json.dumps({'data': [question]}))
     (tmp_path / 'half.pt').write_bytes((checkpoints / 'text.pt').read_bytes()[:5000])
     save(tmp_path / 'bare.pt', tiny('gpt2', 120))
-    message = error(ask, kind, *flags)
+    message = one_line((ValueError, OSError), ask, kind, *flags)
+    assert capsys.readouterr().out == ''
     assert all(word in message for word in words), f'{message!r} lacks one of {words}'
 
 def test_the_command_itself_writes_utf8_and_ends_with_status_2(checkpoints, tmp_path):

@@ -26,8 +26,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (ALL, DOCUMENTS, ROWS, SMALL_PRESETS, WIDE, assert_same_end, different, fit,
-                      gradients, log_of, main, prepared, read)
+from conftest import (ALL, DOCUMENTS, ROWS, SMALL_PRESETS, WIDE, different, fit, gradients, log_of,
+                      main, prepared, read, same_run)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -811,7 +811,7 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(folders, tmp_path, dataset, 
     second = fit(tmp_path / 'b', init_from='auto', config=tmp_path / 'a/config.toml')
     again = fit(tmp_path / 'b', init_from='auto', config=tmp_path / 'a/config.toml')  # requeued
     assert not different(first, second) and not different(first, again)
-    assert_same_end(tmp_path / 'a', tmp_path / 'b')
+    same_run(tmp_path / 'a', tmp_path / 'b')
     once = {'out_dir', 'config', 'init_from'}
     assert {k: v for k, v in first['settings'].items() if k not in once} == {
         k: v for k, v in second['settings'].items() if k not in once}
