@@ -1483,6 +1483,9 @@ def prepare_task(settings, task, folder, files, val_files):
         if long:
             print(f"{split}: {len(long):,} examples have an answer of over 30 tokens, which "
                   "sample.py never gives")
+    both = set.intersection(*({str(row | {'where': ''}) for row in split} for split in splits))
+    if both:
+        print(f"{len(both):,} different rows are both in train and in val: its scores mislead")
     return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
 
 def prepare(settings):

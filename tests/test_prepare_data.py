@@ -549,7 +549,9 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
         {'label': '{"a": 1}', 'text': 'A text'}, {'label': 'bad', 'text': 'a', 'text_b': 'b'}]
     same = dict(input=[str(tmp_path / 'a.tsv')], val=[str(tmp_path / 'a.tsv')], tokenizer='byte')
     prepare(Settings(**same, task='classify', block_size=8, out_dir=str(tmp_path / 'out')))
-    assert 'train: 1 examples fill --block_size 8: their texts' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'train: 1 examples fill --block_size 8: their texts' in out
+    assert '2 different rows are both in train and in val' in out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(tmp_path / 'a.jsonl', '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
           '{"label": " b\\n c", "text": "\\"\\"\\"y\\"", "text_b": "z"}')  # quotes as text
