@@ -937,7 +937,8 @@ def read_questions(path):
                 for question in paragraph['qas']:
                     where = f"{path}, line {next(lines, 1)} (question {question['id']})"
                     require(isinstance(question.get('answers'), list), "it has no answers")
-                    answers = [(a['answer_start'], a['text']) for a in question['answers']]
+                    answers = [(a['answer_start'], a['text']) for a in question['answers']
+                               if not question.get('is_impossible')]  # else only plausible
                     rows.append({'where': where, 'id': question['id'], 'context': context,
                                  'question': question['question'].strip(), 'answers': answers})
                     (context + question['question']).encode()  # no half of a surrogate pair

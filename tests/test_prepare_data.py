@@ -493,13 +493,15 @@ def test_a_question_is_cut_into_tokens_as_its_context_is():
 def test_bpe_learns_what_questions_can_use_and_says_which_answers_are_too_long(tmp_path, capsys):
     context = '床前明月光，疑是地上霜。' * 4
     row = {'id': 'q', 'question': ' 谁？', 'answers': [{'answer_start': 0, 'text': context[:31]}]}
-    path = write(tmp_path / 'a.json', json.dumps(
-        {'data': [{'paragraphs': [{'context': context, 'qas': [row]}]}]}))
+    whole = {'data': [{'paragraphs': [{'context': context, 'qas': [row]}]}]}
+    path = write(tmp_path / 'a.json', json.dumps(whole))
     prepare(Settings(input=[path], val=[path], task='qa', out_dir=str(tmp_path / 'out')))
     assert 'train: 1 examples have an answer of over 30 tokens' in capsys.readouterr().out
     tokens = prepare_data.load_tokenizer(tmp_path / 'out').ranks
     assert '床'.encode() in tokens and '明月'.encode() not in tokens
     assert rows_of('qa', path)[0]['question'] == '谁？'
+    row['is_impossible'] = True
+    assert rows_of('qa', write(tmp_path / 'b.json', json.dumps(whole)))[0]['answers'] == []
     made = TASKS['qa'].examples(BYTE, {'question': '?', 'context': 'x' * 95}, [], 24)
     assert [e['meta']['start'] for e in made] == [*range(0, 75, 10), 75]  # half of 20 tokens
 
