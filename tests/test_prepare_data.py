@@ -840,9 +840,14 @@ def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
 def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, capsys):
     """torch says so by a RuntimeError; any other one is a bug, and keeps its traceback."""
     monkeypatch.setattr(sys, 'argv', ['x'])
-    with pytest.raises(SystemExit, match='2'):
-        prepare_data.run(lambda argv: torch.empty(2 ** 60))
-    assert capsys.readouterr().err.startswith('x: error: not enough memory: lower --batch_size')
+    def fail(text):
+        raise RuntimeError(text)
+
+    for main in (lambda argv: torch.empty(2 ** 60), lambda argv: fail('CUDA error: out of memory'),
+                 lambda argv: fail('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')):
+        with pytest.raises(SystemExit, match='2'):
+            prepare_data.run(main)
+        assert capsys.readouterr().err.startswith('x: error: not enough memory: lower --batch_size')
     with pytest.raises(SystemExit, match='2'):
         prepare_data.run(lambda argv: torch.embedding(torch.ones(2, 3), torch.tensor(2)))
     assert 'has a token for which the model has no row' in capsys.readouterr().err
