@@ -1403,7 +1403,7 @@ def choose_tokenizer(settings, characters, texts):
     folder = name if os.path.isdir(name) else os.path.join('data', name)
     require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, a Hugging "
             "Face folder, or a data folder, as that of python prepare_data.py --dataset pydoc")
-    if Path(folder, 'ckpt.pt').exists():  # of a run, whose data may be gone
+    if not {'ckpt.pt', 'best.pt'}.isdisjoint(os.listdir(folder)):  # of a run, without its data
         import sample  # only here: torch takes a second or two
         return sample.open_model(folder)[2]
     tokenizer = load_tokenizer(folder)

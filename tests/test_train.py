@@ -846,6 +846,7 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     go('task', 'others', dataset=tmp_path / 'other')
     assert 'of 11 labels: 0, 1, 10, 2, 3, 4, 5, 6, 7, 8, ...\n' in capsys.readouterr().out
     assert not different(text, go('task', 'back', dataset=folders / 'text'))
+    (tmp_path / 'text/ckpt.pt').unlink()                                   # best.pt will do
     again = prepare_data.Settings(tokenizer=str(tmp_path / 'text'))        # the run's
     assert prepare_data.choose_tokenizer(again, '', []).to_dict() == text['tokenizer']
     out, config = tmp_path / 'back', tmp_path / 'back/config.toml'  # which describes that run
