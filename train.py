@@ -1221,9 +1221,11 @@ def main(argv):
                 f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
                 f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
                 f"{data.counts['tokens']:,} tokens, vocabulary of {data.vocab_size:,}")
-            if s.objective == 'masked_lm' and not data.rows and not data.has_pairs:
-                runtime.print0(f"{data.folder} has no two documents with sentences that follow "
-                               "each other: no next sentence prediction")
+            for split in (data, val):
+                if s.objective == 'masked_lm' and not split.rows and not split.has_pairs:
+                    runtime.print0(f"{data.folder} has no two documents in {split.split} with "
+                                   "sentences that follow each other: no next sentence prediction "
+                                   "in that loss")
             status = Trainer(model, data, val, s, runtime, checkpoint).run()
     if world > 1:
         dist.destroy_process_group()

@@ -212,7 +212,10 @@ def test_text_without_two_documents_is_masked_in_plain_windows(d, tmp_path, caps
     assert 'next_targets' not in e and len(e['ids']) == 20 and set(e['segments']) == {0}
     assert unmasked(e)[1:-1].tolist() == data.window(3, 18)[:-1].tolist()
     fit(tmp_path, d, preset='bert', max_iters=0)
-    assert 'no next sentence prediction' in capsys.readouterr().out
+    assert capsys.readouterr().out.count('no next sentence prediction') == 2
+    two = prepared(tmp_path / 'two', 'One. Two.\n<|endoftext|>\n' * 9, 'One. Two. ' * 9)
+    fit(tmp_path, two, preset='bert', max_iters=0)
+    assert 'no two documents in val' in capsys.readouterr().out  # whose loss would be less
 
 @given(T=st.integers(2, 80), index=st.integers(0, 300))
 @example(T=2, index=0)
