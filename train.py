@@ -1032,7 +1032,7 @@ def freeze(model, s):
     the head a logistic regression on features; `tokens embed blocks.0.` are the first layers.
     """
     for name, p in model.named_parameters():
-        p.requires_grad_(not any(word in name for word in s.freeze.split()))
+        p.requires_grad_(not any(word in name for word in s.freeze.replace(',', ' ').split()))
     require(not s.freeze or len({p.requires_grad for p in model.parameters()}) == 2,
             f"--freeze {s.freeze}: all of the weights have such names, or none")
     require(not s.adversarial or getattr(model, 'trunk', model).tokens.weight.requires_grad,
@@ -1217,8 +1217,10 @@ def main(argv):
                 written = replace(s, objective=given.get('objective'))  # else the data says it
                 after.enter_context(lock(Path(s.out_dir)))
                 claim_folder(written, model.config, checkpoint, runtime)
+            frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
             runtime.print0(
-                f"{s.preset}: {num_parameters(model):,} parameters, {str(runtime.dtype)[6:]} on "
+                f"{s.preset}: {num_parameters(model):,} parameters"
+                f"{f' ({frozen:,} frozen)' * bool(frozen)}, {str(runtime.dtype)[6:]} on "
                 f"{runtime.device}{f', {world} processes' * (world > 1)}; {data.folder}: "
                 f"{data.counts['tokens']:,} tokens, vocabulary of {data.vocab_size:,}")
             for split in (data, val):
