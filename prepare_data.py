@@ -1510,9 +1510,9 @@ def prepare(settings):
         for path in files + val_files:
             require(Path(out_dir).resolve() not in Path(path).resolve().parents, f"--out_dir "
                     f"{out_dir} holds the input, which would be lost: choose another name")
-        held_out = {os.stat(path)[1:3] for path in val_files}  # a file may have several names
-        files = [path for path in files
-                 if os.stat(path)[1:3] not in held_out] or files           # where none is left
+        held_out = {sha256_of([path]) for path in val_files}  # a file may have names, and copies
+        files = [path for path in files if not held_out
+                 or sha256_of([path]) not in held_out] or files            # where none is left
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

@@ -237,6 +237,7 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path, capsys):
     with pytest.raises(ValueError, match='many/z is no file'):
         prepare_data.find_files([str(tmp_path / 'many')])
     os.link(write(tmp_path / 'in/val.txt', 'v v'), tmp_path / 'V')  # held out under any name
+    write(tmp_path / 'in/copy.txt', 'v v')
     _, meta = prepare(Settings(input=[str(tmp_path / 'in')], out_dir=str(tmp_path / 'out'),
                                val=[str(tmp_path / 'V')], tokenizer='byte'))
     assert meta['counts']['train']['documents'] == 3 and meta['counts']['val']['documents'] == 1
