@@ -1486,7 +1486,7 @@ def prepare_task(settings, task, folder, files, val_files):
                   "sample.py never gives")
     both = set.intersection(*({str(row | {'where': ''}) for row in split} for split in splits))
     if both:
-        print(f"{len(both):,} different rows are both in train and in val: its scores mislead")
+        print(f"{len(both):,} different rows are both in train and in val: its scores may mislead")
     return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
 
 def prepare(settings):
