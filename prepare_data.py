@@ -199,7 +199,8 @@ def run(main):
             message = ("the tokenizer has a token for which the model has no row: add one to the "
                        "model (resize_token_embeddings)")
         elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
-            if message and not re.search('(?i)allocate|out of memory|alloc_failed', message):
+            short = '(?i)(to|not) allocate|out of memory|alloc_failed'
+            if message and not re.search(short, message):
                 raise
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
                        "in its place), --block_size, --num_samples or --max_new_tokens")
