@@ -545,7 +545,7 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             x = x + self.sinusoids[positions]
         if self.segments is not None:
-            last = self.segments.num_embeddings - 1  # where it is 0, both texts have the same
+            last = self.segments.num_embeddings - 1  # both texts are 0 where there is but one
             segments = torch.zeros_like(ids) if segments is None else segments.clamp(max=last)
             x = x + self.segments(segments)
         return self.drop(self.norm(x))
@@ -563,7 +563,7 @@ class Stack(nn.Module):
         self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)    # post-norm blocks end so
+        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm ends with one
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -952,8 +952,8 @@ def find_checkpoint(path):
     if Path(folder, 'config.json').exists():
         return folder
     raise FileNotFoundError(
-        f"there is no checkpoint {path}, which is a .pt file or a folder with a config.json: train "
-        f"a model first, with python train.py, or download https://huggingface.co/{path} into a "
+        f"there is no checkpoint {path}, be it a .pt file, an out folder or one of Hugging Face: "
+        f"train one with python train.py, or download https://huggingface.co/{path} into a "
         "folder (pip install huggingface_hub does so itself)")
 
 def load(path, device='cpu', **changes):

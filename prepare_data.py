@@ -16,8 +16,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task seq2seq --input en-de.tsv      source<TAB>target
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
-This is the first script that a user runs, so what all scripts share stands here too: flags,
-one-line errors, the progress line.
+The others import this one, so what all scripts share stands here too: flags, one-line errors,
+the progress line.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
@@ -304,7 +304,7 @@ class Tokenizer:
         return self.special.get('<|start|>', self.special.get('<|bos|>', self.end_id))
 
     def encode(self, text):
-        """text -> uint32 ids (T,). Raises ValueError where it cannot be written in tokens."""
+        """text -> uint32 ids (T,), for torch .tolist(). Raises ValueError where it has none."""
         if self.name == 'char':
             for c in dict.fromkeys(text):
                 if c.encode(errors='replace') not in self.ranks:
@@ -505,7 +505,7 @@ def explain(tokenizer, text):
         while True:
             yield f"    {' '.join(map(render_bytes, parts)):<40} {why}"
             ranks = [tokenizer.ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-            rank = min(ranks, default=math.inf)  # the union that was learned first
+            rank = min(ranks, default=math.inf)  # the merge that was learned first
             if rank == math.inf:
                 break
             i = ranks.index(rank)
@@ -532,8 +532,8 @@ def render_token(tokenizer, i):
 # The tokenizers of other models, as the package `transformers` reads them
 
 # GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
-unused = itertools.count(256)
-VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(unused)) for b in range(256)]
+others = itertools.count(256)
+VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
 
 def optional(package):
     """A package that only some folders need."""
@@ -1390,7 +1390,7 @@ class Settings:
     block_size: int = flag(64, 'of a task: longest example, in tokens; longer ones are cut, split '
                                'or refused', low=8)
     out_dir: str = flag('', 'folder to write, data/NAME if not given')
-    show: str = flag('', 'a text: print how it becomes tokens, step by step, and do nothing else')
+    show: str = flag('', 'a text: only print how it becomes tokens, step by step; bpe: of pydoc')
     mirror: str = flag('', f'URL or folder to download from, instead of {UPSTREAM}')
     config: str = flag('', 'a TOML file of flags; those of the command line count more')
 
@@ -1402,8 +1402,8 @@ def choose_tokenizer(settings, characters, texts):
     if name in makers:
         return makers[name]()
     folder = name if os.path.isdir(name) else os.path.join('data', name)
-    require(os.path.isdir(folder), f"--tokenizer {name}: choose char, byte, bpe, gpt2, a Hugging "
-            "Face folder, or a data folder, as that of python prepare_data.py --dataset pydoc")
+    require(os.path.isdir(folder), f"--tokenizer {name}: there is no {folder}: choose char, byte, "
+            "bpe, gpt2, a Hugging Face folder, or run python prepare_data.py --dataset pydoc")
     if not {'ckpt.pt', 'best.pt'}.isdisjoint(os.listdir(folder)):  # of a run, without its data
         import sample  # only here: torch takes a second or two
         return sample.open_model(folder)[2]
@@ -1498,7 +1498,7 @@ def prepare(settings):
             "give either --input PATH or --dataset NAME, for a first try pydoc")
     usual, make = DATASETS.get(name, ('lm', None))
     task = settings.task or usual
-    require(not name or task == usual, f"--task {task}: {name} is for {usual}")
+    require(not name or task == usual, f"--task {task}: {name} is for {usual}: leave it out")
     out_dir = settings.out_dir or os.path.join('data', name or Path(os.path.abspath(files[0])).stem)
     with new_folder(out_dir) as folder:
         if make:

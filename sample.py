@@ -415,7 +415,7 @@ def write_targets(model, tokenizer, examples, settings):
     return results
 
 # -----------------------------------------------------------------------------
-# Answers. Each decode_... turns the logits of all examples of one row into an answer, a dict.
+# Answers. A row of DECODERS turns the logits of all examples of one row into an answer, a dict.
 
 def decode_label(examples, logits, labels):
     """(L,) -> the likeliest label."""
@@ -514,7 +514,7 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
     return [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows], totals
 
 # -----------------------------------------------------------------------------
-# Scores. Each takes the answers and the examples of all rows. From 0 to 1, BLEU to 100.
+# Scores. A row of SCORES takes the answers and the examples of all rows. From 0 to 1, BLEU to 100.
 
 def f1(hits, guessed, true):
     """The harmonic mean of precision hits / guessed and recall hits / true."""
@@ -797,10 +797,10 @@ class Settings:
                                      'target that it is scored by]', low=1)
     temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
                                    'text to text 0 if not given', high=1e6)
-    num_beams: int = flag(1, 'above 1: search the likeliest text by beams', low=1, high=4096)
+    num_beams: int = flag(1, 'above 1: beam search, with so many beams', low=1, high=4096)
     length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', high=10)
-    top_k: int = flag(0, 'the k likeliest tokens; 0: all. Of [MASK], how many to show; 0: 5')
-    top_p: float = flag(1.0, 'the fewest tokens that reach this probability', high=1)
+    top_k: int = flag(0, 'draw from the k likeliest; 0: all. Of [MASK], how many to show; 0: 5')
+    top_p: float = flag(1.0, 'draw from the fewest tokens that reach this probability', high=1)
     stop: list = flag([], "texts at which to stop; a line end is $'\\n' in most shells")
     seed: int = flag(-1, 'the same seed writes the same text; -1: a new one every time', low=-1)
     stream: bool = flag(False, 'print text as it is generated, one sample after the other')
@@ -841,8 +841,8 @@ def check_use(given, settings, kind, arch):
     unread = given.keys() - {use, *read.split(), 'init_from' if settings.init_from else 'out_dir',
                              'device', 'dtype'}
     if unread:
-        raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a model for {kind}, "
-                         f"--num_beams {beams} --temperature {settings.temperature}): leave it out")
+        raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a {kind} model, {beams} "
+                         f"beams, temperature {settings.temperature}): leave it out, or change one")
     require('' not in settings.stop, "--stop '': an empty text stands everywhere: leave it out")
     require(beams == 1 or n <= beams, f"--num_samples {n}: a search with --num_beams {beams} finds "
             "no more texts than beams: raise it")

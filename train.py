@@ -4,7 +4,7 @@ Train any model of model.py with one loop.
     python train.py                                           a small GPT on Python's documentation
     python train.py --dataset shakespeare --preset gpt2       another text, another row of PRESETS
     python train.py --init_from resume                        go on as if it had never stopped
-    python train.py --preset bert --out_dir out-bert          learn as BERT did, from the same text
+    python train.py --preset bert --out_dir out-bert          fill gaps in the text, as BERT does
     python train.py --init_from out-bert --dataset pytopics   fine-tune it on labelled data
     torchrun --nproc_per_node=4 train.py --gradient_accumulation_steps 4
 
@@ -483,10 +483,10 @@ class Settings:
     eval_iters: int = flag(20, 'batches in an evaluation', low=1)
     log_interval: int = flag(20, 'steps between lines of the log', low=1)
     sample_tokens: int = flag(60, 'tokens of the sample at each evaluation; 0: none')
-    patience: int = flag(0, 'early stopping: after so many evaluations no better; 0: never')
+    patience: int = flag(0, 'stop after so many evaluations without a better one; 0: never')
     target_loss: float = flag(0.0, 'stop when the validation split has this loss; 0: never')
     # how
-    optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', OPTIMIZERS)
+    optimizer: str = flag('adamw', 'Muon moves matrices, and AdamW the rest', OPTIMIZERS)
     learning_rate: float = flag(2e-3, 'of AdamW, at its peak', above=0, high=1e6)
     muon_learning_rate: float = flag(0.02, 'of Muon, at its peak', above=0, high=1e6)
     muon_momentum: float = flag(0.95, 'of Muon: share of the old mean', below=1)
@@ -498,12 +498,12 @@ class Settings:
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', below=1)
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none')
-    freeze: str = flag('', 'weights not to train, by words in their names: tokens blocks.0.')
-    adversarial: float = flag(0.0, 'also learn, embeddings moved so far up their gradient')
+    freeze: str = flag('', 'weights to keep, by words in their names: trunk, or "tokens blocks.0."')
+    adversarial: float = flag(0.0, 'also learn from embeddings moved so far up their gradient')
     # where
     seed: int = flag(1337, 'of everything random')
     device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
-    dtype: str = flag('auto', 'of products [16 bits where they are fast]; weights are float32',
+    dtype: str = flag('auto', 'of matrix products [16 bits where fast]; weights stay float32',
                       ('auto', 'float32', 'bfloat16', 'float16'))
     compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]')
 
@@ -623,7 +623,7 @@ class Runtime:
 # -----------------------------------------------------------------------------
 # Evaluation
 
-def target_scores(model, data, s, runtime, limit):
+def loss_scores(model, data, s, runtime, limit):
     """Loss and accuracy on `limit` examples, by default all; text_scores of a text read whole."""
     T, scores, example = model.config.block_size, {'loss': 0.0}, OBJECTIVES[s.objective].example
     n = len(data.rows) or data.windows(T)
@@ -641,7 +641,7 @@ def target_scores(model, data, s, runtime, limit):
     return scores
 
 def evaluate(model, data, s, runtime, limit=None):
-    """The scores of a task, over all rows of val; target_scores where these have no loss."""
+    """The scores of a task, over all rows of val; loss_scores where these have no loss."""
     scores = {}
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
     with runtime.precision(), sample.evaluating(model):
@@ -649,7 +649,7 @@ def evaluate(model, data, s, runtime, limit=None):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
         if 'loss' not in scores:
-            scores |= target_scores(model, data, s, runtime, limit)
+            scores |= loss_scores(model, data, s, runtime, limit)
     return scores
 
 def print_sample(model, tokenizer, s, runtime):
@@ -802,7 +802,7 @@ def dry_run(model, s, data, runtime):
         f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
         f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
         f"time       {duration(flops * total / speed / runtime.world_size)} at "
-        f"{speed / 1e9:,.0f} GFLOP/s, half of a large product")
+        f"{speed / 1e9:,.0f} GFLOP/s, half of what a large product reaches")
 
 # -----------------------------------------------------------------------------
 # The loop
@@ -1044,7 +1044,7 @@ def find_objective(s, arch, task):
                if arch in objective.archs and task in objective.tasks]
     chosen = s.objective or next(iter(fitting), '(none given)')
     require(chosen in fitting, f"--objective {chosen}: a {arch} learns {task or 'text'} by "
-            f"{' or '.join(fitting) or 'none of them'}: choose another one, or --preset")
+            f"{' or '.join(fitting) or 'none of them'}: choose another --objective or --preset")
     return chosen
 
 # What a resumed run has to keep: its weights, its examples or its best.pt depend on it.
@@ -1198,8 +1198,8 @@ def claim_folder(s, config, resumed, runtime):
         write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
 
 def main(argv):
-    groups = {"training (defaults, where RECIPES has no other for the preset)": Settings,
-              "architecture (defaults: the preset's)": Config}
+    groups = {"training (in brackets: the defaults; RECIPES has others for most presets)": Settings,
+              "architecture (in brackets: that of gpt2; for the others see PRESETS)": Config}
     given = read_flags(argv, __doc__, groups)
     model, s, data, val, checkpoint, runtime = start(given)
     world, status = runtime.world_size, 0
