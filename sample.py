@@ -427,15 +427,16 @@ def entities(tags):
     """
     Tags -> [(kind, first, after the last)]. As in CoNLL's script (Tjong Kim Sang and De Meulder
     2003) and seqeval, an I-kind that does not continue an entity of its kind begins one. Tags of
-    other people's models may be kinds alone.
+    other people's models may be kinds alone, or say more (BIOES, BILOU, BMES).
 
     >>> entities(['B-person', 'I-person', 'O', 'I-place', 'B-place', 'noun'])
     [('person', 0, 2), ('place', 3, 4), ('place', 4, 5), ('noun', 5, 6)]
     """
     found, before, begin = [], '', 0
     for i, tag in enumerate([*tags, 'O']):
-        kind = '' if tag == 'O' else re.sub('^[BI]-', '', tag)
-        if tag.startswith('B-') or kind != before:
+        kind = '' if tag == 'O' else re.sub('^[BIMELSU]-', '', tag)
+        ended = before and re.match('[ELSU]-', tags[i - 1])
+        if kind != before or ended or re.match('[BSU]-', tag):
             if before:
                 found.append((before, begin, i))
             begin = i

@@ -695,7 +695,7 @@ def test_the_right_targets_score_100_in_bleu_and_1_in_rouge():
     found = sample.masked_accuracy(oracle, tokenizer, ids)
     assert found == {'masked_accuracy': 1}, found
 
-ANY_TAG = st.sampled_from(['O', 'O', *(prefix + kind for prefix in ('B-', 'I-') for kind in
+ANY_TAG = st.sampled_from(['O', 'O', 'E-x', 'S-x', *(a + kind for a in ('B-', 'I-') for kind in
                                        ('x', 'y', '人', 'per-son', 'per', '-', 'B-x', 'O', '_'))])
 
 @settings(max_examples=100)
