@@ -1098,6 +1098,9 @@ def main(argv):
     prompt = read_start(settings.start)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
+    for name in {tokenizer.decode([i]) for i in tokenizer.special.values()} - {'[MASK]'}:
+        if name in prompt and re.fullmatch(r'<.+>|\[.+\]', name):
+            to_stderr(f"--start: {name} is text here, not the token of that name")
     require(use == 'attention' or not lacking(checkpoint, kind),
             f"{path} is an encoder without a head, so it has no output: fine-tune it first, with "
             f"python train.py --init_from {path}")
