@@ -842,8 +842,9 @@ def check_use(given, settings, kind, arch):
     unread = given.keys() - {use, *read.split(), 'init_from' if settings.init_from else 'out_dir',
                              'device', 'dtype'}
     if unread:
-        raise ValueError(f"--{min(unread)} changes nothing here (--{use}, a {kind} model, {beams} "
-                         f"beams, temperature {settings.temperature}): leave it out, or change one")
+        raise ValueError(
+            f"--{min(unread)} changes nothing here (--{use}, a {kind} model, --num_beams {beams} "
+            f"--temperature {settings.temperature}): leave it out, or change one of these")
     require('' not in settings.stop, "--stop '': an empty text stands everywhere: leave it out")
     require(beams == 1 or n <= beams, f"--num_samples {n}: a search with --num_beams {beams} finds "
             "no more texts than beams: raise it")
