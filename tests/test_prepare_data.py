@@ -555,6 +555,8 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'train: 1 examples fill --block_size 8: their texts' in out
     assert '2 different rows are both in train and in val' in out
+    prepare(Settings(**same, out_dir=str(tmp_path / 'text')))
+    assert 'a.tsv is read as plain text: labelled rows need --task\n' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
     write(tmp_path / 'a.jsonl', '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
           '{"label": " b\\n c", "text": "\\"\\"\\"y\\"", "text_b": "z"}')  # quotes as text
