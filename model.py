@@ -380,7 +380,8 @@ class KVCache:
         if isinstance(self.length, torch.Tensor):
             return both.index_copy_(3, self.positions, new.type_as(both))
         end = self.length + k.size(2)
-        require(end <= self.size, f"{end} tokens are more than the {self.size} of this KVCache")
+        if end > self.size:  # require(f'...') would recompile at each length
+            raise ValueError(f"{end} tokens are more than the {self.size} of this KVCache")
         both[..., self.length:end, :] = new
         return both[..., :end, :]                                          # (2, B, G, S, D)
 

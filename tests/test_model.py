@@ -696,6 +696,17 @@ def test_a_sequence_beyond_block_size_is_refused(name):
     if name in WRITERS:
         close(model.decode(ids[:, T - 1:T], cache), write(ids[:, :T])[:, -1], 1e-4)
 
+@torch.no_grad()
+def test_a_compiled_model_reads_a_cache_of_any_length_until_it_is_full():
+    """Compiled once for the first token and once for all others; a full cache stays as it was."""
+    model, cache, graphs = build(MODELS['gpt2']).eval(), KVCache(6), []
+    decode = torch.compile(model.decode, backend='eager')
+    for _ in range(6):
+        decode(some(1, 1), cache)
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert graphs[1] == graphs[5], graphs
+    assert '7 tokens' in one_line(ValueError, model.decode, some(1, 1), cache) and cache.length == 6
+
 @every_model
 @torch.no_grad()
 def test_a_new_model_knows_nothing_yet(name):
