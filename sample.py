@@ -858,7 +858,9 @@ def open_model(path, device='cpu'):
             tokenizer = load_tokenizer(checkpoint['folder'])
             checkpoint['tokenizer'] = tokenizer.to_dict()
             about = read_any(checkpoint['folder'], 'tokenizer_config.json')
-            checkpoint['block_size'] = about.get('model_max_length')       # as an export says it
+            length = about.get('model_max_length')                         # as an export says it
+            if isinstance(length, int) and length > 3:  # else it is no limit
+                checkpoint['block_size'] = length
     elif checkpoint.get('tokenizer'):
         tokenizer = Tokenizer.from_dict(checkpoint['tokenizer'])
     if checkpoint.get('not_read'):
@@ -1099,12 +1101,12 @@ def main(argv):
     prompt = read_start(settings.start)
     require(use in ('export', 'score') or kind == 'text' or prompt.strip(),
             "--start is empty: give a text, FILE:path, or - for standard input")
-    for name in {tokenizer.decode([i]) for i in tokenizer.special.values()} - {'[MASK]'}:
-        if name in prompt and re.fullmatch(r'<.+>|\[.+\]', name):
-            to_stderr(f"--start: {name} is text here, not the token of that name")
     require(use == 'attention' or not lacking(checkpoint, kind),
             f"{path} is an encoder without a head, so it has no output: fine-tune it first, with "
             f"python train.py --init_from {path}")
+    for name in sorted({tokenizer.decode([i]) for i in tokenizer.special.values()} - {'[MASK]'}):
+        if name in prompt and re.fullmatch(r'<.+>|\[.+\]', name):
+            to_stderr(f"--start: {name} is text here, not the token of that name")
     if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif use == 'export':
