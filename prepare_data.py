@@ -16,8 +16,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task seq2seq --input en-de.tsv      source<TAB>target
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
-The others import this one, so what all scripts share stands here too: flags, one-line errors,
-the progress line.
+train.py and sample.py import this one, so what all three share stands here too: flags, one-line
+errors, the progress line.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
