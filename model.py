@@ -546,7 +546,7 @@ class Embedding(nn.Module):
         elif self.kind == 'sinusoids':
             x = x + self.sinusoids[positions]
         if self.segments is not None:
-            last = self.segments.num_embeddings - 1  # both texts are 0 where there is but one
+            last = self.segments.num_embeddings - 1  # with one segment, both texts are 0
             segments = torch.zeros_like(ids) if segments is None else segments.clamp(max=last)
             x = x + self.segments(segments)
         return self.drop(self.norm(x))

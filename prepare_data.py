@@ -1415,9 +1415,9 @@ def choose_tokenizer(settings, characters, texts):
 def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
     size, characters, both, inside = 0, set(), files + val_files, 0
-    for path in files:
-        if path.endswith(('.tsv', '.conll')):
-            print(f"{path} is read as plain text: labelled rows need --task")
+    rows = [path for path in files if path.lower().endswith(('.tsv', '.conll'))]
+    if rows:
+        print(f"{some_of(rows)} is read as plain text: labelled rows need --task")
     for paths in (files, val_files):
         cut = size  # in the end the size of `files`, where val_files begin
         for text, _ in read_pieces(paths):

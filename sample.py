@@ -585,7 +585,7 @@ def bleu(guesses, rights):
     log_mean, smooth = 0.0, 1.0
     for n in range(1, 5):
         counts = [count_ngrams(guess, right, n) for guess, right in zip(guesses, rights)]
-        hits, total, _ = map(sum, zip(*counts))
+        hits, total, _ = map(sum, zip((0, 0, 0), *counts))                 # there may be none
         if not total or (n == 1 and not hits):
             return 0.0
         smooth /= 1 if hits else 2
@@ -1104,9 +1104,10 @@ def main(argv):
     require(use == 'attention' or not lacking(checkpoint, kind),
             f"{path} is an encoder without a head, so it has no output: fine-tune it first, with "
             f"python train.py --init_from {path}")
-    for name in sorted({tokenizer.decode([i]) for i in tokenizer.special.values()} - {'[MASK]'}):
-        if name in prompt and re.fullmatch(r'<.+>|\[.+\]', name):
-            to_stderr(f"--start: {name} is text here, not the token of that name")
+    special = {tokenizer.decode([i]) for i in tokenizer.special.values()}
+    typed = special.intersection(re.findall(r'<[^<>\s]+>|\[\w+\]', prompt))
+    if kind != 'masks' and typed:
+        to_stderr(f"--start: {', '.join(sorted(typed))}: no special token, but text here")
     if use == 'attention':
         write_attention(model, tokenizer, prompt, kind, settings, block_size)
     elif use == 'export':

@@ -618,7 +618,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'another scheme': ('tag', {'a.conll': 'EU\tO\n说\tE-组织\n'}, [], 'E- are I- here'),
     'a column too few': ('tag', {'a.conll': 'EU NNP B-组织\n说 O\n'}, [], 'a.conll, line 2'),
     'not SQuAD': ('qa', {'a.json': '{"rows": []}'}, [], 'a.json'),
-    'an answer elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'q1): count'),
+    'an answer elsewhere': ('qa', {'a.json': QUESTION.replace(': 1,', ': 0,')}, [], 'line 3'),
     'no answers': ('qa', {'a.json': QUESTION.replace(', "answers": []', '')}, [], 'q2'),
     'a missing target': ('seq2seq', {'a.tsv': 'one\t1\ntwo\n' * 9}, [], 'a.tsv, line 2'),
     'an empty line inside': ('seq2seq', {'a.tsv': 'one\t1\n\ntwo\t2\n'}, [], 'a.tsv, line 2'),
@@ -845,7 +845,6 @@ def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['x'])
     def fail(text):
         raise RuntimeError(text)
-
     for main in (lambda argv: torch.empty(2 ** 60), lambda argv: fail('CUDA error: out of memory'),
                  lambda argv: fail('CUDA error: CUBLAS_STATUS_ALLOC_FAILED')):
         with pytest.raises(SystemExit, match='2'):

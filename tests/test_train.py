@@ -455,13 +455,11 @@ def test_the_logits_are_freed_before_gradients_are_made(folders):
     """With a large vocabulary they are the largest tensor of all."""
     model, data, s, runtime = parts_of(folders / 'text')
     kept = []
-
     def forward(**batch):
         logits, loss = model(**batch)
         alive = weakref.ref(logits)
         loss.register_hook(lambda _: kept.append(alive()))
         return logits, loss
-
     train.backward(0, model, forward, data, s, runtime)
     assert kept == [None]
 

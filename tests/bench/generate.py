@@ -25,7 +25,6 @@ def ours(net, ids):
         began = time.perf_counter()
         n = sum(1 for _ in sample.generate(net, ids, NEW, temperature=0))
         return n * len(ids) / (time.perf_counter() - began)
-
     run()
     return run
 
@@ -36,7 +35,6 @@ def theirs(net, ids, **how):
             net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
                          pad_token_id=0, **how).tolist()
         return NEW * len(ids) / (time.perf_counter() - began)
-
     run()
     return run
 
