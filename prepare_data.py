@@ -168,7 +168,7 @@ def write_config(values):
 
 def to_stderr(text):
     """A line that is not a result."""
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 # of the signals that a system has: Windows has no SIGHUP
 STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
@@ -199,8 +199,8 @@ def run(main):
             message = ("the tokenizer has a token for which the model has no row: add one to the "
                        "model (resize_token_embeddings)")
         elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
-            short = '(?i)(to|not) allocate|out of memory|alloc_failed'
-            if message and not re.search(short, message):
+            too_little = '(?i)(to|not) allocate|out of memory|alloc_failed'
+            if message and not re.search(too_little, message):
                 raise
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
                        "in its place), --block_size, --num_samples or --max_new_tokens")
@@ -1511,12 +1511,15 @@ def prepare(settings):
                 path.write_bytes(text.encode())
             files, val_files = paths[:1], val_files or paths[1:len(texts)]
         files, val_files = find_files(files), find_files(val_files)
+        target = Path(out_dir).resolve()
         for path in files + val_files:
-            require(Path(out_dir).resolve() not in Path(path).resolve().parents, f"--out_dir "
-                    f"{out_dir} holds the input, which would be lost: choose another name")
-        held_out = {sha256_of([path]) for path in val_files}  # a file may have names, and copies
-        files = [path for path in files if not held_out
-                 or sha256_of([path]) not in held_out] or files            # where none is left
+            require(target not in Path(path).resolve().parents, f"--out_dir {out_dir} holds the "
+                    "input, which would be lost: choose another name")
+        # Another name or a copy of a file of --val is held out, too; only one of its size can be.
+        sizes = {os.path.getsize(path) for path in val_files}
+        content = lambda path: os.path.getsize(path) in sizes and sha256_of([path])
+        held_out = {*map(content, val_files)}
+        files = [path for path in files if content(path) not in held_out] or files  # none is left
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

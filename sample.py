@@ -471,7 +471,7 @@ def decode_span(examples, logits, labels):
     best, no_answer = {'answer': '', 'probability': 0.0}, 1.0
     for example, row in zip(examples, logits):
         p, meta = row.softmax(dim=-1), example['meta']
-        no_answer = min(no_answer, float(p[:, 0].prod()))                  # of [CLS], twice
+        no_answer = min(no_answer, float(p[:, 0].prod()))                  # both at [CLS]
         place, offsets = meta['first'], meta['offsets']                    # of the context's tokens
         if not offsets:
             continue

@@ -45,7 +45,7 @@ import sample
 from model import (IGNORE_INDEX, PRESETS, TASKS, Config, TaskModel, build,
                    num_parameters, optimizer_groups, reading, require, resize, save, write_file)
 from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
-                          progress, read_flags, run, shell_word, write_config)
+                          progress, read_flags, run, shell_word, to_stderr, write_config)
 
 # -----------------------------------------------------------------------------
 # Data
@@ -871,8 +871,7 @@ class Trainer:
         on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
         progress('')
         with contextlib.suppress(OSError):
-            print("saving after this step" + "; once more to end at once" * alone, file=sys.stderr,
-                  flush=True)
+            to_stderr("saving after this step" + "; once more to end at once" * alone)
 
     def save(self, name, **extra):
         self.at.seconds, data = time.perf_counter() - self.started, self.data

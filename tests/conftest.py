@@ -26,7 +26,6 @@ hypothesis.settings.register_profile('plain', deadline=None, derandomize=True, d
     max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile('plain')
 
-# What compares with others needs tests/requirements.txt.
 EXTRAS = {'test_huggingface.py': 'transformers', 'test_sample.py': 'sacrebleu'}
 collect_ignore = [file for file, package in EXTRAS.items() if not importlib.util.find_spec(package)]
 

@@ -41,8 +41,11 @@ def adamw_by_formula(self, lr, decay, good, weights, gradients, m, v, t):
 
 LADDER = [  # (what comes on top, flags, the precision of float32 products, functions that are not fused)
     ('float32, eager', '--batch_size 8 --dtype float32 --no-compile', 'highest', 'attention adamw'),
-    ('TF32', '', 'high', 'attention adamw'), ('bfloat16', '--dtype bfloat16', 'high', 'attention adamw'),
-    ('fused AdamW', '', 'high', 'attention'), ('fused attention', '', 'high', ''), ('compile', '--compile', 'high', ''),
+    ('TF32', '', 'high', 'attention adamw'),
+    ('bfloat16', '--dtype bfloat16', 'high', 'attention adamw'),
+    ('fused AdamW', '', 'high', 'attention'),
+    ('fused attention', '', 'high', ''),
+    ('compile', '--compile', 'high', ''),
     ('vocabulary of a multiple of 64', '--vocab_size 50304', 'high', ''),
     ('batch of 32', '--batch_size 32', 'high', ''),
 ]

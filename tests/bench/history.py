@@ -96,7 +96,6 @@ def train_for(seconds, preset, flags, trial, folder):
                           steps, '--eval_iters', 1, '--sample_tokens', 0, '--log_interval', trial, '--out_dir', out_dir,
                           *flags, cwd=folder)
         return said, np.genfromtxt(os.path.join(folder, out_dir, 'log.csv'), delimiter=',', names=True)[-1]
-
     said, last = run(2 * trial + 1, f'trial-{preset}')  # the last line of its log speaks of the second `trial` steps
     speed = float(re.findall(r'([\d,]+) tok/s', said)[-1].replace(',', ''))
     steps = max(1, round(seconds * speed / (last['tokens'] / last['step'])))

@@ -144,7 +144,6 @@ def main(argv):
     def points(kind, of):
         """(of(width, steps), loss) of all runs of a kind, one a seed."""
         return np.transpose([(of(*run), loss) for run in kinds[kind] for loss, _ in found[run]])
-
     weights, compute = lambda width, steps: N[width], 6 * N[middle] * D(args.steps)
     lowest = lambda fit: np.exp(-fit[1] / (2 * fit[0]))
     panels = [(f'{D(args.steps):,} tokens', 'weights N', power_law, *points('equal tokens', weights)),
