@@ -1225,7 +1225,7 @@ def download(name, mirror):
 
 def as_they_are(*files):
     """
-    shakespeare: 1.1 MB of plays, in English. wnut17: names in tweets (Derczynski et al. 2017),
+    shakespeare: 1.1 MB of plays, in English. wnut17: names in tweets and comments (Derczynski et al. 2017),
     CoNLL; those of val do not occur in train.
     """
     return [data.decode() for data in files]

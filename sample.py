@@ -596,7 +596,8 @@ def bleu(guesses, rights):
 ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
 
 def rouge(guess, right):
-    """ROUGE-1, -2, -L (Lin 2004, there recalls): F1 of words, pairs, longest common subsequence."""
+    """ROUGE-1, -2, -L (Lin 2004, there -1 and -2 are recalls): F1 of words, of pairs of words, and
+    of the longest common subsequence."""
     guess, right = [ROUGE_WORD.findall(cjk_apart(text.lower())) for text in (guess, right)]
     row = [0] * (len(right) + 1)  # longest common subsequence with the first i words of `right`
     for word in guess:

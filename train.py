@@ -198,8 +198,8 @@ def masked_lm(data, index, T):
         targets         -    -   cat    -  -    -    -  purred -    -       - is IGNORE_INDEX
         next_targets  1                                                     B follows A
 
-    Rows of labelled data have no next_targets; nor has text of one document, or without sentences
-    that follow each other.
+    (So short a text would have one target, not two.) Rows of labelled data have no next_targets;
+    nor has text of one document, or without sentences that follow each other.
     """
     rng, example = data.rng(1, index), {}
     if data.rows:
@@ -257,7 +257,7 @@ def span_corruption(data, index, T):
     Text-to-text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
     https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average
     (section 3.3.4). A sentinel stands for each, and the target says what stood there. (The figure
-    in the paper ends with one more sentinel.)
+    hides more, as in the paper, where it ends with one more sentinel.)
 
         text           Thank you for inviting me to your party last week
         ids            Thank you <extra_0> me to your party <extra_1> <|endoftext|>
@@ -406,7 +406,7 @@ class Muon(Optimizer):
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: momentum, then a step of equal
     size in all directions, where the plain gradient would follow the few largest. Matrices of one
     shape are orthogonalised together, in bfloat16 if that is `dtype`: rough products will do. With
-    the running mean m of the gradient g, and scale = sqrt(max(1, rows / columns)) as in the post,
+    the running mean m of the gradient g, and scale = sqrt(max(1, rows / columns)) as in its code,
 
         weight -= lr * (scale * orthogonal(momentum * m + (1 - momentum) * g) + decay * weight)
     """
