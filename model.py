@@ -214,8 +214,8 @@ def rotate(x, cos, sin):
     """
     Rotate each pair of channels (a, b) of x (B, H, T, D) by the angle of its position, to
     (a cos - b sin, b cos + a sin): section 3.4.2 of [6]. cos and sin (T, D/2). The product of a
-    rotated query and key depends on their places only by the distance. The two channels of a pair lie half a
-    head apart, as in Hugging Face's code; the paper and Meta's LLaMA pair neighbours.
+    rotated query and key depends on their places only by the distance. The two channels of a pair
+    lie half a head apart, as in Hugging Face's code; the paper and Meta's LLaMA pair neighbours.
     """
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)       # (T, D)
     partner = x.roll(x.size(-1) // 2, dims=-1)                             # b for a, a for b

@@ -1225,8 +1225,8 @@ def download(name, mirror):
 
 def as_they_are(*files):
     """
-    shakespeare: 1.1 MB of plays, in English. wnut17: names in tweets and comments (Derczynski et al. 2017),
-    CoNLL; those of val do not occur in train.
+    shakespeare: 1.1 MB of plays, in English. wnut17: names in tweets and comments (Derczynski et
+    al. 2017), CoNLL; those of val do not occur in train.
     """
     return [data.decode() for data in files]
 
