@@ -967,7 +967,7 @@ def load(path, device='cpu', **changes):
     if os.path.isdir(path):
         model, checkpoint = from_huggingface(path)
     else:
-        with reading(path, "it is damaged or of another version, choose another checkpoint"):
+        with reading(path, "it is damaged, or of another version or program: choose another"):
             with zipfile.ZipFile(path) as parts:  # its checksums, which torch.load does not compare
                 require(parts.testzip() is None, "a part of it is damaged")
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)  # runs no code

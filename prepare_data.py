@@ -53,6 +53,7 @@ import sys
 import tempfile
 import tokenize
 import tomllib
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -226,11 +227,13 @@ EACH = r'(?s:.)'  # each character is a piece
 # letters, digits, or other signs, each with one space before it; then other white space
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
+WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
+APART = f'{CJK.pattern}|[{WIDE}]'
 FORMAT = 'plainformer tokenizer 2'
 
 def split_cjk(text):
-    """Each CJK character apart, and the texts between them, which may be empty."""
-    return regex.split(f'({CJK.pattern})', text)
+    """Each CJK character or sign apart, and the texts between them, which may be empty."""
+    return regex.split(f'({APART})', text)
 
 WITH_OFFSETS = ('tag', 'qa')  # tasks whose texts encode_with_offsets first cuts with split_cjk
 
@@ -323,7 +326,7 @@ class Tokenizer:
     def encode_with_offsets(self, text):
         """
         text -> ids (T,) and offsets (T, 2): text[a:b] holds all characters that a token has a part
-        of. No token crosses the border of a CJK character: entities and answers begin there.
+        of. No token crosses the border of a CJK character or sign: entities and answers end there.
         """
         ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
@@ -370,7 +373,7 @@ class Tokenizer:
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
                                                            use_regex=self.name != 'byte')
         if task in WITH_OFFSETS:
-            by_character = hf.pre_tokenizers.Split(hf.Regex(CJK.pattern), 'isolated')
+            by_character = hf.pre_tokenizers.Split(hf.Regex(APART), 'isolated')
             engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
         engine.decoder = hf.decoders.ByteLevel()
         engine.add_special_tokens([
@@ -639,9 +642,9 @@ def open_huggingface(folder):
     start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
     if family == 'bert' and start != special.get('<|bos|>'):
         start = None  # add_special_tokens puts [CLS] there
-    elif family == 't5':
-        if start is not None:
-            special['<|source|>'] = start  # CodeT5 reads <s> source </s>
+    elif start is not None:
+        special['<|source|>'] = start  # a Llama reads <s> text, CodeT5 <s> source </s>
+    if family == 't5':
         for settings in files:
             found = settings.get('decoder_start_token_id')
             start = start if found is None else found
@@ -843,11 +846,13 @@ def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
     counts = collections.Counter()
     is_open = False  # a document has begun
+    start = [*pick(tokenizer.special, '<|source|>').values()]
     with open(path, 'wb') as f:
         for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for (text, ends), ids in zip(batch, encoded):
-                is_open |= len(ids) > 0
+                if len(ids) and not is_open:
+                    ids, is_open = np.append(start, ids), True
                 closes = ends and is_open
                 if closes:
                     ids, is_open = np.append(ids, tokenizer.end_id), False
@@ -893,7 +898,8 @@ def read_columns(path, *names):
             require(as_json or not re.fullmatch(quoted, text),
                     f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
         if is_label:  # as sample.py strips what it labels
-            texts = [' '.join(texts[0].split()), *map(str.strip, texts[1:])]
+            label = unicodedata.normalize('NFC', ' '.join(texts[0].split()))  # é is one sign
+            texts = [label, *map(str.strip, texts[1:])]
         yield dict(zip(names, texts), where=where)
 
 def read_tagged(path):
@@ -908,8 +914,9 @@ def read_tagged(path):
             columns = columns or max(2, len(fields))
             token, tag = fields[0], fields[-1]
             require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),
-                    f"{path}, line {n}: {line[:40]!r} must have {columns} columns: first a token, "
-                    "last its tag, which is O, B-kind or I-kind (S- is B-, M- and E- are I- here)")
+                    f"{path}, line {n}: {line[:40]!r} must have {columns} columns (no JSON), "
+                    "first a token, last its tag: O, B-kind or I-kind (S- is B-, M- and E- are I- "
+                    "here)")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
             parts = [*filter(None, split_cjk(token))]
             row['tokens'] += parts

@@ -43,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, num_parameters,
                    require, write_file)
-from prepare_data import (CJK, TASKS, Tokenizer, add_special_tokens, check_flags, encode_rows,
+from prepare_data import (CJK, TASKS, WIDE, Tokenizer, add_special_tokens, check_flags, encode_rows,
                           flag, load_tokenizer, new_folder, pick, progress, read_any, read_flags,
                           read_pieces, render_token, run, to_stderr, write_ids, write_json)
 
@@ -666,8 +666,6 @@ def score_text(model, tokenizer, path, kind):
     require(len(ids) > 1, f"--score {path}: no text in it")
     if kind == 'masks':
         return masked_accuracy(model, tokenizer, ids[ids != tokenizer.end_id])
-    if '<|start|>' in tokenizer.special:
-        ids = np.append(tokenizer.start_id, ids)
     # Windows that do not overlap: every token but the first is predicted once.
     T, inputs, targets = model.config.block_size, ids[:-1], ids[1:]
     windows = [{'ids': inputs[i:i + T], 'targets': targets[i:i + T]}
@@ -938,11 +936,11 @@ def read_start(start):
             return sys.stdin.read()
         if start.startswith('FILE:'):
             return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e:
-        raise ValueError(f"--start {start} is not UTF-8 at byte {e.start}: convert it") from None
+        start.encode()
+    except UnicodeError as e:
+        raise ValueError(f"--start {start!r} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-WIDE = r'\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'    # CJK's signs
 # A word without the punctuation after it, or another sign, such as an emoji of several characters
 TOKEN = regex.compile(rf'[\p{{L}}\p{{N}}_@#][^\s{WIDE}]*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X')
 
@@ -987,7 +985,7 @@ def masked_example(tokenizer, texts, block_size):
 
 def format_answer(answer):
     """An answer as one line of text."""
-    one_line = lambda text: ' '.join(text.split())
+    one_line = lambda text: ' '.join(text.splitlines()).strip()
     if 'guesses' in answer:
         lists = [[f'{one_line(text) or repr(text)} {p:.3f}' for text, p in guesses]
                  for guesses in answer['guesses']]

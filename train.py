@@ -52,6 +52,7 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 
 SPLITS = {'train': 0, 'val': 1}
 ENDS = '。！？।۔؟'  # end a sentence, whatever follows
+CLOSING = '”’）」』】》'  # behind its end, but of the sentence
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, *seed):
@@ -73,7 +74,7 @@ def row_order(data, epoch):
 class Data:
     """
     One split of a folder of prepare_data.py: `tokens`, one long row of ids, and of labelled data
-    `rows`, the examples. batch_size: so many consecutive rows should be about equally long.
+    `rows`, the examples. batch_size: of a whole step; its rows should be about equally long.
     """
 
     def __init__(self, folder, split, seed=0, batch_size=1):
@@ -150,8 +151,9 @@ class Data:
                  for i in range(self.vocab_size)]
         # which tokens of the vocabulary match (V,)
         matches = lambda regex: np.array([re.search(regex, text) is not None for text in texts])
-        blank, spaced, maybe = matches(r'^\s*$'), matches(r'^\s'), matches(r'[.!?]$')
-        always = matches(rf'[{ENDS}][\s"\'”’）」』】》]*$|\n')
+        silent = matches(rf'^[\s{ENDS}{CLOSING}]*$')                      # begins no sentence
+        spaced, maybe = matches(r'^\s'), matches(r'[.!?]$')
+        always = matches(rf'[{ENDS}][\s"\'{CLOSING}]*$|\n')
         is_end = self.tokens == self.tokenizer.end_id
         before, after = self.tokens[:-1], self.tokens[1:]
         ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
@@ -160,7 +162,7 @@ class Data:
                 ends |= np.all([np.roll(before, i) == token
                                 for i, token in enumerate(mark[::-1])], axis=0)
         sentence = np.append(0, ends).cumsum()                             # of each token
-        solid = np.flatnonzero(~blank[self.tokens] & ~is_end)  # white space begins no sentence
+        solid = np.flatnonzero(~silent[self.tokens] & ~is_end)
         _, first = np.unique(sentence[solid], return_index=True)
         starts = solid[first]
         document = is_end.cumsum()[starts]                                 # ends before it
@@ -562,7 +564,7 @@ class Runtime:
 
     def __init__(self, s):
         self.world_size = int(os.environ.get('WORLD_SIZE', 1))
-        self.rank = int(os.environ.get('RANK', 0))
+        self.rank = int(os.environ.get('RANK', 0)) % self.world_size       # it may be set alone
         self.is_main = self.rank == 0
         self.device = sample.find_device(s.device)
         if self.world_size > 1:
@@ -1151,7 +1153,7 @@ def start(given):
     objective = find_objective(s, model.config.arch, data.task)
     by_rows = OBJECTIVES[objective].by_rows
     s = make(Settings, values | {'objective': objective})
-    data.batch_size = s.batch_size
+    data.batch_size = s.batch_size * s.gradient_accumulation_steps
     for split in (data, val):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
         if not by_rows:

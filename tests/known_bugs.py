@@ -168,8 +168,7 @@ BUGS = [
     ('rows share their draws', 'many', SAMPLE,
      'np.random.default_rng((seed, row))', 'np.random.default_rng((seed, 0))', 'test_sample.py'),
     ('a longer text is punished, not favoured', 'transformers#16930', SAMPLE,
-     'length ** length_penalty', 'length ** -length_penalty', 'test_sample.py'),
-]
+     'length ** length_penalty', 'length ** -length_penalty', 'test_sample.py'), ]
 
 def put_in(folder, file, old, new):
     """Change a file of a copy. Raises ValueError unless the old text occurs exactly once."""

@@ -19,7 +19,7 @@ import pytest
 import tokenizers as hf
 import torch
 import transformers
-from conftest import close, command, one_line, same
+from conftest import close, command, one_line, prepared, same
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -708,6 +708,15 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     right = theirs.decode(new_ids(there, theirs, a + end, {tokenizer.end_id}))
     text = found['targets'][0]['text'] if preset == 't5' else found['text']
     assert text.strip() == right.strip()
+
+def test_a_llama_learns_the_begin_that_it_is_asked_with(folders, tmp_path):
+    """Each document begins with it, once, and the source of a completion."""
+    folder = prepared(tmp_path / 'd', 'the\n<|endoftext|>\n' * 3, tokenizer=str(folders['llama']))
+    tokenizer = prepare_data.load_tokenizer(folder)
+    [asked] = sample.examples_of(tokenizer, 'text', 'the\n', 9)
+    assert train.Data(folder, 'val').tokens.tolist() == 3 * [*asked['ids'], tokenizer.end_id]
+    [made] = prepare_data.seq2seq_examples(tokenizer, {'source': 'the\n'}, [], 32)
+    assert made['ids'] == [*asked['ids'], tokenizer.end_id] and asked['ids'][0] == 1  # <begin>
 
 def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
     """CodeT5 is a T5 with the tokenizer of a RoBERTa: <s> text </s>."""

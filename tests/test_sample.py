@@ -845,8 +845,7 @@ KINDS = {  # name: preset, task, labels
     'masks': ('bert', '', []), 'classify': ('bert', 'classify', LABELS),
     'classify-gpt': ('llama', 'classify', LABELS), 'tag': ('bert', 'tag', TAGS),
     'qa': ('bert', 'qa', []), 'qa-none': ('gpt2', 'qa', ['no answer']),
-    'seq2seq': ('transformer', 'seq2seq', []), 'seq2seq-gpt': ('gpt2', 'seq2seq', []),
-}
+    'seq2seq': ('transformer', 'seq2seq', []), 'seq2seq-gpt': ('gpt2', 'seq2seq', []), }
 CHARACTERS = set(VERSE + 'abc </script>!-é😀[]MASK|')
 
 def made(kind):
@@ -957,8 +956,7 @@ LINES = {  # of each task, and a pair where that is meant
     'tag': ['Angela Merkel spoke.', '安 民', '😀', 'one two three four five six seven eight nine'],
     'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', '? ||| 8 9',
            'x ||| many' + ' 汉字, many' * 9],
-    'seq2seq': ['twenty one', '人之初', 'a ||| b'],
-}
+    'seq2seq': ['twenty one', '人之初', 'a ||| b'], }
 ANSWERING = [kind for kind in KINDS if kind not in ('text', 'bytes', 'lstm')]
 
 @pytest.mark.parametrize('kind', ANSWERING)
@@ -1000,6 +998,7 @@ def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
         two, three = (several('\n'.join(lines), n) for n in (2, 3))
         assert several(lines[0], 2) == two[:1]
         assert [row['targets'] for row in two] == [row['targets'][:2] for row in three]
+    assert sample.format_answer({'answer': ' a\u00a0 b\nc'}) == 'a\u00a0 b c'
     strange = 'a [MASK] ||| b' if kind == 'masks' else 'a \x0c\x85\u2028 ||| b'
     assert len(ask.lines(kind, '--start', f'{strange}\n{strange}', *flags)) == 2
 
@@ -1103,8 +1102,7 @@ LABELLED = {  # a file of each task, with the metrics that DESIGN names
             ['precision', 'recall', 'f1']),
     'qa': (json.dumps(QUESTIONS, ensure_ascii=False), ['exact_match', 'f1']),
     'seq2seq': ('twenty one\tx y\n人之初\t人\nabc\tb b\n',
-                ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']),
-}
+                ['bleu', 'rouge1', 'rouge2', 'rougeL', 'exact_match']), }
 
 @pytest.mark.parametrize('kind', [kind for kind in ANSWERING if kind != 'masks'])
 def test_a_score_is_that_of_the_answers_which_start_gives(ask, tmp_path, kind):
@@ -1264,7 +1262,7 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('text', ['--device', 'mps' if torch.cuda.is_available() else 'cuda'], ['--device', 'auto']),
     ('text', ['--num_beams', 3, '--top_k', 5], ['--num_beams 3', '--top_k', 'leave it out']),
     ('text', ['--num_beams', 3, '--num_samples', 4], ['--num_samples 4', '--num_beams 3']),
-    ('bytes', ['--start', 'a\udcff'], ['\\udcff']),         # what a shell gives that is not UTF-8
+    ('bytes', ['--start', 'a\udcff'], ['\\udcff', 'not UTF-8']),  # what a shell gives
     ('text', ['--start', 'FILE:bad.txt'], ['bad.txt', 'UTF-8', 'byte 2']),
     ('text', ['--score', 'empty.txt'], ['empty.txt', 'no text']),
     ('half.pt', [], ['half.pt']), ('bare.pt', [], ['bare.pt', 'no tokenizer']),
