@@ -452,7 +452,6 @@ def test_two_micro_batches_of_labelled_rows_are_one_of_twice_their_size(folders,
         close(two['model'][name], p, 1e-4)
 
 def test_a_step_without_any_target_is_no_nan(folders):
-    """Where all targets are ignored, loss and gradients are 0."""
     model, data, s, runtime = parts_of(folders / 'tag', preset='bert')
     for row in data.rows:
         row['targets'] = [IGNORE_INDEX] * len(row['ids'])
@@ -968,7 +967,6 @@ def test_a_new_run_moves_the_files_of_an_old_one(d, tmp_path, capsys):
     if PRESETS[preset].arch in OBJECTIVES[objective].archs])
 def test_every_objective_trains_every_preset_that_can_learn_it(
         folders, tmp_path, preset, dataset, objective):
-    """A few steps with a finite loss, that the default objective of the data allows or a flag."""
     fit(tmp_path, folders / dataset, **{**WIDE, 'preset': preset, 'objective': objective,
                                         'max_iters': 2, 'optimizer': 'muon', 'eval_iters': 1})
     assert all(math.isfinite(float(row['val_loss'])) for row in log_of(tmp_path))
