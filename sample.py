@@ -399,7 +399,7 @@ def write_targets(model, tokenizer, examples, settings):
             f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
-    rest = sorted(range(len(sources)), key=lambda row: len(sources[row]))
+    rest, cut = sorted(range(len(sources)), key=lambda row: len(sources[row])), 0
     while rest:
         progress(f"{len(sources) - len(rest):,} of {len(sources):,} texts")
         length = len(sources[rest[0]])
@@ -411,7 +411,10 @@ def write_targets(model, tokenizer, examples, settings):
         draws = [divmod(row, repeat) for row in rows]  # (source, sample); (i, 0) seeds as i does
         for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
             results[row // repeat] += texts
+            cut += sum(len(prompts[0]) + len(text.ids) >= size for text in texts)
     progress('')
+    if cut and not settings.max_new_tokens:
+        to_stderr(f"{cut} texts fill block_size={size}: they may be cut")
     return results
 
 # -----------------------------------------------------------------------------

@@ -924,6 +924,8 @@ def test_a_text_is_cut_before_a_stop(ask, kind):
     stops = [whole[9:11], whole[5:7]]
     cut = ask.lines(kind, *flags, '--stop', *stops)[0]
     assert cut[name] == whole[:min(map(whole.find, stops))]
+    said = ask(kind, '--start', 'ab' * 9, '--temperature', 0).err  # it writes until it is full
+    assert said.startswith('1 texts fill block_size=40') == (kind != 'text'), said
 
 @pytest.mark.parametrize('kind', ['text', 'bytes', 'seq2seq', 'seq2seq-gpt'])
 def test_beams_give_the_likeliest_texts_best_first(ask, kind):
