@@ -96,7 +96,6 @@ def test_ids_are_the_obvious_ones(bpe, gpt2):
 
 @pytest.mark.parametrize('vocab_size', [361, 362, 400])
 def test_a_bpe_vocabulary_counts_everything(vocab_size):
-    """vocab_size includes bytes and special tokens; below the least it is refused."""
     assert prepare_data.bpe_tokenizer([SAMPLE], vocab_size).n_vocab == vocab_size
     assert max(map(len, prepare_data.bpe_tokenizer(['ab' * 999], 999).ranks)) <= 100  # it is cut
     with pytest.raises(ValueError, match=r'--vocab_size 360.*at least 361'):
@@ -768,7 +767,6 @@ def test_a_wrong_flag_is_named_with_what_would_be_right(argv, says):
     assert says in one_line(ValueError, read)
 
 def test_a_config_file_counts_less_than_flags(tmp_path):
-    """write_config writes what --config reads; a wrong line is named."""
     values = {'n': 4, 'x': 0.25, 'compile': None, 'paths': ['a', 'b']}
     path = write(tmp_path / 'c.toml', prepare_data.write_config(values))
     assert read_flags(['--config', path, '--n', '5'], '', {'flags': Flags}) == {
