@@ -262,18 +262,24 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     if real is not None:
         real = real.bool()                                                 # it may be 1 and 0
         mask = mask & real[:, None, :]                                     # (B, T, S)
-    # A query that may see nothing would be 0/0, and its NaN would spread to every gradient. Only a
-    # query of padding whose window is all padding can; its output is not used, so it may see all.
-    mask = mask | ~mask.any(dim=-1, keepdim=True)
+        # A query that may see nothing would be 0/0, and its NaN would spread to every gradient.
+        # Only one of padding whose window is all padding can; its output is not used: it sees all.
+        mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
+
+def repeat_heads(t, n):
+    """
+    t (B, G, S, D) -> (B, n, S, D): each of G key/value heads serves n / G query heads (GQA, Ainslie
+    et al. 2023, arxiv.org/abs/2305.13245; G=1: multi-query).
+    """
+    return t if t.size(1) == n else t.repeat_interleave(n // t.size(1), dim=1)
 
 def attention_weights(q, k, mask=None, causal=False, scale=None):
     """
     softmax(Q K^T / sqrt(D)), equation 1 of [1]: how much of each key's value a query receives.
-    q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1; each key/value head serves
-    H/G query heads (GQA, Ainslie et al. 2023, arxiv.org/abs/2305.13245; G=1: multi-query). mask is
-    bool, as made by attention_mask, or float, added to the scores. causal=True: query i sees the
-    keys up to i. scale: 1/sqrt(D) unless given.
+    q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1. mask is bool, as made by
+    attention_mask, or float, added to the scores. causal=True: query i sees the keys up to i.
+    scale: 1/sqrt(D) unless given.
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token
@@ -286,7 +292,7 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     [0.38, 0.62, 0.0, 0.0]
     """
     scale = scale or q.size(-1) ** -0.5
-    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)                 # (B, H, S, D)
+    k = repeat_heads(k, q.size(1))                                         # (B, H, S, D)
     scores = (q * scale) @ k.transpose(-2, -1)                             # (B, H, T, S)
     if causal:
         scores = scores + scores.new_full(scores.shape[2:], -math.inf).triu(1)
@@ -329,7 +335,9 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     if others or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
                               and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale, **others))
-        return weights @ v.repeat_interleave(q.size(1) // v.size(1), dim=1)
+        return weights @ repeat_heads(v, q.size(1))
+    if q.is_cuda and mask is not None:  # no kernel takes a mask and fewer key heads
+        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
                                           enable_gqa=k.size(1) < q.size(1))
 
@@ -606,6 +614,7 @@ class Stack(nn.Module):
         if memory_mask is not None:
             real = memory_mask[:, None, None].bool()                       # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
+            cross['mask'] = self.as_numbers(cross['mask'])
         x = self.embed(ids, positions, segments)                           # (B, T, C)
         for block, window in zip(self.blocks, self.windows):
             x = block(x, inputs[window], cross)
@@ -631,9 +640,11 @@ class Stack(nn.Module):
             buckets = distance_buckets(distance, not self.causal, self.config.buckets,
                                        self.config.max_distance)
             bias = self.relative_bias(buckets).permute(2, 0, 1).contiguous()  # (H, T, S)
-        # As kernels want it: contiguous, and numbers, which they would make of bools in each block.
-        mask = torch.where(mask, bias, -math.inf)                          # (1 or B, 1 or H, T, S)
-        return {'mask': mask.to(self.embed.tokens.weight.dtype)}
+        return {'mask': self.as_numbers(mask, bias)}                       # (1 or B, 1 or H, T, S)
+
+    def as_numbers(self, mask, bias=0.0):
+        """As kernels want a mask: numbers, which they would make of bools in each block."""
+        return torch.where(mask, bias, -math.inf).to(self.embed.tokens.weight.dtype)
 
 # -----------------------------------------------------------------------------
 # Models. Each maps a batch, given as keyword arguments, to (logits, loss).

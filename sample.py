@@ -93,7 +93,8 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     """
     results, totals, config = [None] * len(examples), collections.defaultdict(float), model.config
     if not config.task:  # the logits of a batch have to fit into memory
-        batch_size = min(batch_size, 1 + 2 ** 26 // (config.block_size * config.vocab_size))
+        most = 2 ** 28 if device_of(model).type == 'cuda' else 2 ** 26
+        batch_size = min(batch_size, 1 + most // (config.block_size * config.vocab_size))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
     for start in range(0, len(order), batch_size):
         progress(f"{start:,} of {len(order):,}")
@@ -154,7 +155,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
     cumulated = p.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulated[:, -1:]
-    index = (cumulated > threshold).int().argmax(dim=-1)                   # the first above it
+    index = torch.searchsorted(cumulated, threshold, right=True)[:, 0] % p.size(-1)  # first above
     return index if order is None else order.gather(1, index[:, None])[:, 0]
 
 SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generate read
@@ -206,9 +207,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
             replay = replay or capture(step, cache, new, uniforms[i])
             chosen = replay(new, uniforms[i])
         new = chosen[:, None].to(device)                                   # the next step reads it
-        chosen = chosen.cpu()
-        require(chosen.min() >= 0, NOT_FINITE)
-        for text, token in zip(batch, chosen.tolist()):
+        tokens = chosen.tolist()                                           # waits for the device
+        require(min(tokens) >= 0, NOT_FINITE)
+        for text, token in zip(batch, tokens):
             has_ended = i and text[-1] in end_ids                          # at 0 it is the prompt's
             text.append(text[-1] if has_ended else token)
         yield torch.tensor([text[-1] for text in texts])

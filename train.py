@@ -1158,7 +1158,9 @@ def start(given):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
         if not by_rows:
             split.rows = []
-    torch.backends.cuda.enable_cudnn_sdp(not by_rows)  # cuDNN plans 30 ms for each new shape
+    # cuDNN plans 30 ms for each new shape, and has no gradient of a mask: only for causal=True
+    plain = not by_rows and model.config.window == '0' and model.config.positions != 'relative'
+    torch.backends.cuda.enable_cudnn_sdp(plain)
     check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
     freeze(model, s)
