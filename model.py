@@ -624,7 +624,8 @@ class Stack(nn.Module):
 
     def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
         """The arguments of attention about who sees whom, for all blocks of one window."""
-        T, S, relative = len(positions), len(key_positions), self.config.positions == 'relative'
+        T, S = positions.size(0), key_positions.size(0)
+        relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
         # do T queries and T keys where the window hides none: causal=True is their triangle.
         # Several new tokens after a cache need one: causal=True aligns query 0 with key 0.

@@ -735,7 +735,7 @@ def is_json_lines(path):
     begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
     as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin) is not None  # tab: columns
     require(as_rows or begin[:1] not in ('[', '{', '"') or 'json' not in Path(path).suffix.lower(),
-            f"{path} is no text: write it as JSON lines, an object a line")
+            f"{path} is no text: write it as JSON lines, an object a line, or leave it out")
     return as_rows
 
 def read_rows(path, *names):
@@ -754,7 +754,7 @@ def read_rows(path, *names):
                 unread |= row.keys() - names
             except Exception:
                 raise ValueError(f"{path}, line {n}: a row must be JSON with a text for "
-                                 f"{' and '.join(names[:2])}") from None
+                                 f"{' and '.join(names[:2])}: mend it, or leave it out") from None
             yield n, texts
     if unread and len(names) > 1:  # plain text may have any others
         to_stderr(f"{path}: not read: {', '.join(sorted(unread))}")
@@ -1120,7 +1120,8 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
         else:
             example |= {'decoder_ids': [tokenizer.start_id, *ids[:-1]], 'targets': ids}
         require(len(ids) <= block_size, f"the {name} {text[:40]!r} has {len(ids)} tokens, more "
-                f"than block_size={block_size}: prepare (and train) with a larger one")
+                f"than block_size={block_size}: shorten it, or prepare (and train) with a larger "
+                "one")
     return [example]
 
 def texts_of(row):

@@ -160,7 +160,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generate read
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
              suppressed=None, end_ids=(), cache=None, **filters):
     """
@@ -245,7 +245,7 @@ def capture(step, cache, *inputs):
 
     return replay
 
-@torch.inference_mode()
+@torch.no_grad()
 def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppressed=None, end_ids=(),
                 cache=None):
     """
@@ -945,8 +945,11 @@ def read_start(start):
         raise ValueError(f"--start {start!r} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-# A word without the punctuation after it, or another sign, such as an emoji of several characters
-TOKEN = regex.compile(rf'[\p{{L}}\p{{N}}_@#][^\s{WIDE}]*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X')
+# As corpora cut texts: U.S., the 's of a word, a word without it and the punctuation after it, or
+# another sign, such as an emoji of several characters
+TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|"
+                      rf"[\p{{L}}\p{{N}}_@#](?:(?!['’]s\b)[^\s{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|"
+                      r"(?!\s)\X")
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""

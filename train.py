@@ -816,6 +816,7 @@ class Progress:
     due: bool = False    # this step is still to be evaluated
     seconds: float = 0.0
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
+    best_step: int = 0
     evals_since_best: int = 0
 
 def plot(log, path):
@@ -899,7 +900,7 @@ class Trainer:
         found = (self.sign * float(scores[self.best_by]), -loss)           # the loss among equals
         at.evals_since_best += 1
         if found > at.best:
-            at.best, at.evals_since_best = found, 0
+            at.best, at.best_step, at.evals_since_best = found, at.step, 0
             self.save('best.pt')
         elif not reason and 0 < s.patience <= at.evals_since_best:
             reason = f"stopped at step {at.step}: the last {s.patience} evaluations were no better"
@@ -955,8 +956,9 @@ class Trainer:
         if s.target_loss and not reason:
             reason = f"target loss {s.target_loss} not reached"
         runtime.print0(f"{reason or 'done'}: {at.step} steps in {duration(at.seconds)}, best "
-                       f"validation {self.best_by} {self.sign * at.best[0]:.4f}. Ask the model: "
-                       f"python sample.py --out_dir {shell_word(s.out_dir)} --start \"...\"")
+                       f"validation {self.best_by} {self.sign * at.best[0]:.4f} at step "
+                       f"{at.best_step}. Ask the model: python sample.py --out_dir "
+                       f"{shell_word(s.out_dir)} --start \"...\"")
         if runtime.is_main and len(self.log) > 2:  # two points are no picture
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return 128 + self.signal if self.signal else 0
