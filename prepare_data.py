@@ -107,7 +107,7 @@ def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
     name, equals, value = word.partition('=')
     if re.fullmatch(r'--[a-z][\w-]*', name):
-        word = '--' + name[2:].replace('-', '_') + equals + value
+        word = f"--{name[2:].replace('-', '_')}{equals}{value}"
     return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
 
 class Parser(argparse.ArgumentParser):
@@ -171,6 +171,10 @@ def to_stderr(text):
     """A line that is not a result."""
     print(text, file=sys.stderr, flush=True)
 
+def mute_stdout():
+    """Nobody reads it any more: what is printed from now on is lost, without an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 # of the signals that a system has: Windows has no SIGHUP
 STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
 
@@ -187,7 +191,7 @@ def run(main):
         main(sys.argv[1:])
         print(end='', flush=True)  # sys.stdout.flush(), where it is not closed
     except BrokenPipeError:  # as in `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute_stdout()
     except (ValueError, OSError, MemoryError, RuntimeError, IndexError) as e:
         if sys.flags.dev_mode:  # python -X dev train.py shows where it happened
             raise
@@ -362,12 +366,9 @@ class Tokenizer:
         """The same as a tokenizer of the package `tokenizers`."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
         vocab = {''.join(VISIBLE[b] for b in token): i for token, i in self.ranks.items()}
-        merges = []  # each token with all pairs of tokens that it can be merged of
-        for token in vocab:
-            for i in range(1, len(token)):
-                left, right = token[:i], token[i:]
-                if left in vocab and right in vocab:
-                    merges.append((left, right))
+        # each token with all pairs of tokens that it can be merged of
+        merges = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))
+                  if token[:i] in vocab and token[i:] in vocab]
         hf = optional('tokenizers')
         engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
         engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
@@ -389,8 +390,8 @@ class Tokenizer:
         special = {text: i for text, i in self.special.items() if i < vocab_size}
         engine, source = self.hf_engine(special, task), '<|source|> ' * ('<|source|>' in special)
         frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
-                  'encdec': (source + '$A <|endoftext|>',
-                             source + '$A <|endoftext|> $B <|endoftext|>')}
+                  'encdec': (f'{source}$A <|endoftext|>',
+                             f'{source}$A <|endoftext|> $B <|endoftext|>')}
         if arch in frames:
             names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
                      for text, i in special.items() if text in frames[arch][1]]
@@ -733,7 +734,7 @@ def is_json_lines(path):
     taken as text, its keys and quotes would be learned, too.
     """
     begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
-    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin) is not None  # tab: columns
+    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin)  # a tab: columns
     require(as_rows or begin[:1] not in ('[', '{', '"') or 'json' not in Path(path).suffix.lower(),
             f"{path} is no text: write it as JSON lines, an object a line, or leave it out")
     return as_rows
@@ -1409,7 +1410,7 @@ def choose_tokenizer(settings, characters, texts):
               'bpe': lambda: bpe_tokenizer(texts, settings.vocab_size), 'gpt2': gpt2_tokenizer}
     if name in makers:
         return makers[name]()
-    folder = name if os.path.isdir(name) else os.path.join('data', name)
+    folder = name if os.path.isdir(name) else f'data/{name}'
     require(os.path.isdir(folder), f"--tokenizer {name}: there is no {folder}: choose char, byte, "
             "bpe, gpt2, a Hugging Face folder, or run python prepare_data.py --dataset pydoc")
     if not {'ckpt.pt', 'best.pt'}.isdisjoint(os.listdir(folder)):  # of a run, without its data
@@ -1487,7 +1488,7 @@ def prepare_task(settings, task, folder, files, val_files):
         sizes = [*map(len, ids)]
         counts[split] = {'tokens': sum(sizes), 'rows': len(chosen), 'examples': len(examples),
                          'bytes': len(''.join(texts).encode())}
-        text = ''.join(json.dumps(example, ensure_ascii=False) + '\n' for example in examples)
+        text = ''.join(f'{json.dumps(example, ensure_ascii=False)}\n' for example in examples)
         (folder / f'{split}.jsonl').write_bytes(text.encode())
         if task == 'classify' and settings.block_size in sizes:
             print(f"{split}: {sizes.count(settings.block_size):,} examples fill --block_size "
@@ -1510,7 +1511,7 @@ def prepare(settings):
     usual, make = DATASETS.get(name, ('lm', None))
     task = settings.task or usual
     require(not name or task == usual, f"--task {task}: {name} is for {usual}: leave it out")
-    out_dir = settings.out_dir or os.path.join('data', name or Path(os.path.abspath(files[0])).stem)
+    out_dir = settings.out_dir or f'data/{name or Path(os.path.abspath(files[0])).stem}'
     with new_folder(out_dir) as folder:
         if make:
             paths = [folder / 'source.txt', folder / 'source.val.txt']
@@ -1551,7 +1552,7 @@ def main(argv):
         print(f"{split + ':':6} {', '.join(parts)}")
     if meta['labels']:
         print(f"labels: {some_of(meta['labels'])}")
-    name = shell_word(out_dir.removeprefix('data' + os.sep))
+    name = shell_word(out_dir.removeprefix('data/'))
     print(f"{out_dir}: {meta['tokenizer']} tokenizer, vocabulary of {meta['vocab_size']:,}. "
           f"Next: python train.py --dataset {name}")
 

@@ -947,9 +947,8 @@ def read_start(start):
 
 # As corpora cut texts: U.S., the 's of a word, a word without it and the punctuation after it, or
 # another sign, such as an emoji of several characters
-TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|"
-                      rf"[\p{{L}}\p{{N}}_@#](?:(?!['’]s\b)[^\s{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|"
-                      r"(?!\s)\X")
+TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|[\p{L}\p{N}_@#]"
+                      rf"(?:(?!['’]s\b)[^\s{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X")
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""

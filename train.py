@@ -420,7 +420,7 @@ class Muon(Optimizer):
                 by_shape.setdefault((i, p.shape), {**group, 'params': []})['params'].append(p)
         super().__init__([*by_shape.values()], peak_lr)
         self.momentum = momentum
-        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
 
     def new_state(self, p):
         return [torch.zeros_like(p)]
@@ -476,7 +476,7 @@ class Settings:
     dry_run: bool = flag(False, 'print what the run would cost, and end')
     objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
     best_by: str = flag('', 'score of the task that chooses best.pt [accuracy, F1, else the loss]',
-                        dict.fromkeys(itertools.chain(['', 'loss'], *sample.BEST_SCORES.values())))
+                        dict.fromkeys(itertools.chain([''], *sample.BEST_SCORES.values())))
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes', low=1)
@@ -620,7 +620,7 @@ class Runtime:
             try:
                 print(text, flush=True)
             except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                prepare_data.mute_stdout()
 
 # -----------------------------------------------------------------------------
 # Evaluation
@@ -874,7 +874,7 @@ class Trainer:
         on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
         progress('')
         with contextlib.suppress(OSError):
-            to_stderr("saving after this step" + "; once more to end at once" * alone)
+            to_stderr(f"saving after this step{'; once more to end at once' * alone}")
 
     def save(self, name, **extra):
         self.at.seconds, data = time.perf_counter() - self.started, self.data
@@ -890,7 +890,7 @@ class Trainer:
         train_loss = evaluate(self.model, self.data, s, runtime, some)['loss']
         scores = evaluate(self.model, self.val, s, runtime, some)
         runtime.print0(f"step {at.step}: train loss {train_loss:.4f}, val "
-                       + sample.format_scores(scores))
+                       f"{sample.format_scores(scores)}")
         if s.target_loss and scores['loss'] <= s.target_loss:  # of some examples: now of all
             scores = evaluate(self.model, self.val, s, runtime)
             if scores['loss'] <= s.target_loss:
@@ -910,8 +910,7 @@ class Trainer:
             write_file(Path(s.out_dir, 'log.csv'), lambda f: np.savetxt(
                 f, self.log, '%.10g', ',', comments='',
                 header='step,train_loss,val_loss,lr,tokens,seconds'))
-            writes = self.model.config.arch in ('gpt', 'lstm') and not self.data.task
-            if s.sample_tokens and writes:
+            if s.sample_tokens and not self.data.task and self.model.config.arch in ('gpt', 'lstm'):
                 print_sample(self.model, self.data.tokenizer, s, runtime)
         return reason
 
@@ -1011,7 +1010,7 @@ def adapt_model(model, checkpoint, path, data, runtime):
         return trunk
     if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
         runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
-                       + prepare_data.some_of(data.labels))
+                       f"{prepare_data.some_of(data.labels)}")
         model = TaskModel(replace(trunk.config, task=data.task, n_labels=len(data.labels),
                                   label_smoothing=0.0), trunk)
     return model
@@ -1063,7 +1062,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
             f"--block_size {config.block_size}: {s.objective} needs at least {objective.shortest}")
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
-        objective.example(split, 0, config.block_size)
+        example = objective.example(split, 0, config.block_size)
         if split.rows:
             # BERT reads sources alone, an encoder-decoder each side alone, the others both joined
             joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
@@ -1079,9 +1078,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with "
             f"--tokenizer {shell_word(theirs)}")
-    kind = config.task or {'bert': 'masks'}.get(config.arch)
-    if s.objective == 'masked_lm' and not data.rows and val.has_pairs:
-        kind = 'masks and pairs'
+    # example: of val. Only a BERT may lack what guessing masks needs.
+    kind = 'masks and pairs' if 'next_targets' in example else config.task or 'masks'
     lacking = sample.lacking(checkpoint, kind)
     require(not (s.eval_only and lacking), f"{path} lacks weights, which would be random "
             f"({', '.join(lacking)}): train it first")
@@ -1102,7 +1100,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     ends = (s.lr_decay_iters or s.max_iters) < s.max_iters and s.lr_schedule != 'constant'
     require(s.eval_only or not ends or s.min_lr != 0, f"--lr_decay_iters {s.lr_decay_iters}: from "
             f"there to --max_iters {s.max_iters} nothing is learned at --min_lr 0: raise one")
-    fixed = asdict(config) | {'preset': old.get('preset', s.preset), 'n_labels': len(data.labels)}
+    fixed = asdict(config) | pick(old, 'preset')
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
@@ -1125,7 +1123,7 @@ def start(given):
         if not path.exists():
             raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
     elif path in ('scratch', 'auto'):
-        path = Path(s.out_dir) if s.eval_only else None                    # None: random weights
+        path = s.out_dir if s.eval_only else None                          # None: random weights
     torch.manual_seed(s.seed)  # of the weights that are new
     if path is not None:
         model, checkpoint, _ = sample.open_model(path)
@@ -1189,7 +1187,7 @@ def claim_folder(s, config, resumed, runtime):
     folder = Path(s.out_dir)
     files = [folder / name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml')]
     renamed, n = files, 0
-    while any(path.exists() for path in renamed):  # one number for all files of a run
+    while any(map(Path.exists, renamed)):  # one number for all files of a run
         renamed, n = [path.with_stem(f"{path.stem}.old{n or ''}") for path in files], n + 1
     for old, new in zip(files, renamed):
         for half in folder.glob(f'{old.name}.*.tmp'):  # of a run that was killed while it saved
@@ -1213,7 +1211,7 @@ def main(argv):
     elif s.eval_only:
         scores = evaluate(model.to(runtime.device), val, s, runtime)
         if runtime.is_main:
-            print('val ' + sample.format_scores(scores))
+            print(f'val {sample.format_scores(scores)}')
     else:
         with contextlib.ExitStack() as after:  # in a notebook other runs and Ctrl-C may follow
             for number in stops():
