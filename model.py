@@ -36,7 +36,6 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -373,8 +372,8 @@ class KVCache:
     """
 
     def __init__(self, size, memory=None, memory_mask=None):
-        self.size, self.length, self.layers, self.state = size, 0, {}, None
-        self.positions = None
+        self.size, self.length, self.layers = size, 0, {}
+        self.positions = self.state = None
         self.memory, self.memory_mask = memory, memory_mask
         self.cross = None if memory is None else KVCache(memory.size(1))
 
@@ -395,7 +394,7 @@ class KVCache:
 
     def clear(self):
         """Forget all tokens that were read, but not the source."""
-        self.length *= 0                                                   # in place if a tensor
+        self.length = 0
         self.state = None
 
     def reorder(self, rows, source=True):
@@ -536,8 +535,8 @@ class Embedding(nn.Module):
     def __init__(self, config, tokens):
         super().__init__()
         self.tokens = tokens                                               # nn.Embedding (V, C)
-        self.scale = math.sqrt(config.n_embd) if config.scale_embedding else 1.0  # section 3.4, [1]
         self.kind, C = config.positions, config.n_embd
+        self.scale = C ** 0.5 if config.scale_embedding else 1.0           # section 3.4 of [1]
         if self.kind == 'learned':
             self.positions = nn.Embedding(config.block_size, C)
         elif self.kind == 'sinusoids':
@@ -590,10 +589,9 @@ class Stack(nn.Module):
         that of the cache. others: arguments that you have added to the function attention_mask.
         Raises ValueError beyond block_size or the cache, and where memory is missing.
         """
-        past, source_cache = 0, None
+        past = 0
         if cache is not None:
-            past, source_cache = cache.length, cache.cross
-            memory, memory_mask = cache.memory, cache.memory_mask
+            past, memory, memory_mask = cache.length, cache.memory, cache.memory_mask
         require(memory is not None or self.blocks[0].cross is None,
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
         fixed = isinstance(past, torch.Tensor)                             # as in KVCache's graph
@@ -603,7 +601,7 @@ class Stack(nn.Module):
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
-        shared, cross = {'cache': cache}, {'cache': source_cache, 'memory': memory}
+        shared, cross = {'cache': cache}, {'cache': cache and cache.cross, 'memory': memory}
         if cache is not None:
             cache.positions = positions
         if self.config.positions == 'rotary':
@@ -687,8 +685,8 @@ def init_weights(model):
             std = 0.0
         elif config.init in ('gpt2', 'normal'):
             std = 0.02 / math.sqrt(2 * config.n_layer) if config.init == 'gpt2' and writes else 0.02
-        elif name.startswith('tokens.'):
-            std = config.n_embd ** -0.5 if config.scale_embedding else 1.0
+        elif name.startswith('tokens.') and not config.scale_embedding:
+            std = 1.0
         else:
             std = p.size(1) ** -0.5
         if name.endswith('.q.weight') and not config.scale_attention:
@@ -941,8 +939,8 @@ def reading(path, remedy):
         raise
     except Exception as e:
         with contextlib.suppress(OSError), open(path, 'rb') as f:
-            require(f.read(19) != b'version https://git', f"{path} is a git-LFS pointer: fetch the "
-                    "file itself")
+            require(f.read(19) != b'version https://git',
+                    f"{path} is a git-LFS pointer: fetch the file itself")
         reason = ' '.join(str(e).split()).split('. ')[0][:120]
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
 
@@ -1035,7 +1033,8 @@ def pairs(text):
     split = (pair.partition('=') for pair in text.split())
     return {a: b or a for a, _, b in split}
 
-class Family(NamedTuple):
+@dataclass
+class Family:
     """How Hugging Face writes down one family of models."""
     preset: str           # what an empty config.json means; its row of RECIPES trains it
     unlike: dict          # fields that differ from the preset's
@@ -1109,8 +1108,8 @@ FAMILIES = {
         r'.*rotary_emb\.inv_freq|lm_head\.weight',
         r'.*_proj\.bias'),  # there are models with biases in the attention alone
 }
-FAMILIES['mistral'] = FAMILIES['llama']._replace(  # Jiang et al. 2023: a Llama with a window
-    unlike=dict(block_size=131072, n_kv_head=8, mlp_dim=14336, window='4096'),
+FAMILIES['mistral'] = replace(  # Jiang et al. 2023: a Llama with a window
+    FAMILIES['llama'], unlike=dict(block_size=131072, n_kv_head=8, mlp_dim=14336, window='4096'),
     classes={'MistralForCausalLM': '', 'MistralModel': ''},
     fields=LLAMA_FIELDS | {'sliding_window': 'window'})
 ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
@@ -1169,11 +1168,11 @@ def config_from(theirs):
     require(architecture in family.classes, f"architectures={architecture} is not supported here")
     task, labels = family.classes[architecture], []
     if task in ('classify', 'tag'):
-        named = theirs.get('id2label') or {}
+        named = theirs.get('id2label') or {
+            i: f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))}
         labels = [str(named[i]) for i in sorted(named, key=int)]
         require(len({*labels}) == len(named) and {*map(int, named)} == {*range(len(named))},
                 f"id2label={named}: must name each label from 0 on once")
-        labels = labels or [f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))]
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
     values = family.unlike | values | {'task': task, 'n_labels': len(labels)}
     return replace(PRESETS[family.preset], **values), labels, sorted(not_read)
@@ -1259,12 +1258,12 @@ def from_huggingface(folder):
         if t is None and re.fullmatch(family.may_lack, name):
             new.append(ours)
             continue
-        require(t is not None and t.shape == p.shape, f"{folder}: the tensor {name} is missing, or "
-                f"its shape is not {tuple(p.shape)}")
+        require(t is not None and t.shape == p.shape,
+                f"{folder}: the tensor {name} is missing, or its shape is not {tuple(p.shape)}")
         p.data.copy_(t)
     for name in tensors:
-        require(re.fullmatch(family.dropped, name), f"{folder}: the tensor {name} is not part of "
-                "the model that config.json describes")
+        require(re.fullmatch(family.dropped, name),
+                f"{folder}: the tensor {name} is not part of the model that config.json describes")
     path = Path(folder, 'generation_config.json')
     if path.exists():  # how their text is chosen: our flags do that here
         with reading(path, "fetch it again"):

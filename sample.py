@@ -155,8 +155,8 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
     cumulated = p.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulated[:, -1:]
-    index = torch.searchsorted(cumulated, threshold, right=True)[:, 0] % p.size(-1)  # first above
-    return index if order is None else order.gather(1, index[:, None])[:, 0]
+    index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # the first above it
+    return (index if order is None else order.gather(1, index))[:, 0]
 
 SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generate read
 
@@ -177,7 +177,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     draws = [np.random.default_rng((seed, row)).random(max_new_tokens)
              for row in rows or range(len(ids))]
     # step chooses tokens where uniforms (max_new_tokens, B) are: mps has no float64
-    uniforms = torch.tensor(np.array(draws).T, device='cpu' if device.type == 'mps' else device)
+    uniforms = torch.tensor(np.array(draws).T, device='cpu' if ids.is_mps else device)
 
     def step(new, uniform):
         logits = next_logits(model, new, cache, suppressed).to(uniform.device)  # (B, V)
@@ -187,25 +187,21 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
     size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
-    as_graph, replay = device.type == 'cuda' and model.config.arch != 'lstm', None
-    if as_graph:
-        cache.length = torch.zeros((), dtype=torch.long, device=device)
+    as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
+    length = ids.new_tensor(0)                                             # of the cache in a graph
     texts = batch = ids.tolist()                                           # batch: those computed
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
             newer = [text[-max(1, block_size // 2):] for text in batch]
-            new, read = torch.tensor(newer, device=device), 0
+            new, read = ids.new_tensor(newer), 0
             cache.clear()
         read += new.size(1)
-        if not as_graph:
-            chosen = step(new, uniforms[i])
-        elif new.size(1) > 1:
-            length, cache.length = cache.length, 0                         # a number: no mask
-            chosen = step(new, uniforms[i])
-            cache.length = length.fill_(read)
-        else:
-            replay = replay or capture(step, cache, new, uniforms[i])
-            chosen = replay(new, uniforms[i])
+        run = step
+        if as_graph and new.size(1) == 1:
+            if cache.length is not length:  # but a number, with which a prompt needs no mask
+                cache.length = length.fill_(cache.length)
+            run = replay = replay or capture(step, cache, new, uniforms[i])
+        chosen = run(new, uniforms[i])
         new = chosen[:, None].to(device)                                   # the next step reads it
         tokens = chosen.tolist()                                           # waits for the device
         require(min(tokens) >= 0, NOT_FINITE)
@@ -303,14 +299,14 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, prompt=(), stops=(), score=None, tokens=()):
-        self.ids, self.text, self.done = [], '', False
-        self.ends, self.score = tokenizer.end_ids, score
+        self.ids, self.text, self.done, self.ends = [], '', False, tokenizer.end_ids
         begin = len(tokenizer.decode(prompt))                              # of the new text
         self.decode = lambda ids: tokenizer.decode([*prompt, *ids])[begin:]
         # A stop that has another one inside is never the first to be whole.
         first = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         self.stop = regex.compile('|'.join(map(regex.escape, first)) or '(?!)')
-        if tokens:
+        if score is not None:
+            self.score = score
             self.add(*tokens, tokenizer.end_id)
 
     def add(self, *tokens):
@@ -336,7 +332,7 @@ class TextStream:
         return new
 
     def to_dict(self):
-        return {'text': self.text} | ({} if self.score is None else {'score': self.score})
+        return pick(vars(self), 'text', 'score')
 
 def suppressed_tokens(model, tokenizer, ends=True):
     """(V,) bool: True for ids without a token and special ones; ends=True spares the ends."""
@@ -541,13 +537,12 @@ def entity_scores(answers, golds):
         right += [tag if first >= 0 else 'O'  # a token without a piece is O
                   for example in gold
                   for tag, first in zip(example['meta']['tags'], example['meta']['first'])] + ['O']
-    found, true = set(entities(guesses)), set(entities(right))
-    hits = len(found & true)
-    return {'precision': hits / max(1, len(found)), 'recall': hits / max(1, len(true)),
-            'f1': f1(hits, len(found), len(true))}
+    hits, found, true = count_ngrams(entities(guesses), entities(right), 1)
+    return {'precision': hits / max(1, found), 'recall': hits / max(1, true),
+            'f1': f1(hits, found, true)}
 
 def count_ngrams(guess, right, n):
-    """Of two lists of words: the n-grams in common, those of guess, those of right."""
+    """Of two lists, of words or entities: the n-grams in common, those of guess, those of right."""
     guess, right = (collections.Counter(zip(*(words[i:] for i in range(n))))
                     for words in (guess, right))
     return (guess & right).total(), guess.total(), right.total()
@@ -812,9 +807,9 @@ class Settings:
     json: bool = flag(False, 'print JSON objects, one a line')
     export: str = flag('', 'write the model as a Hugging Face folder')
     attention: str = flag('', 'write an HTML page that shows the attention weights for --start')
-    device: str = flag('auto', 'auto: cuda, else cpu', choices=('auto', 'cpu', 'cuda', 'mps'))
+    device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
     dtype: str = flag('auto', 'of the weights; auto: bfloat16 to write on a GPU, else float32',
-                      choices=('auto', 'float32', 'bfloat16', 'float16'))
+                      ('auto', 'float32', 'bfloat16', 'float16'))
 
     def __post_init__(self):
         if self.seed == -1:
