@@ -744,8 +744,7 @@ def test_best_pt_of_a_task_has_its_best_score_and_of_equals_the_lowest_loss(
         losses = [float(row['val_loss']) for row in log_of(tmp_path)]
         at = read(tmp_path, 'best.pt')['progress']
         assert -at['best'][1] == pytest.approx(losses[best]) == pytest.approx(min(losses))
-        said = f"best validation accuracy {at['best'][0]:.4f} at step {at['step']}."
-        assert said in capsys.readouterr().out
+        assert f"accuracy {at['best'][0]:.4f} at step {at['step']}. " in capsys.readouterr().out
     for data, preset, by in (('seq2seq', 't5', 'rougeL'), ('classify', 'gpt2', 'macro_f1')):
         fit(tmp_path / by, folders / data, **WIDE | dict(preset=preset, best_by=by, max_iters=0))
         assert f'best validation {by}' in capsys.readouterr().out
