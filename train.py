@@ -899,7 +899,7 @@ class Trainer:
         loss = float(scores['loss'])
         found = (self.sign * float(scores[self.best_by]), -loss)           # the loss among equals
         at.evals_since_best += 1
-        if found > at.best:
+        if found > at.best or (reason and self.best_by != 'loss'):         # reason: the target
             at.best, at.best_step, at.evals_since_best = found, at.step, 0
             self.save('best.pt')
         elif not reason and 0 < s.patience <= at.evals_since_best:
