@@ -484,11 +484,11 @@ def test_a_target_is_one_token_ahead_and_has_its_end(source, target, block_size)
     assert made['decoder_ids'] == [BYTE.start_id, *target.encode()]
 
 def test_a_question_is_cut_into_tokens_as_its_context_is():
-    """Chinese, too, where a token may hold several characters, and none does in a context."""
-    tokenizer = prepare_data.bpe_tokenizer(['床前明月光，' * 99], 400)
-    [made] = TASKS['qa'].examples(tokenizer, {'question': '明月光', 'context': '明月光'}, [], 40)
+    """Chinese, too, where a token may hold several characters or signs, and none in a context."""
+    tokenizer = prepare_data.bpe_tokenizer(['床前明月光》。' * 99], 400)
+    [made] = TASKS['qa'].examples(tokenizer, {'question': '光》。', 'context': '光》。'}, [], 40)
     question, context = ' '.join(map(str, made['ids'][1:-1])).split(f" {tokenizer.id('[SEP]')} ")
-    assert question == context and len(tokenizer.encode('明月光')) < len(question.split())
+    assert question == context and len(tokenizer.encode('光》。')) < len(question.split())
 
 def test_bpe_learns_what_questions_can_use_and_says_which_answers_are_too_long(tmp_path, capsys):
     context = '床前明月光，疑是地上霜。' * 4
