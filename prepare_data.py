@@ -342,6 +342,10 @@ class Tokenizer:
     def decode(self, ids):
         return self.encoding.decode(list(ids))
 
+    def text_of(self, ids):
+        """ids (T,) without the tokens that begin and end documents."""
+        return ids[~np.isin(ids, [self.start_id, self.end_id])]
+
     def token_bytes(self, i):
         """What one token adds to a text."""
         return self.encoding.decode_single_token_bytes(i)
@@ -847,7 +851,7 @@ def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
     counts = collections.Counter()
     is_open = False  # a document has begun
-    start = [*pick(tokenizer.special, '<|source|>').values()]
+    start = [*pick(tokenizer.special, '<|source|>').values()]  # such as <s> of a Llama
     with open(path, 'wb') as f:
         for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for text, _ in batch])
@@ -899,7 +903,7 @@ def read_columns(path, *names):
             require(as_json or not re.fullmatch(quoted, text),
                     f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
         if is_label:  # as sample.py strips what it labels
-            label = unicodedata.normalize('NFC', ' '.join(texts[0].split()))  # é is one sign
+            label = unicodedata.normalize('NFC', ' '.join(texts[0].split()))  # é as one sign
             texts = [label, *map(str.strip, texts[1:])]
         yield dict(zip(names, texts), where=where)
 

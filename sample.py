@@ -595,8 +595,7 @@ def bleu(guesses, rights):
 ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
 
 def rouge(guess, right):
-    """ROUGE-1, -2, -L (Lin 2004, there -1 and -2 are recalls): F1 of words, of pairs of words, and
-    of the longest common subsequence."""
+    """ROUGE-1, -2, -L (Lin 2004; there -1, -2 are recalls): F1 of words, pairs, subsequences."""
     guess, right = [ROUGE_WORD.findall(cjk_apart(text.lower())) for text in (guess, right)]
     row = [0] * (len(right) + 1)  # longest common subsequence with the first i words of `right`
     for word in guess:
@@ -664,7 +663,7 @@ def score_text(model, tokenizer, path, kind):
         ids = np.fromfile(f'{folder}/ids', 'int64')
     require(len(ids) > 1, f"--score {path}: no text in it")
     if kind == 'masks':
-        return masked_accuracy(model, tokenizer, ids[ids != tokenizer.end_id])
+        return masked_accuracy(model, tokenizer, tokenizer.text_of(ids))
     # Windows that do not overlap: every token but the first is predicted once.
     T, inputs, targets = model.config.block_size, ids[:-1], ids[1:]
     windows = [{'ids': inputs[i:i + T], 'targets': targets[i:i + T]}

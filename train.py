@@ -52,7 +52,7 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 
 SPLITS = {'train': 0, 'val': 1}
 ENDS = '。！？।۔؟'  # end a sentence, whatever follows
-CLOSING = '”’）」』】》'  # behind its end, but of the sentence
+CLOSING = '”’）」』】》'  # may stand behind the end of a sentence, and belong to it
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, *seed):
@@ -236,7 +236,8 @@ def sentence_pair(data, rng, room):
     a = data.tokens[max(starts[first], starts[after] - length):starts[after]]
     end = starts[np.searchsorted(document, document[second], side='right')]  # of B's document
     b = data.tokens[starts[second]:min(end, starts[second] + room - len(a))]
-    return a.tolist(), b[b != data.tokenizer.end_id].tolist(), int(follows)
+    a, b = map(data.tokenizer.text_of, (a, b))
+    return a.tolist(), b.tolist(), int(follows)
 
 def hide_tokens(ids, data, rng):
     """
