@@ -107,6 +107,8 @@ def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
     name, equals, value = word.partition('=')
     if re.fullmatch(r'--[a-z][\w-]*', name):
+        if value.startswith('~/'):  # shells leave it as it is behind =
+            value = os.path.expanduser(value)
         word = f"--{name[2:].replace('-', '_')}{equals}{value}"
     return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
 
@@ -796,7 +798,8 @@ def part(pieces, begin, end):
 # Writing a folder
 
 def write_json(path, data):
-    Path(path).write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding='utf-8')
+    text = json.dumps(data, ensure_ascii=False, indent=1)
+    Path(path).write_text(text, encoding='utf-8', errors='replace')  # of a file's name
 
 def read_any(folder, name):
     """The JSON of a file that a folder may lack."""

@@ -390,18 +390,19 @@ def write_targets(model, tokenizer, examples, settings):
     encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
     lengths = [len(example.get('decoder_ids', ())) for example in examples]  # of known targets
-    size = model.config.block_size
+    config, size = model.config, model.config.block_size
     fit = all(len(e['ids']) + length <= 1 + size for e, length in zip(examples, lengths))
     require(encoder or fit, "the longest source and target are too long together for block_size="
             f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
+    numbers = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # half of a cache
+    most = 1 + min(1024, 2 ** 28 // numbers) // settings.num_beams         # for memory
     rest, cut = sorted(range(len(sources)), key=lambda row: len(sources[row])), 0
     while rest:
         progress(f"{len(sources) - len(rest):,} of {len(sources):,} texts")
         length = len(sources[rest[0]])
-        rows = [row for row in rest[:1 + 1024 // settings.num_beams]  # few, for memory
-                if encoder or len(sources[row]) == length]
+        rows = [row for row in rest[:most] if encoder or len(sources[row]) == length]
         rest, batch = rest[len(rows):], [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
@@ -939,10 +940,11 @@ def read_start(start):
         raise ValueError(f"--start {start!r} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-# As corpora cut texts: U.S., the 's of a word, a word without it and the punctuation after it, or
-# another sign, such as an emoji of several characters
+# As corpora cut texts: U.S., the 's of a word, a word without it and the punctuation after it, ...
+# and --, or another sign, such as an emoji of several characters
 TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|[\p{L}\p{N}_@#]"
-                      rf"(?:(?!['’]s\b)[^\s{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)|(?!\s)\X")
+                      rf"(?:(?!['’]s\b|\.\.|--)[^\s—…{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)"
+                      r"|\.{2,}|-{2,}|(?!\s)\X")
 
 def examples_of(tokenizer, kind, line, block_size):
     """A line that a user wrote -> the examples that the model reads."""
@@ -1059,7 +1061,9 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
             rows.append(examples_of(tokenizer, kind, line, block_size))
         except ValueError as e:
             raise ValueError(f"line {n}: {e}") from None
-    answers = iter(answer_rows(model, tokenizer, rows, kind, labels, settings)[0])
+    # A thousand at a time: whatever ends the program, the answers before are printed.
+    answers = (answer for i in range(0, len(rows), 1000) for answer in answer_rows(
+        model, tokenizer, rows[i:i + 1000], kind, labels, settings)[0])
     for line in lines:
         if not line:
             print()

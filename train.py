@@ -1122,7 +1122,8 @@ def start(given):
     if resume:
         path = latest
         if not path.exists():
-            raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag out")
+            raise FileNotFoundError(f"--init_from resume: there is no {path}: leave the flag "
+                                    f"out, or begin with its best.pt by --init_from {s.out_dir}")
     elif path in ('scratch', 'auto'):
         path = s.out_dir if s.eval_only else None                          # None: random weights
     torch.manual_seed(s.seed)  # of the weights that are new
