@@ -68,16 +68,16 @@ import tiktoken
 # Flags. Each field of a dataclass is a flag: --max_iters 10, --max-iters=10, --bias, --no-bias.
 
 def require(holds, message):
-    """As in model.py, which is not imported here: torch takes a second or two."""
+    """Raise ValueError unless `holds`. (model.py, which imports torch, has its own.)"""
     if not holds:
         raise ValueError(message)
 
 BOUNDS = {'above': ('above', operator.gt), 'below': ('below', operator.lt),
           'low': ('at least', operator.ge), 'high': ('at most', operator.le)}
-LIMITS = {int: {'low': 0, 'high': 2 ** 63 - 1}, float: {'low': 0}}  # where a flag says no others
+LIMITS = {int: {'low': 0, 'high': 2 ** 63 - 1}, float: {'low': 0}}  # unless a flag has its own
 
 def flag(default, help, choices=(), **bounds):
-    """A field that describes itself. None stands for a value that is derived or missing."""
+    """A field of a dataclass, with its rules. default=None: it is derived, or missing."""
     rules = dict(help=help, choices=choices, **bounds)
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
@@ -151,7 +151,7 @@ def read_flags(argv, description, groups):
         return given
     try:
         values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
-        if given.get('eval_only'):  # of the run itself, not of the model that it began with
+        if given.get('eval_only'):  # score out_dir, not the model that the run began with
             values.pop('init_from', None)
         preset = values.get('preset')
         require('arch' not in values or not preset or given.get('preset', preset) == preset,
@@ -174,7 +174,7 @@ def to_stderr(text):
     print(text, file=sys.stderr, flush=True)
 
 def mute_stdout():
-    """Nobody reads it any more: what is printed from now on is lost, without an error."""
+    """After a broken pipe: what is printed from now on is lost, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 # of the signals that a system has: Windows has no SIGHUP
@@ -230,7 +230,7 @@ def progress(text):
 SPECIALS = ['<|endoftext|>', '[PAD]', '[CLS]', '[SEP]', '[MASK]',
             *(f'<extra_{i}>' for i in range(100))]
 EACH = r'(?s:.)'  # each character is a piece
-# letters, digits, or other signs, each with one space before it; then other white space
+# that of GPT-2 [2]: letters, digits, or other signs, with the space before them; white space
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
@@ -241,18 +241,18 @@ def split_cjk(text):
     """Each CJK character or sign apart, and the texts between them, which may be empty."""
     return regex.split(f'({APART})', text)
 
-WITH_OFFSETS = ('tag', 'qa')  # tasks whose texts encode_with_offsets first cuts with split_cjk
+WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
 
-# Where a long text may be cut, so that no token of WORDS would cross the cut: at a line end (before
-# the last of several) if the next line begins with no white space; or before a space, but not after
-# >: what ends in <|endoftext|> would look like the end of a document. (?r) searches from the end.
+# Where a long text may be cut, since no token of WORDS lies across: behind a line end, or before
+# the last of several, if no white space follows; before a space, but not behind a >, or a piece
+# might end in <|endoftext|>, as a document does. (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
 def safe_pieces(texts, size=PIECE):
     """
-    Join texts and cut them again, into pieces of about `size` characters that no token crosses. A
-    text without such places is cut anywhere, into pieces that are twice as long.
+    Join texts and cut them again, into pieces of about `size` characters, without cutting a token.
+    Where there is no such place, a piece ends anywhere, after 2 * size characters.
     """
     rest = ''
     for text in texts:
@@ -265,7 +265,7 @@ def safe_pieces(texts, size=PIECE):
     yield rest
 
 def note_unknown(tokenizer, split, ids):
-    """Say it where a tokenizer of others has no tokens for parts of the text."""
+    """Warn where the tokenizer of another model has no tokens for parts of the text."""
     lost = 0
     if tokenizer.unknown is not None:  # in parts: there may be more ids than fit into memory
         for part in np.array_split(ids, 1 + len(ids) // 10 ** 7):
@@ -283,7 +283,7 @@ class Tokenizer:
     unknown = None  # no text is unknown
 
     def __init__(self, name, pattern, ranks, special=()):
-        """special {text: id}: those that it lacks get the ids after all others."""
+        """special {text: id}; those of SPECIALS that it lacks get the ids after all others."""
         self.name, self.pattern, self.ranks, self.special = name, pattern, ranks, dict(special)
         for text in SPECIALS:
             self.special.setdefault(text, len(ranks) + len(self.special))
@@ -291,7 +291,7 @@ class Tokenizer:
                                           special_tokens=self.special)
         self.n_vocab = self.encoding.n_vocab
         self.end_ids = [self.special['<|endoftext|>']]
-        self.mask_takes_space = name not in ('char', 'byte')  # the one before it, as words do
+        self.mask_takes_space = name not in ('char', 'byte')  # [MASK] hides a word and its space
 
     def id(self, text):
         """The id of a special token, by our name for it."""
@@ -309,11 +309,16 @@ class Tokenizer:
 
     @property
     def start_id(self):
-        """What the target of a decoder, or a text of which nothing is given, begins with."""
+        """The first input of a decoder: what stands before a target, or before an empty prompt."""
         return self.special.get('<|start|>', self.special.get('<|bos|>', self.end_id))
 
+    @property
+    def source_ids(self):
+        """What stands before a source or a document: none, or <s> of a Llama."""
+        return [*pick(self.special, '<|source|>').values()]
+
     def encode(self, text):
-        """text -> uint32 ids (T,), for torch .tolist(). Raises ValueError where it has none."""
+        """text -> ids (T,), uint32; torch wants .tolist(). ValueError: an unknown character."""
         if self.name == 'char':
             for c in dict.fromkeys(text):
                 if c.encode(errors='replace') not in self.ranks:
@@ -331,8 +336,8 @@ class Tokenizer:
 
     def encode_with_offsets(self, text):
         """
-        text -> ids (T,) and offsets (T, 2): text[a:b] holds all characters that a token has a part
-        of. No token crosses the border of a CJK character or sign: entities and answers end there.
+        text -> ids (T,) and offsets (T, 2): text[a:b] holds each character that a token has a byte
+        of. A CJK character or sign is encoded alone: entities and answers may end beside it.
         """
         ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
@@ -391,7 +396,7 @@ class Tokenizer:
     def export_files(self, vocab_size, arch, task=''):
         """
         {file name: data} for transformers, with the special tokens below vocab_size. There, a
-        tokenizer frames texts itself: as the examples were that a model of this arch has read.
+        tokenizer adds [CLS] and the like itself: as in the examples that this arch has read.
         """
         special = {text: i for text, i in self.special.items() if i < vocab_size}
         engine, source = self.hf_engine(special, task), '<|source|> ' * ('<|source|>' in special)
@@ -466,7 +471,7 @@ def train_bpe(piece_counts, n_tokens):
             holders[pair].add(i)
 
     # A heap has the least entry on top, so that minus the count puts the commonest pair there.
-    # Counts change after a pair was pushed: one with an old count is pushed again with the new one.
+    # A count may change after its pair was pushed: then it is pushed again, with the new count.
     entry = lambda pair: (-counts[pair], tokens[pair[0]], tokens[pair[1]], pair)
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
@@ -569,7 +574,7 @@ class HFTokenizer(Tokenizer):
         self.unknown = special.get('unknown', engine.token_to_id(unknown))
         if self.unknown in end_ids:  # GPT-2's files call its end so, too
             self.unknown = None
-        self.marks = [i for i in special.values()  # not a word that ends a text, such as .
+        self.marks = [i for i in special.values()  # no words: a full stop may end a text, too
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
 
     def encode_with_offsets(self, text):
@@ -602,7 +607,7 @@ class HFTokenizer(Tokenizer):
             token['special'] = token.get('was_special', token['special'])
         return HFTokenizer(json.dumps(saved), special, self.end_ids).engine
 
-# Our special tokens, and what theirs may be: a role, or a text where the folder names no roles
+# Our special tokens, and theirs: by its role, or by its text where the folder names no roles
 ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
     '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
@@ -637,12 +642,6 @@ def open_huggingface(folder):
             if text in vocab:
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
-    files = (config, read_any(folder, 'generation_config.json'))
-    for settings in files:
-        found = settings.get('eos_token_id')
-        ends += found if isinstance(found, list) else [found]
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
-    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
     # What stands before a text: <s> of a Llama, or [CLS] of a BERT (some GPT-2s have it, too)
     engine.no_padding()  # which a file may hold, too, before a text
     frame = engine.encode('a')
@@ -651,10 +650,13 @@ def open_huggingface(folder):
         start = None  # add_special_tokens puts [CLS] there
     elif start is not None:
         special['<|source|>'] = start  # a Llama reads <s> text, CodeT5 <s> source </s>
-    if family == 't5':
-        for settings in files:
-            found = settings.get('decoder_start_token_id')
-            start = start if found is None else found
+    for settings in (config, read_any(folder, 'generation_config.json')):
+        found = settings.get('eos_token_id')
+        ends += found if isinstance(found, list) else [found]
+        if family == 't5' and settings.get('decoder_start_token_id') is not None:
+            start = settings['decoder_start_token_id']  # its decoder begins with another token
+    ends = [i for i in dict.fromkeys(ends) if i is not None]
+    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
     for name in SPECIALS[:4]:  # not [MASK]
         special.setdefault(name, ends[0])
     if start is not None:
@@ -670,7 +672,7 @@ def open_huggingface(folder):
     return HFTokenizer(json.dumps(saved), special, ends)
 
 def refuse_pointer(path, f):
-    """Raise ValueError where git-LFS has left a pointer in the place of a file, open as bytes."""
+    """Raise ValueError where f, open as bytes, is a pointer that git-LFS left in its place."""
     require(not f.peek(19).startswith(b'version https://git'),
             f"{path} is a git-LFS pointer: fetch the file itself")
 
@@ -732,12 +734,12 @@ def read_text(path, size=None):
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
     for n, line in enumerate(read_text(path), 1):
-        yield n, line.removesuffix('\n').lstrip('\ufeff')  # the marks of files put together
+        yield n, line.removesuffix('\n').lstrip('\ufeff')  # marks inside of joined files
 
 def is_json_lines(path):
     """
-    Whether a file has a JSON object a line: how it begins tells. Raises ValueError at other .json:
-    taken as text, its keys and quotes would be learned, too.
+    Whether the first line of a file is a JSON object. Raises ValueError at other JSON in a .json
+    file: as text, its keys and quotes would be learned, too.
     """
     begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
     as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin)  # a tab: columns
@@ -746,7 +748,7 @@ def is_json_lines(path):
     return as_rows
 
 def read_rows(path, *names):
-    """(number, texts) of every row: columns between tabs, or what JSON lines have of these keys."""
+    """(number, texts) of every row: its columns between tabs, or its JSON values of these keys."""
     as_json, unread = is_json_lines(path), set()
     for n, line in read_lines(path):
         if not as_json:
@@ -854,13 +856,12 @@ def write_ids(path, dtype, tokenizer, pieces):
     """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
     counts = collections.Counter()
     is_open = False  # a document has begun
-    start = [*pick(tokenizer.special, '<|source|>').values()]  # such as <s> of a Llama
     with open(path, 'wb') as f:
         for batch in batches(pieces):
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for (text, ends), ids in zip(batch, encoded):
                 if len(ids) and not is_open:
-                    ids, is_open = np.append(start, ids), True
+                    ids, is_open = np.append(tokenizer.source_ids, ids), True
                 closes = ends and is_open
                 if closes:
                     ids, is_open = np.append(ids, tokenizer.end_id), False
@@ -915,7 +916,7 @@ def read_tagged(path):
     CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
     cut into its characters, as sample.py cuts what a user writes without spaces.
     """
-    row, columns, counts, texts = None, 0, set(), 0
+    row, columns, counted, texts = None, 0, set(), 0
     for n, line in itertools.chain(read_lines(path), [(0, '')]):  # '' ends the last text
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
             fields = re.split(' *\t' if '\t' in line else ' +', line.strip(' '))
@@ -932,12 +933,12 @@ def read_tagged(path):
         elif row:
             tokens = row['tokens']
             if len(tokens) > 1:  # are they 1 2 3, the tokens counted, or 7 7 7, the text's number?
-                counts.add(''.join(tokens).isdecimal() or len({*tokens}) == 1)
+                counted.add(''.join(tokens).isdecimal() or len({*tokens}) == 1)
             yield row
             row, texts = None, texts + 1
-    require(columns <= 2 or counts != {True},  # in all texts
+    require(columns <= 2 or counted != {True},  # in all texts
             f"{path}: the first column counts tokens or texts: leave it out")
-    if texts > 9 and not counts:
+    if texts > 9 and not counted:
         to_stderr(f"{path}: each of {texts} texts has one token: are there blank lines between "
                   "tokens?")
 
@@ -1025,7 +1026,7 @@ def tag_examples(tokenizer, row, labels, block_size):
     of its own: some tokenizers drop characters such as U+200B.
     """
     tokens, room, examples = row['tokens'], block_size - 2, []
-    gap = ' ' * (tokenizer.name != 'char' or b' ' in tokenizer.ranks)  # Chinese may have none
+    gap = ' ' * (tokenizer.name != 'char' or b' ' in tokenizer.ranks)  # char may know no space
     ids, offsets = tokenizer.encode_with_offsets(gap.join(tokens))
     ends = np.cumsum([len(token + gap) for token in tokens])  # of each token and its space
     pieces = [[] for _ in tokens]
@@ -1064,8 +1065,8 @@ def qa_examples(tokenizer, row, labels, block_size):
     """
     Where in the context do the first and the last token of the answer stand? A long context is cut
     into windows that overlap by half, each an example. Where the window does not hold the answer,
-    both targets are 0, the place of [CLS]. A token across the end of the answer, as before a
-    Korean suffix, is cut there, which gives answers away: then trust only sample.py --score FILE.
+    both targets are 0, the place of [CLS]. If a token lies across an end of the answer, as before a
+    Korean suffix, it is cut there, which tells the answer: trust sample.py --score FILE alone.
 
         ids       [CLS] which city [SEP] Oslo is old . [SEP]
         targets   4, 4                                          of Oslo
@@ -1124,7 +1125,7 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
     for name, text in example['meta'].items():
         ids = [*tokenizer.encode(text).tolist(), tokenizer.end_id]
         if name == 'source':
-            example['ids'] = ids = [*pick(tokenizer.special, '<|source|>').values(), *ids]
+            example['ids'] = ids = [*tokenizer.source_ids, *ids]
         else:
             example |= {'decoder_ids': [tokenizer.start_id, *ids[:-1]], 'targets': ids}
         require(len(ids) <= block_size, f"the {name} {text[:40]!r} has {len(ids)} tokens, more "
@@ -1184,7 +1185,7 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
     examples, wrong = [], []
     for i, row in enumerate(rows):
-        if task == 'seq2seq':  # who asks does not repeat the space around a source
+        if task == 'seq2seq':  # as sample.py strips what a user writes
             row = row | {'source': row['source'].strip()}
         try:
             made = TASKS[task].examples(tokenizer, row, labels, block_size)
@@ -1531,11 +1532,9 @@ def prepare(settings):
         for path in files + val_files:
             require(target not in Path(path).resolve().parents, f"--out_dir {out_dir} holds the "
                     "input, which would be lost: choose another name")
-        # Another name or a copy of a file of --val is held out, too; only one of its size can be.
-        sizes = {os.path.getsize(path) for path in val_files}
-        content = lambda path: os.path.getsize(path) in sizes and sha256_of([path])
-        held_out = {*map(content, val_files)}
-        files = [path for path in files if content(path) not in held_out] or files  # none is left
+        if val_files:  # another name or a copy of them is held out, too, unless nothing is left
+            held_out = {sha256_of([path]) for path in val_files}
+            files = [path for path in files if sha256_of([path]) not in held_out] or files
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,

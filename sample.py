@@ -88,8 +88,8 @@ def device_of(model):
 def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     """
     Examples -> (what postprocess(example, logits) returns for each, totals). totals has an array
-    (sum of losses in nats, number of targets, how many of them have the largest logit) for each
-    kind of targets in the examples. Batches hold examples of about one length.
+    (sum of losses in nats, number of targets, how many were guessed right) for each kind of
+    targets in the examples. Batches hold examples of about one length.
     """
     results, totals, config = [None] * len(examples), collections.defaultdict(float), model.config
     if not config.task:  # the logits of a batch have to fit into memory
@@ -189,7 +189,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     cache = cache or KVCache(min(block_size, size))
     as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
     length = ids.new_tensor(0)                                             # of the cache in a graph
-    texts = batch = ids.tolist()                                           # batch: those computed
+    texts = batch = ids.tolist()                                           # batch: rows of a step
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
             newer = [text[-max(1, block_size // 2):] for text in batch]
@@ -198,7 +198,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         read += new.size(1)
         run = step
         if as_graph and new.size(1) == 1:
-            if cache.length is not length:  # but a number, with which a prompt needs no mask
+            if cache.length is not length:  # so far a number: then a prompt needs no mask
                 cache.length = length.fill_(cache.length)
             run = replay = replay or capture(step, cache, new, uniforms[i])
         chosen = run(new, uniforms[i])
@@ -335,7 +335,7 @@ class TextStream:
         return pick(vars(self), 'text', 'score')
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for ids without a token and special ones; ends=True spares the ends."""
+    """(V,) bool: True for special tokens and ids without one; ends=True leaves the ends out."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -678,7 +678,7 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
     require(rows, f"--score {path}: no rows in it")
     if task == 'qa' and not ours:  # others do not say if they know questions without an answer
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
-    # Without answers, which would guide how qa cuts a context into tokens; so no loss.
+    # Without the answers, at whose ends qa might cut a token of the context; so no loss.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)
     for example in examples:

@@ -268,7 +268,7 @@ def span_corruption(data, index, T):
         targets        <extra_0> for inviting <extra_1> last week <|endoftext|>
     """
     rng, tokenizer = data.rng(1, index), data.tokenizer
-    source, target = [*pick(tokenizer.special, '<|source|>').values()], []
+    source, target = tokenizer.source_ids, []
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
     hidden = max(1 if n < 3 else 2, round(0.15 * n))  # else there is no room for an end
@@ -510,8 +510,7 @@ class Settings:
                       ('auto', 'float32', 'bfloat16', 'float16'))
     compile: bool = flag(None, 'torch.compile [on a GPU, for 1,000 steps or more of fixed shape]')
 
-    def __post_init__(self):
-        check_flags(self)
+    __post_init__ = check_flags
 
 # Good values where they differ from the defaults: by what is trained, then by preset ('': any).
 MUON = dict(optimizer='muon', min_lr=0.0, warmup_iters=100, lr_schedule='linear')
