@@ -245,9 +245,10 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     """
     Which keys each query may see: bool (1 or B, 1, T, S), True = may see, as in
     F.scaled_dot_product_attention (nn.MultiheadAttention means the opposite). positions (T,) are
-    those of the queries, key_positions (S,) those of the keys. causal: keys up to the query itself.
-    window: keys less than so many positions away (Beltagy et al. 2020, Longformer,
-    https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding.
+    those of the queries, key_positions (S,) those of the keys. causal: keys up to the query itself
+    (for that alone, kernels need no mask: see Stack.mask_arguments). window: keys less than so many
+    positions away (Beltagy et al. 2020, Longformer, https://arxiv.org/abs/2004.05150); 0: all.
+    real (B, S): False at padding.
 
     With a cache of three tokens and two new ones, causal=True, window=3:
 
@@ -278,7 +279,8 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     softmax(Q K^T / sqrt(D)), equation 1 of [1]: how much of each key's value a query receives.
     q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1. mask is bool, as made by
     attention_mask, or float, added to the scores. causal=True: query i sees the keys up to i.
-    scale: 1/sqrt(D) unless given.
+    scale: 1/sqrt(D) unless given. A change of this formula must come as a new argument: without
+    one, attention() mostly calls a fused kernel in its place.
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token
@@ -321,7 +323,7 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     """
     attention_weights(q, k) @ v: by a fused kernel, or by the formula where that is better. They
-    agree up to rounding. others: arguments that you add to the formula, which then is used.
+    agree up to rounding. others: arguments that you add to attention_weights, used then.
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
@@ -594,13 +596,14 @@ class Stack(nn.Module):
             past, memory, memory_mask = cache.length, cache.memory, cache.memory_mask
         require(memory is not None or self.blocks[0].cross is None,
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
-        fixed = isinstance(past, torch.Tensor)                             # as in KVCache's graph
+        fixed = isinstance(past, torch.Tensor)                             # in a CUDA graph
         end = cache.size if fixed else past + ids.size(1)
         if end > self.config.block_size:  # require(f'...') would recompile at each length
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,)
+        x = self.embed(ids, positions, segments)                           # (B, T, C)
         shared, cross = {'cache': cache}, {'cache': cache and cache.cross, 'memory': memory}
         if cache is not None:
             cache.positions = positions
@@ -613,7 +616,6 @@ class Stack(nn.Module):
             real = memory_mask[:, None, None].bool()                       # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
             cross['mask'] = self.as_numbers(cross['mask'])
-        x = self.embed(ids, positions, segments)                           # (B, T, C)
         for block, window in zip(self.blocks, self.windows):
             x = block(x, inputs[window], cross)
         if cache is not None:
@@ -621,7 +623,7 @@ class Stack(nn.Module):
         return self.norm(x)
 
     def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
-        """The arguments of attention about who sees whom, for all blocks of one window."""
+        """The arguments of attention that say which keys are seen, for all blocks of one window."""
         T, S = positions.size(0), key_positions.size(0)
         relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
@@ -642,7 +644,7 @@ class Stack(nn.Module):
         return {'mask': self.as_numbers(mask, bias)}                       # (1 or B, 1 or H, T, S)
 
     def as_numbers(self, mask, bias=0.0):
-        """As kernels want a mask: numbers, which they would make of bools in each block."""
+        """0 or -inf (or a bias) to add to scores: kernels would make it of bools in each block."""
         return torch.where(mask, bias, -math.inf).to(self.embed.tokens.weight.dtype)
 
 # -----------------------------------------------------------------------------
@@ -653,8 +655,9 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
     The one loss of this project, in nats: whatever is predicted is a choice among classes. logits
     (..., classes), targets (...) with IGNORE_INDEX where there is none. It is the sum over all
     targets divided by num_targets: their number here, unless the caller knows that of the whole
-    global batch (a mean of means would give short rows more weight). smoothing: the share of a
-    target that is spread over all classes (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567).
+    global batch (a mean of means would give short rows more weight); a loss of your own needs it
+    too. smoothing: the share of a target that is spread over all classes (Szegedy et al. 2015,
+    https://arxiv.org/abs/1512.00567).
     """
     if targets is None:
         return None
@@ -676,7 +679,7 @@ def init_weights(model):
     """
     config = model.config
     for name, p in model.named_parameters():
-        writes = name.endswith('proj.weight')
+        writes = name.endswith('proj.weight')  # to the residual stream
         if p.ndim != 2:
             if 'bias' in name:
                 nn.init.zeros_(p)
@@ -743,7 +746,7 @@ class GPT(LanguageModel):
 
 class LSTM(LanguageModel):
     """
-    What language models were before (Hochreiter and Schmidhuber 1997; with f, Gers et al. 2000):
+    What language models were before (Hochreiter and Schmidhuber 1997; gate f: Gers et al. 2000):
     all of the past has to fit into a state of fixed size. Gates i, f, o = sigmoid, g = tanh of
     W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Padding needs no mask.
     """
@@ -870,19 +873,18 @@ class TaskModel(nn.Module):
         """
         task = self.config.task
         whole_text = task not in ('tag', 'qa')                             # classify, or your own
-        attention_mask = None if attention_mask is None else attention_mask.bool()
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
+        real = torch.ones_like(ids) if attention_mask is None else attention_mask
+        attention_mask = real.bool()
         if whole_text and self.config.arch == 'bert':
             x = self.trunk.pool(x)                                         # (B, C)
         elif whole_text:
-            real = torch.ones_like(ids) if attention_mask is None else attention_mask
             x = x[torch.arange(len(x), device=x.device), real.sum(dim=1) - 1]  # the last, (B, C)
         logits = self.head(self.drop(x))
         if task == 'qa':
             logits = logits.transpose(1, 2)                                # (B, 2, T)
-            if attention_mask is not None:  # no answer lies in the padding
-                lowest = torch.finfo(logits.dtype).min
-                logits = logits.masked_fill(~attention_mask[:, None], lowest)
+            lowest = torch.finfo(logits.dtype).min  # no answer lies in the padding
+            logits = logits.masked_fill(~attention_mask[:, None], lowest)
         return logits, cross_entropy(logits, targets, num_targets)
 
 # -----------------------------------------------------------------------------
@@ -932,7 +934,7 @@ def save(path, model, /, **extra):
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Inside, any error but of a missing or forbidden file becomes a ValueError with a remedy."""
+    """Inside, an error becomes a ValueError with a remedy, but for a missing or forbidden file."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -1037,7 +1039,6 @@ def pairs(text):
 class Family:
     """How Hugging Face writes down one family of models."""
     preset: str           # what an empty config.json means; its row of RECIPES trains it
-    unlike: dict          # fields that differ from the preset's
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config
     activations: dict     # theirs -> ours; the last of several names is exported
@@ -1054,7 +1055,7 @@ PLAIN = pairs('gelu_fast=gelu_tanh gelu_pytorch_tanh=gelu_tanh gelu_new=gelu_tan
               'gelu_python=gelu gelu relu relu2')
 FAMILIES = {
     'gpt2': Family(
-        'gpt2-124m', {}, {'GPT2LMHeadModel': '', 'GPT2Model': ''},
+        'gpt2-124m', {'GPT2LMHeadModel': '', 'GPT2Model': ''},
         pairs("""vocab_size n_positions=block_size n_embd n_layer n_head n_inner=mlp_dim
             activation_function=activation layer_norm_epsilon=norm_eps tie_word_embeddings=tied
             scale_attn_weights=scale_attention"""),
@@ -1064,7 +1065,7 @@ FAMILIES = {
             output=lm_head"""),
         r'h\.\d+\.attn\.(masked_)?bias|lm_head\.weight'),
     'bert': Family(
-        'bert-base', {'mlp_dim': 3072}, {
+        'bert-base', {
             'BertForPreTraining': '', 'BertForMaskedLM': '', 'BertForNextSentencePrediction': '',
             'BertModel': '', 'BertForSequenceClassification': 'classify',
             'BertForTokenClassification': 'tag', 'BertForQuestionAnswering': 'qa'},
@@ -1082,8 +1083,7 @@ FAMILIES = {
         r'embeddings\.position_ids|cls\.predictions\.(decoder\.)?(weight|bias)',
         r'(pooler|cls)\..*'),
     't5': Family(
-        't5-small', {'mlp_dim': 2048},
-        {'T5ForConditionalGeneration': '', 'T5WithLMHeadModel': '', 'T5Model': ''},
+        't5-small', {'T5ForConditionalGeneration': '', 'T5WithLMHeadModel': '', 'T5Model': ''},
         pairs("""vocab_size n_positions=block_size d_model=n_embd d_kv=head_dim d_ff=mlp_dim
             num_layers=n_layer num_heads=n_head feed_forward_proj=activation
             layer_norm_epsilon=norm_eps relative_attention_num_buckets=buckets
@@ -1098,7 +1098,7 @@ FAMILIES = {
         r'(en|de)coder\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight|'
         r'lm_head\.weight'),
     'llama': Family(
-        'llama-7b', {}, {'LlamaForCausalLM': '', 'LlamaModel': ''},
+        'llama-7b', {'LlamaForCausalLM': '', 'LlamaModel': ''},
         LLAMA_FIELDS | pairs('attention_bias=bias mlp_bias=bias'),
         pairs('swish=swiglu silu=swiglu gelu_new=geglu gelu_pytorch_tanh=geglu'), 'model.',
         pairs("""tokens=embed_tokens decoder.norm=norm decoder.blocks=layers
@@ -1109,8 +1109,7 @@ FAMILIES = {
         r'.*_proj\.bias'),  # there are models with biases in the attention alone
 }
 FAMILIES['mistral'] = replace(  # Jiang et al. 2023: a Llama with a window
-    FAMILIES['llama'], unlike=dict(block_size=131072, n_kv_head=8, mlp_dim=14336, window='4096'),
-    classes={'MistralForCausalLM': '', 'MistralModel': ''},
+    FAMILIES['llama'], classes={'MistralForCausalLM': '', 'MistralModel': ''},
     fields=LLAMA_FIELDS | {'sliding_window': 'window'})
 ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
         'original_max_position_embeddings')  # the words of Config.rope_scaling
@@ -1133,14 +1132,15 @@ FAMILIAR = re.compile(
 
 def config_from(theirs):
     """
-    What a config.json means: (Config, labels, fields unknown here, not read). Raises ValueError
+    What a config.json means: (Config, labels, names of fields that are not read). Raises ValueError
     naming the first field of UNSUPPORTED that is set. An unknown activation or scaling of rotary
     positions is left for Config to refuse.
     """
     kind = theirs.get('model_type')
     require(kind in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}, not {kind}")
     family, values, not_read = FAMILIES[kind], {}, []
-    must_be = UNSUPPORTED | {'is_causal': kind != 'bert' or None}
+    must_be = UNSUPPORTED | {'is_causal': kind != 'bert' or None,  # None: it must be false
+                             'num_decoder_layers': theirs.get('num_layers', 6)}
     known = USUAL_FIELDS | family.fields  # GPT-2's and T5's may have the usual names, too
     rope = theirs.get('rope_scaling') or theirs.get('rope_parameters') or {}
     rope = {'rope_type': rope.get('type', 'default')} | rope               # type: its older name
@@ -1153,15 +1153,15 @@ def config_from(theirs):
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')
         if ours:
-            values[ours] = value or values.get(ours, value)  # either of Llama's two biases
+            values[ours] = value or values.get(ours, value)  # bias: one of Llama's two is enough
         elif name in must_be:
             require((value or None) == must_be[name], f"{name}={value!r} is not supported here")
         elif not FAMILIAR.fullmatch(name):
             not_read.append(name)
     if kind == 't5':
         values.setdefault('scale_output', values.get('tied', True))
-        require(theirs.get('num_decoder_layers') in (None, values.get('n_layer', 6)),
-                "num_decoder_layers is not num_layers, which is not supported here")
+    if kind == 'mistral':
+        values.setdefault('window', '4096')
     if rope['rope_type'] != 'default':
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
     architecture = (theirs.get('architectures') or [*family.classes])[0]
@@ -1174,7 +1174,7 @@ def config_from(theirs):
         require(len({*labels}) == len(named) and {*map(int, named)} == {*range(len(named))},
                 f"id2label={named}: must name each label from 0 on once")
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
-    values = family.unlike | values | {'task': task, 'n_labels': len(labels)}
+    values |= {'task': task, 'n_labels': len(labels)}
     return replace(PRESETS[family.preset], **values), labels, sorted(not_read)
 
 def config_to(kind, config):
@@ -1203,22 +1203,21 @@ def hf_name(family, config, name):
     return theirs
 
 def hf_layout(name, t):
-    """A weight as it lies there, and back: both changes undo themselves."""
+    """Our weight as their files have it, or theirs as ours: each change undoes itself."""
     if '.c_' in name and t.dim() == 2:
         return t.mT  # a matrix of GPT-2 is (inputs, outputs)
     return t.flip(0) if name.startswith('cls.seq_relationship') else t  # class 0: B follows A
 
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
-    folder, index, tensors = Path(folder), Path(folder, 'model.safetensors.index.json'), {}
-    paths = [*folder.glob('model.safetensors')]
-    if not paths and index.exists():  # there may be other files, of an earlier save
+    paths, tensors = [Path(folder, 'model.safetensors')], {}
+    index = Path(folder, 'model.safetensors.index.json')
+    if index.exists() and not paths[0].exists():  # there may be other files, of an earlier save
         with reading(index, "fetch it again"):
             names = json.loads(index.read_bytes())['weight_map'].values()
-            paths = [folder / name for name in {*names}]
-    paths = paths or [*folder.glob('model-*.safetensors')] or [*folder.glob('*.bin')]  # refused
-    require(paths, f"there is no {folder}/model.safetensors: fetch it")
+            paths = [Path(folder, name) for name in {*names}]
     for path in paths:
+        require(path.exists(), f"there is no {path}: fetch it (pytorch_model.bin is not read here)")
         with reading(path, "fetch its weights as safetensors, which needs pip install safetensors"):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():

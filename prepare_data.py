@@ -476,7 +476,7 @@ def train_bpe(piece_counts, n_tokens):
     heap = [entry(pair) for pair in counts]
     heapq.heapify(heap)
     while len(tokens) < n_tokens and heap:
-        count, _, _, pair = heapq.heappop(heap)
+        count, _, _, pair = heapq.heappop(heap)  # the commonest, unless its count is an old one
         if counts[pair] < 2:
             continue
         if counts[pair] != -count:
@@ -1114,8 +1114,9 @@ def qa_examples(tokenizer, row, labels, block_size):
 
 def seq2seq_examples(tokenizer, row, labels, block_size):
     """
-    A text in, a text out. The decoder begins with <|endoftext|>, or with <|start|> where a model
-    has it, and is to end with <|endoftext|>. A source begins with <|source|> where a model has it.
+    A text in, a text out. The decoder reads the target behind <|endoftext|>, or <|start|> where a
+    model has it, and is to predict the token after each (teacher forcing), <|endoftext|> at last. A
+    source begins with <|source|> where a model has it.
 
         ids            twenty one <|endoftext|>
         decoder_ids    <|endoftext|> 2 1

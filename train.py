@@ -51,8 +51,11 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 # Data
 
 SPLITS = {'train': 0, 'val': 1}
-ENDS = '。！？।۔؟'  # end a sentence, whatever follows
-CLOSING = '”’）」』】》'  # may stand behind the end of a sentence, and belong to it
+# The end of a sentence and all up to the next one: white space (U+3000 is CJK's), closing marks.
+# It is a pattern of bytes, since a character may be several tokens.
+ENDS, CLOSING = '。|！|？|।|۔|؟', '”|’|）|」|』|】|》|\u3000'
+SENTENCE_END = re.compile(
+    rf'(\A|\n|[.!?](?=\s)|({ENDS})["\']*)(\s|{ENDS}|{CLOSING})*'.encode())
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n, *seed):
@@ -61,14 +64,14 @@ def epoch_order(n, *seed):
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
-    """The rows of an epoch in order (n,): batches of about one length, but where epochs meet."""
+    """The order of an epoch's rows (n,): batches of about one length, but where epochs meet."""
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
-    begin = min(n, -epoch * n % size)  # so many complete the last batch of the epoch before
+    begin = min(n, -epoch * n % size)  # these complete the last batch of the epoch before
     middle = order[begin:begin + (n - begin) // size * size]               # whole batches; a view
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     batches = middle[noisy.argsort()].reshape(-1, size)
-    middle[:] = rng.permutation(batches).flatten()                         # changes order
+    middle[:] = rng.permutation(batches).flatten()                         # and so `order`
     return order
 
 class Data:
@@ -147,27 +150,16 @@ class Data:
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
             ^     ^      ^         ^                  ^
         """
-        texts = [self.tokenizer.token_bytes(i).decode('utf-8', 'replace')
-                 for i in range(self.vocab_size)]
-        # which tokens of the vocabulary match (V,)
-        matches = lambda regex: np.array([re.search(regex, text) is not None for text in texts])
-        silent = matches(rf'^[\s{ENDS}{CLOSING}]*$')                      # begins no sentence
-        spaced, maybe = matches(r'^\s'), matches(r'[.!?]$')
-        always = matches(rf'[{ENDS}][\s"\'{CLOSING}]*$|\n')
-        is_end = self.tokens == self.tokenizer.end_id
-        before, after = self.tokens[:-1], self.tokens[1:]
-        ends = always[before] | (maybe[before] & spaced[after]) | is_end[:-1]
-        for mark in self.tokenizer.encode_batch('' if self.tokenizer.name == 'char' else ENDS):
-            if len(mark) > 1:  # of several tokens: the last one is `before`, others before that
-                ends |= np.all([np.roll(before, i) == token
-                                for i, token in enumerate(mark[::-1])], axis=0)
-        sentence = np.append(0, ends).cumsum()                             # of each token
-        solid = np.flatnonzero(~silent[self.tokens] & ~is_end)
-        _, first = np.unique(sentence[solid], return_index=True)
-        starts = solid[first]
-        document = is_end.cumsum()[starts]                                 # ends before it
+        parts = [self.tokenizer.token_bytes(i) for i in range(self.vocab_size)]
+        parts[self.tokenizer.end_id] = b'\n'
+        text = b''.join(map(parts.__getitem__, self.tokens))
+        until = np.array([*map(len, parts)])[self.tokens].cumsum()         # bytes, of each token
+        begins = [match.end() for match in SENTENCE_END.finditer(text)]    # bytes
+        starts = np.searchsorted(until, begins, side='right')              # tokens that hold them
+        starts = np.unique(np.append(starts, len(self.tokens)))
+        document = (self.tokens == self.tokenizer.end_id).cumsum()[starts[:-1]]  # ends before it
         followed = np.flatnonzero(document[1:] == document[:-1])
-        return np.append(starts, len(self.tokens)), document, followed
+        return starts, document, followed
 
     @functools.cached_property
     def has_pairs(self):
@@ -223,16 +215,16 @@ def sentence_pair(data, rng, room):
     beginning of A and the end of B, so that the two still touch.
     """
     starts, document, followed = data.sentences
-    first = rng.choice(followed)                                           # sentence A begins with
-    length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
+    first = rng.choice(followed)                                           # A's first sentence
+    length = rng.integers(room // 4, 3 * room // 4 + 1)                    # most tokens of A
     low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
     after = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    after = min(max(after, first + 1), high - 1)                           # sentence A ends before
+    after = min(max(after, first + 1), high - 1)                           # the sentence behind A
     follows = rng.random() < 0.5
-    second = after                                                         # sentence B begins with
+    second = after                                                         # B's first sentence
     if not follows:
-        second = rng.integers(len(document) - (high - low))                # without A's document,
-        second += (high - low) * (second >= low)                           # and with it
+        second = rng.integers(len(document) - (high - low))                # of other documents,
+        second += (high - low) * (second >= low)                           # skipping A's
     a = data.tokens[max(starts[first], starts[after] - length):starts[after]]
     end = starts[np.searchsorted(document, document[second], side='right')]  # of B's document
     b = data.tokens[starts[second]:min(end, starts[second] + room - len(a))]
@@ -260,7 +252,7 @@ def span_corruption(data, index, T):
     Text-to-text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
     https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average
     (section 3.3.4). A sentinel stands for each, and the target says what stood there. (The figure
-    hides more, as in the paper, where it ends with one more sentinel.)
+    hides more than 15 %, as the paper's does, whose target ends with one more sentinel.)
 
         text           Thank you for inviting me to your party last week
         ids            Thank you <extra_0> me to your party <extra_1> <|endoftext|>
@@ -306,12 +298,12 @@ def completion(data, index, T):
 @dataclass
 class Objective:
     example: object      # (data, index, T) -> example, of at most T tokens if it is cut from text
-    archs: tuple         # the models that can learn it; the first row that fits is the default
+    archs: tuple         # the models that can learn it
     tasks: tuple = ('',)  # of the data; '': any data, as text
     by_rows: bool = True  # takes labelled data row by row, not as one text
     shortest: int = 1    # block_size that has room for an example
 
-OBJECTIVES = {
+OBJECTIVES = {  # the first row that fits is the default: put yours last
     'causal_lm': Objective(causal_lm, ('gpt', 'lstm'), by_rows=False),
     'masked_lm': Objective(masked_lm, ('bert',), shortest=5),
     'span_corruption': Objective(span_corruption, ('encdec',), by_rows=False, shortest=4),
@@ -384,7 +376,7 @@ class AdamW(Optimizer):
         return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]
 
     def update(self, lr, decay, good, weights, gradients, m, v, t):
-        torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read, and waited for
+        torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read: the CPU would wait
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
                             maximize=False, found_inf=(1 - good).to(t[0].device))  # the formula
@@ -606,7 +598,7 @@ class Runtime:
         return total.tolist()
 
     def average_gradients(self, model):
-        """Over all processes, as one long vector."""
+        """Over all processes, as one long vector. What is averaged already stays as it is."""
         if self.world_size > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             mean = parameters_to_vector(gradients) / self.world_size
@@ -626,7 +618,7 @@ class Runtime:
 # Evaluation
 
 def loss_scores(model, data, s, runtime, limit):
-    """Loss and accuracy on `limit` examples, by default all; text_scores of a text read whole."""
+    """Loss and accuracy on `limit` examples (None: all); of a whole text, its text_scores."""
     T, scores, example = model.config.block_size, {'loss': 0.0}, OBJECTIVES[s.objective].example
     n = len(data.rows) or data.windows(T)
     chosen = np.linspace(0, n - 1, min(n, limit or n), dtype=int)
@@ -728,8 +720,8 @@ def backward(step, model, forward, data, s, runtime):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. An overflow of float16 only halves its scale. To ask waits for a GPU, so
-    that only steps of the log do: others skip a bad step in silence.
+    then raise ValueError. An overflow of float16 only halves its scale. Asking has to wait for a
+    GPU, so only steps of the log ask: others skip a bad step in silence.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -839,7 +831,7 @@ def on_signal(handler):
             signal.signal(number, handler)
 
 class Trainer:
-    """A run, how far it has come (`at`, `log`), its files. checkpoint: of a run to go on with."""
+    """A run: how far it is (`at`, `log`) and its files. checkpoint: of the run to go on with."""
 
     def __init__(self, model, data, val, s, runtime, checkpoint=None):
         self.data, self.val, self.s, self.runtime = data, val, s, runtime
@@ -939,7 +931,7 @@ class Trainer:
                 break
 
             progress(f"step {at.step} of {s.max_iters}")
-            if at.due or not n:
+            if at.due or not n:  # behind an evaluation or a line of the log
                 began, n = time.perf_counter(), 0
             loss = backward(at.step, self.model, self.forward, self.data, s, runtime)
             optimizer_step(at.step, loss, self.model, self.optimizers, s, runtime)
@@ -1078,7 +1070,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(checkpoint.get('tokenizer') in (None, data.tokenizer.to_dict()),
             f"{folder} was encoded with another tokenizer than {path}: prepare it with "
             f"--tokenizer {shell_word(theirs)}")
-    # example: of val. Only a BERT may lack what guessing masks needs.
+    # The last `example` is of val. Only a BERT may lack weights, such as those that guess masks.
     kind = 'masks and pairs' if 'next_targets' in example else config.task or 'masks'
     lacking = sample.lacking(checkpoint, kind)
     require(not (s.eval_only and lacking), f"{path} lacks weights, which would be random "

@@ -689,7 +689,7 @@ def test_the_right_targets_score_100_in_bleu_and_1_in_rouge():
     rows = [{'source': a, 'target': b * 20}  # longer than other texts are by default
             for a, b in (('a', 'кот and 人之 été '), ('b', 'नमस्ते ok 1 2 '))]
     found = oracle_scores(byte_tokenizer(), 'seq2seq', rows, [], 999)
-    assert [*found.values()] == pytest.approx([100, 1, 1, 1, 1]), found
+    assert [found[name] for name in LABELLED['seq2seq'][1]] == pytest.approx([100, 1, 1, 1, 1])
     tokenizer = byte_tokenizer()
     oracle, ids = Oracle('masks', tokenizer.n_vocab), tokenizer.encode(STORY)
     found = sample.masked_accuracy(oracle, tokenizer, ids)
@@ -712,7 +712,8 @@ def test_entity_scores_are_those_of_seqeval(rows, size):
               for i in range(0, len(tags), size)] for tags in rights]
     found = SCORES['tag']([{'tags': tags} for tags in guesses], golds)
     theirs = {'precision': precision_score, 'recall': recall_score, 'f1': entity_f1}
-    assert found == pytest.approx({k: f(rights, guesses) for k, f in theirs.items()}, abs=1e-12)
+    assert found == pytest.approx(
+        found | {k: f(rights, guesses) for k, f in theirs.items()}, abs=1e-12)
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(*[st.sampled_from(['好', 'bad', 'x', ''])] * 2), min_size=1, max_size=9))
@@ -723,7 +724,8 @@ def test_label_scores_are_those_of_scikit_learn(pairs):
     golds = [[{'meta': {'label': label}}] for label in right]
     found = SCORES['classify']([{'label': label} for label in guessed], golds)
     f1 = f1_score(right, guessed, average='macro', zero_division=0)
-    assert found == pytest.approx({'accuracy': accuracy_score(right, guessed), 'macro_f1': f1})
+    assert found == pytest.approx(
+        found | {'accuracy': accuracy_score(right, guessed), 'macro_f1': f1})
 
 def squad_words(text):
     """normalize_answer of SQuAD's evaluate-v2.0.py; then each CJK character is a word."""
@@ -757,7 +759,7 @@ def test_answer_scores_are_those_of_squad(rows):
     golds = [[{'meta': {'answers': rights}}] for _, rights in rows]
     found = SCORES['qa']([{'answer': text} for text, _ in rows], golds)
     exact, overlap = np.mean([squad_score(*row) for row in rows], axis=0)
-    assert found == pytest.approx({'exact_match': exact, 'f1': overlap}, abs=1e-12)
+    assert found == pytest.approx(found | {'exact_match': exact, 'f1': overlap}, abs=1e-12)
 
 def target_scores(guesses, rights):
     golds = [[{'meta': {'target': text}}] for text in rights]
@@ -1129,12 +1131,12 @@ def test_a_score_is_that_of_the_answers_which_start_gives(ask, tmp_path, kind):
     answers = [ask.lines(kind, '--start', line, *flags)[0] for line, _ in asked]
     expected = SCORES[task](answers, [[{'meta': meta}] for _, meta in asked])
     [found] = ask.lines(kind, '--score', tmp_path / 'a', *flags)
-    assert [*found] == names == [*expected] and found == pytest.approx(expected), answers
+    assert {*names} <= {*found} and found == pytest.approx(expected), answers
     end, start = os.pipe()
     os.write(start, (tmp_path / 'a').read_bytes())
     os.close(start)
     out = ask(kind, '--score', f'/dev/fd/{end}', *flags).out
-    pattern = ', '.join(rf'{name} \d+\.\d+' for name in names).replace('_', ' ')
+    pattern = ', '.join(rf'{name} \d+\.\d+' for name in found).replace('_', ' ')
     assert re.fullmatch(pattern + '\n', out), out
 
 def test_the_right_answers_do_not_cut_the_tokens_of_a_score(tmp_path):
