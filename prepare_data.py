@@ -52,7 +52,7 @@ import signal
 import sys
 import tempfile
 import tokenize
-import tomllib
+import tomllib  # Python 3.11 or newer
 import unicodedata
 import urllib.request
 from collections.abc import Callable
@@ -63,6 +63,8 @@ from typing import NamedTuple
 import numpy as np
 import regex
 import tiktoken
+
+gc.freeze()  # looking for garbage among all that torch has imported takes 0.4 s a run
 
 # -----------------------------------------------------------------------------
 # Flags. Each field of a dataclass is a flag: --max_iters 10, --max-iters=10, --bias, --no-bias.
@@ -182,7 +184,6 @@ STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', '
 
 def run(main):
     """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
-    gc.freeze()  # looking for garbage among all that torch has imported takes 0.4 s a run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # neither closed nor that of a notebook
             stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
@@ -222,7 +223,7 @@ def progress(text):
     with contextlib.suppress(OSError):
         if sys.stderr and sys.stderr.isatty() and os.environ.get('RANK', '0') == '0':
             width = shutil.get_terminal_size().columns - 1
-            print('\r' + text[:width] + '\x1b[K', end='', file=sys.stderr, flush=True)
+            print(text[:width].ljust(width), end='\r', file=sys.stderr, flush=True)
 
 # -----------------------------------------------------------------------------
 # Tokenizers: how text becomes ids and back

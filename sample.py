@@ -406,7 +406,7 @@ def write_targets(model, tokenizer, examples, settings):
         rest, batch = rest[len(rows):], [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
-        draws = [divmod(row, repeat) for row in rows]  # (source, sample); (i, 0) seeds as i does
+        draws = [row // repeat + (row % repeat << 32) for row in rows]     # source and sample
         for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
             results[row // repeat] += texts
             cut += sum(len(prompts[0]) + len(text.ids) >= size for text in texts)

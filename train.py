@@ -565,7 +565,8 @@ class Runtime:
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
         if self.device == 'cpu':
             keep_memory()
-        warnings.filterwarnings('ignore', '.*to control TF32')  # torch 2.9: the next call is old
+        # torch 2.9: the next call is old, and autocast of mps knows no float32, even if not enabled
+        warnings.filterwarnings('ignore', '.*to control TF32|In MPS autocast')
         tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
         self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
@@ -813,7 +814,7 @@ class Progress:
 
 def plot(log, path):
     """The losses as a picture, where matplotlib is installed."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, OSError):
         from matplotlib.figure import Figure
         rows, axes = np.array(log), Figure().subplots()
         axes.plot(rows[:, 0], rows[:, 1:3], label=['train loss', 'val loss'])
@@ -899,9 +900,10 @@ class Trainer:
         self.log.append([at.step, train_loss, loss, learning_rate(at.step, s),
                          at.step * self.tokens, at.seconds])
         if runtime.is_main:
-            write_file(Path(s.out_dir, 'log.csv'), lambda f: np.savetxt(
-                f, self.log, '%.10g', ',', comments='',
-                header='step,train_loss,val_loss,lr,tokens,seconds'))
+            with contextlib.suppress(OSError):  # open in Excel: the next one writes all rows
+                write_file(Path(s.out_dir, 'log.csv'), lambda f: np.savetxt(
+                    f, self.log, '%.10g', ',', comments='',
+                    header='step,train_loss,val_loss,lr,tokens,seconds'))
             if s.sample_tokens and not self.data.task and self.model.config.arch in ('gpt', 'lstm'):
                 print_sample(self.model, self.data.tokenizer, s, runtime)
         return reason
