@@ -948,22 +948,21 @@ def reading(path, remedy):
 
 def find_checkpoint(path):
     """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
-    if os.path.isfile(path) and path.endswith(('.safetensors', '.bin', '.json')):
-        path = str(Path(path).parent)
-    for name in ('', 'best.pt', 'ckpt.pt'):  # '': path itself
-        found = Path(path, name)
+    here = Path(path)
+    if here.is_file() and here.suffix in ('.safetensors', '.bin', '.json'):
+        here = here.parent
+    for found in (here, here / 'best.pt', here / 'ckpt.pt'):
         if found.is_file():
             return found
-    folder = path
-    if not os.path.isdir(path):
+    if not here.is_dir():
         with contextlib.suppress(Exception):  # not installed, no network, or no such model
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(path, allow_patterns=[
-                '*.json', 'model*.safetensors', '*.txt', '*.model'])
-    require(any(Path(folder).glob('model*')) or not Path(folder, 'adapter_config.json').exists(),
+            here = Path(snapshot_download(path, allow_patterns=[
+                '*.json', 'model*.safetensors', '*.txt', '*.model']))
+    require(any(here.glob('model*')) or not (here / 'adapter_config.json').exists(),
             f"{path} is an adapter, without its model: merge the two first, with peft")
-    if Path(folder, 'config.json').exists():
-        return folder
+    if (here / 'config.json').exists():
+        return here
     raise FileNotFoundError(
         f"there is no checkpoint {path}, be it a .pt file, an out folder or one of Hugging Face: "
         f"train one with python train.py, or download https://huggingface.co/{path} into a "
@@ -976,7 +975,7 @@ def load(path, device='cpu', **changes):
     Config that may differ from the file: see resize. Raises FileNotFoundError or ValueError.
     """
     path = find_checkpoint(os.fspath(path))
-    if os.path.isdir(path):
+    if path.is_dir():
         model, checkpoint = from_huggingface(path)
     else:
         with reading(path, "it is damaged, or of another version or program: choose another"):
@@ -1171,7 +1170,7 @@ def config_from(theirs):
         named = theirs.get('id2label') or {
             i: f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))}
         labels = [str(named[i]) for i in sorted(named, key=int)]
-        require(len({*labels}) == len(named) and {*map(int, named)} == {*range(len(named))},
+        require(sorted(map(int, named)) == [*range(len({*labels}))],
                 f"id2label={named}: must name each label from 0 on once")
         require(len(labels) > 1, "a head with one label is a regression, which is not supported")
     values |= {'task': task, 'n_labels': len(labels)}
@@ -1245,9 +1244,8 @@ def from_huggingface(folder):
     head = tensors.get(f"{family.names['output']}.weight")
     if config.tied or theirs['model_type'] == 't5':  # tied, unless it has another head
         config.tied = head is None or head.equal(tensors.get(tokens, head))
-    other = tensors.get('decoder.embed_tokens.weight', head if config.tied else None)
-    if other is not None:  # the table may be stored under another of its names alone
-        tensors.setdefault(tokens, other)
+    other = head if config.tied else None  # the table may have another of its names alone
+    tensors.setdefault(tokens, tensors.get('decoder.embed_tokens.weight', other))
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))

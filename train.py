@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import datetime
 import functools
-import itertools
 import json
 import math
 import os
@@ -67,7 +66,7 @@ def row_order(data, epoch):
     """The order of an epoch's rows (n,): batches of about one length, but where epochs meet."""
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
-    begin = min(n, -epoch * n % size)  # these complete the last batch of the epoch before
+    begin = -epoch * n % size  # these complete the last batch of the epoch before
     middle = order[begin:begin + (n - begin) // size * size]               # whole batches; a view
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     batches = middle[noisy.argsort()].reshape(-1, size)
@@ -83,10 +82,8 @@ class Data:
     def __init__(self, folder, split, seed=0, batch_size=1):
         self.folder, self.split, self.seed, self.batch_size = folder, split, seed, batch_size
         self.tokenizer, self.rows = load_tokenizer(folder), []
-        about, path = Path(folder, 'meta.json'), Path(folder, split)
-        with reading(about, "prepare the data again"):
-            meta = json.loads(about.read_bytes())
-        with reading(path, "prepare the data again"):
+        with reading(folder, "prepare the data again"):
+            meta = json.loads(Path(folder, 'meta.json').read_bytes())
             require(meta['format'] == 'plainformer data 2', "its format is that of another version")
             self.task = '' if meta['task'] == 'lm' else meta['task']
             self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
@@ -95,16 +92,17 @@ class Data:
             self.is_text = np.ones(self.vocab_size, bool)                  # no special token
             self.is_text[[*self.tokenizer.special.values()]] = False
             if self.task:
-                with open(f'{path}.jsonl', encoding='utf-8') as f:
+                with open(f'{folder}/{split}.jsonl', encoding='utf-8') as f:
                     self.rows = [json.loads(line) for line in f]
                 sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
-                self.longest, self.lengths = np.max(sizes, axis=0), np.sum(sizes, axis=1)
+                self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
                 self.tokens = np.concatenate([row['ids'] for row in self.rows])
             else:
-                self.tokens = np.asarray(np.memmap(f'{path}.bin', meta['dtype'], mode='r'))
+                ids = np.memmap(f'{folder}/{split}.bin', meta['dtype'], mode='r')
+                self.tokens = np.asarray(ids)
             self.highest, total = self.tokens[:10 ** 8].max(), self.counts['tokens']  # all: slow
             n = sum(self.lengths) if self.task else len(self.tokens)
-            require(self.highest < self.vocab_size and n == total, f"it holds {n} ids up to "
+            require(self.highest < self.vocab_size and n == total, f"{split} holds {n} ids up to "
                     f"{self.highest}, and should hold {total} below {self.vocab_size}")
 
     def rng(self, *numbers):
@@ -218,18 +216,18 @@ def sentence_pair(data, rng, room):
     first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)                    # most tokens of A
     low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
-    after = np.searchsorted(starts, starts[first] + length, side='right') - 1
-    after = min(max(after, first + 1), high - 1)                           # the sentence behind A
+    fitting = np.searchsorted(starts[first + 1:high], starts[first] + length, side='right')
+    after = first + max(1, fitting)                                        # the sentence behind A
     follows = rng.random() < 0.5
     second = after                                                         # B's first sentence
     if not follows:
         second = rng.integers(len(document) - (high - low))                # of other documents,
         second += (high - low) * (second >= low)                           # skipping A's
     a = data.tokens[max(starts[first], starts[after] - length):starts[after]]
-    end = starts[np.searchsorted(document, document[second], side='right')]  # of B's document
-    b = data.tokens[starts[second]:min(end, starts[second] + room - len(a))]
-    a, b = map(data.tokenizer.text_of, (a, b))
-    return a.tolist(), b.tolist(), int(follows)
+    end = starts[np.searchsorted(document, document[second] + 1)]          # of B's document
+    b = data.tokens[starts[second]:end][:room - len(a)]
+    text_of = data.tokenizer.text_of
+    return text_of(a).tolist(), text_of(b).tolist(), int(follows)
 
 def hide_tokens(ids, data, rng):
     """
@@ -354,9 +352,9 @@ class Optimizer:
         return list(self.state.values())
 
     def load_state_dict(self, saved):
-        mine, old = itertools.chain(*self.state.values()), itertools.chain(*saved)
-        for tensor, value in zip(mine, old, strict=True):
-            tensor.copy_(value)
+        for mine, old in zip(self.state.values(), saved, strict=True):
+            if mine:  # an optimizer may keep nothing
+                torch._foreach_copy_(mine, old)
 
 class AdamW(Optimizer):
     """
@@ -468,8 +466,7 @@ class Settings:
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
     dry_run: bool = flag(False, 'print what the run would cost, and end')
     objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
-    best_by: str = flag('', 'score of the task that chooses best.pt [accuracy, F1, else the loss]',
-                        dict.fromkeys(itertools.chain([''], *sample.BEST_SCORES.values())))
+    best_by: str = flag('', 'score of the task that chooses best.pt [accuracy, F1, else the loss]')
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
     gradient_accumulation_steps: int = flag(1, 'micro-batches in a step, over all processes', low=1)
@@ -578,8 +575,7 @@ class Runtime:
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             return torch.bfloat16 if native else torch.float16
         # With AVX512-BF16 a step takes half of the time of float32 at 4 x 128, a third at 6 x 384.
-        native = self.device == 'cpu' and torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
     def precision(self):
         """Inside, products are in self.dtype; an LSTM, the residual stream and the loss are not."""
@@ -618,33 +614,32 @@ class Runtime:
 # -----------------------------------------------------------------------------
 # Evaluation
 
-def loss_scores(model, data, s, runtime, limit):
-    """Loss and accuracy on `limit` examples (None: all); of a whole text, its text_scores."""
-    T, scores, example = model.config.block_size, {'loss': 0.0}, OBJECTIVES[s.objective].example
-    n = len(data.rows) or data.windows(T)
-    chosen = np.linspace(0, n - 1, min(n, limit or n), dtype=int)
-    examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
-    _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
-    kinds = [key for key in example(data, 0, T) if key.endswith('targets')]
-    for kind in sorted(kinds, key=len):  # targets first; this process may have had none of them
-        nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
-        if 'rows' not in data.counts and count == len(data.tokens) - 1:
-            return sample.text_scores(nats, count, data.counts['bytes'])
-        if count:
-            scores['loss'] += nats / count
-            scores[kind.replace('targets', 'accuracy')] = right / count
-    return scores
-
 def evaluate(model, data, s, runtime, limit=None):
-    """The scores of a task, over all rows of val; loss_scores where these have no loss."""
-    scores = {}
+    """
+    The scores of a task, over all rows of val. Where these have no loss, also loss and accuracy on
+    `limit` examples (None: all); of a whole text, its text_scores.
+    """
+    scores, T, example = {}, model.config.block_size, OBJECTIVES[s.objective].example
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
     with runtime.precision(), sample.evaluating(model):
         if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
-        if 'loss' not in scores:
-            scores |= loss_scores(model, data, s, runtime, limit)
+        if 'loss' in scores:
+            return scores
+        n = len(data.rows) or data.windows(T)
+        chosen = np.linspace(0, n - 1, min(n, limit or n), dtype=int)
+        examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
+        _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
+    scores['loss'] = 0.0
+    for kind in sorted(example(data, 0, T), key=len):  # `targets` first
+        if kind.endswith('targets'):  # of which this process may have had none
+            nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
+            if 'rows' not in data.counts and count == len(data.tokens) - 1:
+                return sample.text_scores(nats, count, data.counts['bytes'])
+            if count:
+                scores['loss'] += nats / count
+                scores[kind.replace('targets', 'accuracy')] = right / count
     return scores
 
 def print_sample(model, tokenizer, s, runtime):
@@ -1049,23 +1044,24 @@ FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulati
 
 def check(given, s, config, data, val, checkpoint, path, resume):
     """Before anything is written, refuse what would fail later. checkpoint: of `path`, or {}."""
-    folder, longest, objective = data.folder, 0, OBJECTIVES[s.objective]
+    folder, T, objective = data.folder, config.block_size, OBJECTIVES[s.objective]
     old, old_labels = checkpoint.get('settings', {}), checkpoint.get('labels', [])
     # Can the objective learn from the data?
-    require(config.block_size >= objective.shortest,
-            f"--block_size {config.block_size}: {s.objective} needs at least {objective.shortest}")
+    require(T >= objective.shortest,
+            f"--block_size {T}: {s.objective} needs at least {objective.shortest}")
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
-        example = objective.example(split, 0, config.block_size)
+        example = objective.example(split, 0, T)
         if split.rows:
-            # BERT reads sources alone, an encoder-decoder each side alone, the others both joined
-            joined = max(split.lengths) - (data.task == 'seq2seq')         # one [SEP] for two ends
-            alone = {'bert': split.longest[0], 'encdec': max(split.longest)}
-            longest = max(longest, alone.get(config.arch, joined))
+            joined = max(split.lengths) - 1                                # one [SEP] for two ends
+            longest = joined if objective.example is completion else split.longest
+            require(longest <= T, f"{folder} has an example of {longest} tokens, more than "
+                    f"block_size={T}: raise --block_size, or prepare the data with a lower one")
         else:
-            split.windows(config.block_size)
-    require(s.best_by in ('', 'loss', *sample.BEST_SCORES.get(data.task, [])),
-            f"--best_by {s.best_by}: {data.task or 'text'} has no such score: choose another")
+            split.windows(T)
+    scores = {'', 'loss', *sample.BEST_SCORES.get(data.task, [])}
+    require(s.best_by in scores, f"--best_by {s.best_by}: {data.task or 'text'} has no such score: "
+            f"choose one of {', '.join(sorted(scores)[1:])}")
     # Do the checkpoint and its model suit the data?
     run = Path(path or '')
     theirs = os.path.abspath(checkpoint.get('folder', run.parent if run.is_file() else run))
@@ -1087,9 +1083,6 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     # the vocabulary of others may end before that of their tokenizer
     require((data.highest if path else data.vocab_size - 1) < config.vocab_size,
             f"{folder} has {data.vocab_size} tokens, more than vocab_size={config.vocab_size}")
-    require(longest <= config.block_size,
-            f"{folder} has an example of {longest} tokens, more than block_size="
-            f"{config.block_size}: raise --block_size, or prepare the data with a lower one")
     # Do the flags contradict each other, or what cannot change any more?
     ends = (s.lr_decay_iters or s.max_iters) < s.max_iters and s.lr_schedule != 'constant'
     require(s.eval_only or not ends or s.min_lr != 0, f"--lr_decay_iters {s.lr_decay_iters}: from "
