@@ -85,6 +85,20 @@ def evaluating(model):
 def device_of(model):
     return next(model.parameters()).device
 
+def by_length(texts, most, equal=False):
+    """
+    Lists of at most `most` numbers of texts, each given as ids, so that texts of about one length
+    are together (equal: of exactly one length): they need little padding. Shows the progress.
+    """
+    rest = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    while rest:
+        progress(f"{len(texts) - len(rest):,} of {len(texts):,}")
+        size = len(texts[rest[0]])
+        chosen = [i for i in rest[:most] if not equal or len(texts[i]) == size]
+        del rest[:len(chosen)]
+        yield chosen
+    progress('')
+
 def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     """
     Examples -> (what postprocess(example, logits) returns for each, totals). totals has an array
@@ -95,10 +109,7 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     if not config.task:  # the logits of a batch have to fit into memory
         most = 2 ** 28 if device_of(model).type == 'cuda' else 2 ** 26
         batch_size = min(batch_size, 1 + most // (config.block_size * config.vocab_size))
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]['ids']))
-    for start in range(0, len(order), batch_size):
-        progress(f"{start:,} of {len(order):,}")
-        chosen = order[start:start + batch_size]
+    for chosen in by_length([example['ids'] for example in examples], batch_size):
         batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
         kinds = [key for key in batch if key.endswith('targets')]
         for kind in kinds or ['targets']:  # BERT returns the logits of one kind a call
@@ -117,7 +128,6 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
         if postprocess:
             for i, row in zip(chosen, logits.float().cpu()):
                 results[i] = postprocess(examples[i], row)
-    progress('')
     return results, totals
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for --dtype"
@@ -265,7 +275,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
-            unfinished = []                                                # (log P, parent, tokens)
+            found, unfinished = finished[row], []                          # (log P, parent, tokens)
             for rank, (log_p, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
                 parent, token = i * width + place // V, place % V
                 ends = token in end_ids
@@ -273,9 +283,10 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
                 if not ends and length < max_new_tokens:
                     unfinished.append((log_p, parent, text))
                 elif rank < beams and log_p > -math.inf:
-                    finished[row].append((log_p / norm, text))
-            finished[row] = sorted(finished[row], reverse=True)[:beams]
-            to_beat = -math.inf if len(finished[row]) < beams else finished[row][-1][0]
+                    found.append((log_p / norm, text))
+            found.sort(reverse=True)
+            del found[beams:]
+            to_beat = -math.inf if len(found) < beams else found[-1][0]
             if unfinished and unfinished[0][0] / norm > to_beat:
                 longer += unfinished[:beams]
                 rest.append(row)
@@ -303,8 +314,7 @@ class TextStream:
         begin = len(tokenizer.decode(prompt))                              # of the new text
         self.decode = lambda ids: tokenizer.decode([*prompt, *ids])[begin:]
         # A stop that has another one inside is never the first to be whole.
-        first = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
-        self.stop = regex.compile('|'.join(map(regex.escape, first)) or '(?!)')
+        self.stops = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         if score is not None:
             self.score = score
             self.add(*tokens, tokenizer.end_id)
@@ -324,7 +334,8 @@ class TextStream:
         text = max(clean, whole.rstrip('\ufffd'), key=len)                 # what is certain
         if self.done:
             text += whole[len(text):]
-        found = self.stop.search(text, partial=not self.done)
+        found = self.stops and regex.search(r'\L<stops>', text, partial=not self.done,
+                                            stops=self.stops)              # any of this list
         if found:  # a stop, or at the end of the text the beginning of one, which waits
             text, self.done = text[:found.start()], self.done or not found.partial
         new = text[len(self.text):]
@@ -343,11 +354,11 @@ def suppressed_tokens(model, tokenizer, ends=True):
 
 @torch.inference_mode()
 @torch.autocast('cpu', enabled=False)  # a product with one token is slow in bfloat16
-def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda text: None):
+def write_batch(model, tokenizer, prompts, sources, rows, settings):
     """
     Continue prompts of one length; an encoder-decoder reads sources first. Returns for each a list
-    of TextStream: the one drawn by (seed, row), or the best of its beams; show(text) is called with
-    what is new of the first. Beams, and texts after a source, have to fit into one window of
+    of TextStream: the one drawn by (seed, row), or the best of its beams; with --stream, the first
+    is printed as it grows. Beams, and texts after a source, have to fit into one window of
     block_size tokens: beams continue the newest part of a long prompt.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
@@ -377,7 +388,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings, show=lambda 
     for step in itertools.chain(steps, [ends]):
         tokens = step.view(len(ids), -1).tolist()
         new_texts = [stream.add(*row) for stream, row in zip(streams, tokens)]
-        show(new_texts[0])
+        if settings.stream:
+            print(new_texts[0], end='', flush=True)
         if all(stream.done for stream in streams):
             break
     return [[stream] for stream in streams]
@@ -387,10 +399,10 @@ def write_targets(model, tokenizer, examples, settings):
     Text to text: num_samples of TextStream per source, of beams the best first. A decoder alone
     reads the source as a prompt that ends in [SEP]. Sources of about one length go together.
     """
-    encoder, results = model.config.arch == 'encdec', [[] for _ in examples]
+    config, results, cut = model.config, [[] for _ in examples], 0
+    encoder, size = config.arch == 'encdec', config.block_size
     repeat = 1 if settings.num_beams > 1 else settings.num_samples
     lengths = [len(example.get('decoder_ids', ())) for example in examples]  # of known targets
-    config, size = model.config, model.config.block_size
     fit = all(len(e['ids']) + length <= 1 + size for e, length in zip(examples, lengths))
     require(encoder or fit, "the longest source and target are too long together for block_size="
             f"{size}: leave them out")
@@ -398,19 +410,14 @@ def write_targets(model, tokenizer, examples, settings):
     sources = [example['ids'] for example in examples for _ in range(repeat)]
     numbers = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # half of a cache
     most = 1 + min(1024, 2 ** 28 // numbers) // settings.num_beams         # for memory
-    rest, cut = sorted(range(len(sources)), key=lambda row: len(sources[row])), 0
-    while rest:
-        progress(f"{len(sources) - len(rest):,} of {len(sources):,} texts")
-        length = len(sources[rest[0]])
-        rows = [row for row in rest[:most] if encoder or len(sources[row]) == length]
-        rest, batch = rest[len(rows):], [sources[row] for row in rows]
+    for rows in by_length(sources, most, equal=not encoder):
+        batch = [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
         draws = [row // repeat + (row % repeat << 32) for row in rows]     # source and sample
         for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
             results[row // repeat] += texts
             cut += sum(len(prompts[0]) + len(text.ids) >= size for text in texts)
-    progress('')
     if cut and not settings.max_new_tokens:
         to_stderr(f"{cut} texts fill block_size={size}: they may be cut")
     return results
@@ -433,11 +440,10 @@ def entities(tags):
     >>> entities(['B-person', 'I-person', 'O', 'I-place', 'B-place', 'noun'])
     [('person', 0, 2), ('place', 3, 4), ('place', 4, 5), ('noun', 5, 6)]
     """
-    found, before, begin = [], '', 0
-    for i, tag in enumerate([*tags, 'O']):
-        kind = '' if tag == 'O' else re.sub('^[BIMELSU]-', '', tag)
-        ended = before and re.match('[ELSU]-', tags[i - 1])
-        if kind != before or ended or re.match('[BSU]-', tag):
+    tags, found, before, begin = [*tags, 'O'], [], '', 0
+    for i, tag in enumerate(tags):
+        kind = re.sub('^([BIMELSU]-|O$)', '', tag)
+        if kind != before or re.match('[BSU]-', tag) or re.match('[ELSU]-', tags[i - 1]):
             if before:
                 found.append((before, begin, i))
             begin = i
@@ -582,16 +588,16 @@ def bleu(guesses, rights):
     times a brevity penalty where it is shorter. An n without a match has 1/2, 1/4, ... of a match.
     """
     guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
-    log_mean, smooth = 0.0, 1.0
+    mean, smooth = 1.0, 1.0
     for n in range(1, 5):
         counts = [count_ngrams(guess, right, n) for guess, right in zip(guesses, rights)]
         hits, total, _ = map(sum, zip((0, 0, 0), *counts))                 # there may be none
         if not total or (n == 1 and not hits):
             return 0.0
         smooth /= 1 if hits else 2
-        log_mean += math.log((hits or smooth) / total) / 4
-    log_brevity = min(0.0, 1 - sum(map(len, rights)) / sum(map(len, guesses)))
-    return 100 * math.exp(log_brevity + log_mean)
+        mean *= ((hits or smooth) / total) ** 0.25
+    brevity = min(1.0, math.exp(1 - sum(map(len, rights)) / sum(map(len, guesses))))
+    return 100 * brevity * mean
 
 ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
 
@@ -1029,13 +1035,13 @@ def print_texts(model, tokenizer, prompt, settings):
     texts, threads = [], torch.get_num_threads()
     ids = examples_of(tokenizer, 'text', prompt, model.config.block_size)[0]['ids']
     live, n = settings.stream, 1 if settings.num_beams > 1 else settings.num_samples
-    show = functools.partial(print, end='', flush=True) if live else lambda text: None
     if n * num_parameters(model) < 20e6:
         torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
     try:
         for rows in [[row] for row in range(n)] if live else [range(n)]:
-            show('\n---\n' * bool(texts) + prompt)
-            written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings, show)
+            if live:
+                print('\n---\n' * bool(texts) + prompt, end='', flush=True)
+            written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings)
             texts += itertools.chain(*written)
     finally:  # after Ctrl-C, too: a notebook goes on
         torch.set_num_threads(threads)
