@@ -29,6 +29,7 @@ errors, the progress line.
 import argparse
 import ast
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -275,6 +276,8 @@ def note_unknown(tokenizer, split, ids):
         print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
               "their text: choose another --tokenizer")
 
+THREADS = ThreadPoolExecutor()  # none begins before the first encode_batch
+
 class Tokenizer:
     """
     A pattern cuts text into pieces, and a table {bytes: id} says which bytes of a piece are one
@@ -332,8 +335,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """The ids of many texts, on all cores: tiktoken releases Python's lock."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.encode, texts))
+        return list(THREADS.map(self.encode, texts))
 
     def encode_with_offsets(self, text):
         """
@@ -463,7 +465,8 @@ def train_bpe(piece_counts, n_tokens):
     taken off the counts, the piece is merged, and its new pairs are put back.
     """
     tokens = [bytes([b]) for b in range(256)]
-    pieces, weights = [list(piece.encode()) for piece in piece_counts], [*piece_counts.values()]
+    pieces = [[tokens[b] for b in piece.encode()] for piece in piece_counts]
+    weights = [*piece_counts.values()]
     counts = collections.defaultdict(int)   # pair -> how often it occurs
     holders = collections.defaultdict(set)  # pair -> the numbers of the pieces that hold it
     for i, piece in enumerate(pieces):
@@ -472,34 +475,29 @@ def train_bpe(piece_counts, n_tokens):
             holders[pair].add(i)
 
     # A heap has the least entry on top, so that minus the count puts the commonest pair there.
-    # A count may change after its pair was pushed: then it is pushed again, with the new count.
-    entry = lambda pair: (-counts[pair], tokens[pair[0]], tokens[pair[1]], pair)
-    heap = [entry(pair) for pair in counts]
+    # A count may become less after its pair was pushed: then it is pushed again, as it is now.
+    heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
-    while len(tokens) < n_tokens and heap:
-        count, _, _, pair = heapq.heappop(heap)  # the commonest, unless its count is an old one
-        if counts[pair] < 2:
-            continue
-        if counts[pair] != -count:
-            heapq.heappush(heap, entry(pair))
-            continue
-        new, changed = len(tokens), set()
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for i in holders.pop(pair):
-            for p in itertools.pairwise(pieces[i]):
-                counts[p] -= weights[i]
-            pieces[i] = merge(pieces[i], pair, new)
-            for p in itertools.pairwise(pieces[i]):
-                counts[p] += weights[i]
-                if new in p:
-                    changed.add(p)
-                    holders[p].add(i)
+    while len(tokens) < n_tokens and heap and heap[0][0] < -1:
+        count, pair = heapq.heappop(heap)
+        changed = {pair}
+        if counts[pair] == -count:  # it is the commonest
+            new = b''.join(pair)
+            tokens.append(new)
+            for i in holders.pop(pair):
+                for p in itertools.pairwise(pieces[i]):
+                    counts[p] -= weights[i]
+                pieces[i] = merge(pieces[i], pair, new)
+                for p in itertools.pairwise(pieces[i]):
+                    counts[p] += weights[i]
+                    if new in p:
+                        changed.add(p)
+                        holders[p].add(i)
         for p in changed:
-            heapq.heappush(heap, entry(p))
-        progress(f"learning tokens: {new:,} of {n_tokens:,}")
+            heapq.heappush(heap, (-counts[p], p))
+        progress(f"learning tokens: {len(tokens):,} of {n_tokens:,}")
     progress('')
-    # Two pairs may give the same bytes: one token.
-    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return {token: i for i, token in enumerate(tokens)}
 
 def bpe_tokenizer(texts, vocab_size):
     """A byte-level BPE learned from texts. vocab_size counts the special tokens too."""
@@ -520,13 +518,13 @@ def explain(tokenizer, text):
         yield render_bytes(piece.encode())
         while True:
             yield f"    {' '.join(map(render_bytes, parts)):<40} {why}"
-            ranks = [tokenizer.ranks.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
-            rank = min(ranks, default=math.inf)  # the merge that was learned first
-            if rank == math.inf:
+            found = [(tokenizer.ranks[a + b], (a, b)) for a, b in itertools.pairwise(parts)
+                     if a + b in tokenizer.ranks]
+            if not found:
                 break
-            i = ranks.index(rank)
-            why = f"{' + '.join(map(render_bytes, parts[i:i + 2]))} = token {rank}"
-            parts[i:i + 2] = [b''.join(parts[i:i + 2])]
+            rank, pair = min(found)  # the merge that was learned first
+            why = f"{' + '.join(map(render_bytes, pair))} = token {rank}"
+            parts = merge(parts, pair, b''.join(pair))
     yield f"{len(ids):,} tokens: " + ', '.join(f'{render_token(tokenizer, i)} {i}' for i in ids)
 
 SIGNS = str.maketrans(' \n\r\t', '␣⏎␍⇥')
@@ -702,20 +700,25 @@ MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line i
 
 def find_files(paths):
     """Files as they are, folders as the files in them, sorted, hidden ones left out. Each once."""
-    found, seen, rest = [], set(), [*reversed(paths)]
-    while rest:
-        path = rest.pop()
+    found, seen = [], set()
+
+    def visit(path):
         real = os.path.realpath(path)
-        if os.path.isdir(path) and real not in seen:  # links may lead in circles
-            names = sorted(os.listdir(path), reverse=True)
-            rest += [os.path.join(path, name) for name in names if not name.startswith('.')]
-        elif real not in seen:
-            found.append(str(path))
-        seen.add(real)
-    wrong = [path for path in found if not os.path.isfile(path)]
-    if wrong or (paths and not found):
-        raise ValueError(f"{(wrong or paths)[0]} is no file (save a pipe as one), nor a folder of "
-                         "files: give another, or leave it out")
+        if real not in seen:  # links may lead in circles
+            seen.add(real)
+            if os.path.isdir(path):
+                for name in sorted(os.listdir(path)):
+                    if not name.startswith('.'):
+                        visit(os.path.join(path, name))
+            else:
+                found.append(str(path))
+
+    for path in paths:
+        visit(path)
+    wrong = [path for path in found or paths if not os.path.isfile(path)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no file (save a pipe as one), nor a folder of files: give "
+                         "another, or leave it out")
     return found
 
 def read_text(path, size=None):
@@ -756,10 +759,11 @@ def read_rows(path, *names):
             yield n, line.split('\t')
         elif line.strip():
             try:
-                row = {key: value for key, value in json.loads(line).items() if value is not None}
+                row = json.loads(line)
                 if isinstance(row.get('label'), (int, float)):
                     row['label'] = json.dumps(row['label'])
-                texts = [row[name] for name in names if name in row or name in names[:2]]
+                texts = [row[name] for name in names
+                         if name in names[:2] or row.get(name) is not None]
                 ''.join(texts).encode()  # each a text, and no half of a surrogate pair
                 unread |= row.keys() - names
             except Exception:
@@ -771,31 +775,31 @@ def read_rows(path, *names):
 
 def read_pieces(paths):
     """
-    Yield files as (text, ends_document), about PIECE characters at a time. Documents are the rows
-    of JSON lines, or what lies between lines that hold only <|endoftext|>; they may be empty.
+    The text of files, about PIECE characters at a time, with an empty piece where a document ends:
+    behind each row of JSON lines, at lines that hold only <|endoftext|>, and behind each file.
     """
     for path in paths:
         if is_json_lines(path):
             for _, (text,) in read_rows(path, 'text'):
-                yield text, True
+                yield from (text, '')
             continue
         for piece in safe_pieces(read_text(path, PIECE)):
-            *documents, rest = MARKER.split(piece)
-            for text in documents:
-                yield text, True
-            yield rest, False
-        yield '', True
+            text, *others = MARKER.split(piece)
+            yield text
+            for text in others:
+                yield from ('', text)
+        yield ''
 
 def part(pieces, begin, end):
-    """The characters from begin to end of pieces (text, ends_document). A cut ends no document."""
+    """The characters from begin to end of pieces. A cut ends no document."""
     at = 0
-    for text, ends in pieces:
-        first, last = max(0, begin - at), end - at
-        at += len(text)
-        if last < 0:
+    for piece in pieces:
+        if at > end:
             break
-        if at >= begin:  # or equal: an empty text may end a document
-            yield text[first:last], ends and at <= end
+        text = piece[max(0, begin - at):end - at]
+        if text or not piece:
+            yield text
+        at += len(piece)
 
 # -----------------------------------------------------------------------------
 # Writing a folder
@@ -842,35 +846,25 @@ def sha256_of(paths):
             hashlib.file_digest(f, lambda: digest)  # goes on with this one, over all files
     return digest.hexdigest()
 
-def batches(pieces):
-    """Lists of pieces, of a few million characters together: work for all cores."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size > 40 * PIECE:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
 def write_ids(path, dtype, tokenizer, pieces):
-    """(text, ends_document) pieces -> a file of ids. Returns the counts of what is in it."""
+    """Pieces, as of read_pieces -> a file of ids. Returns the counts of what is in it."""
     counts = collections.Counter()
     is_open = False  # a document has begun
+    pieces = iter(pieces)
     with open(path, 'wb') as f:
-        for batch in batches(pieces):
-            encoded = tokenizer.encode_batch([text for text, _ in batch])
-            for (text, ends), ids in zip(batch, encoded):
-                if len(ids) and not is_open:
+        while batch := [*itertools.islice(pieces, 100)]:
+            encoded = iter(tokenizer.encode_batch(filter(None, batch)))
+            for text in batch:
+                ids = next(encoded) if text else []
+                opens = len(ids) > 0 and not is_open
+                if opens:
                     ids, is_open = np.append(tokenizer.source_ids, ids), True
-                closes = ends and is_open
-                if closes:
+                elif is_open and not text:
                     ids, is_open = np.append(ids, tokenizer.end_id), False
-                f.write(ids.astype(dtype).tobytes())
-                counts.update(tokens=len(ids), characters=len(text), documents=closes,
+                f.write(np.array(ids, dtype).tobytes())
+                counts.update(tokens=len(ids), characters=len(text), documents=int(opens),
                               bytes=len(text.encode()))
             progress(f"encoding: {counts['characters'] / 1e6:,.1f} M characters")
-    counts['documents'] += is_open  # cut in two by the split: it counts on both sides
     return counts
 
 # -----------------------------------------------------------------------------
@@ -1082,8 +1076,8 @@ def qa_examples(tokenizer, row, labels, block_size):
         stop = start + len(answer)
         for cuts in ((), (start, stop)):  # cut if a token crosses an end of the answer
             ids, offsets = encode_parts(tokenizer, context, cuts)
-            first = int(np.searchsorted(offsets[:, 1], start, side='right'))   # ends behind start
-            last = int(np.searchsorted(offsets[:, 0], stop)) - 1               # begins before stop
+            first = bisect.bisect_right(offsets[:, 1], start)      # ends behind start
+            last = bisect.bisect_left(offsets[:, 0], stop) - 1     # begins before stop
             require(first <= last, f"the tokenizer has no token for the answer {answer[:40]!r}: "
                     "leave it out, or choose another tokenizer")
             if context[offsets[first, 0]:offsets[last, 1]].strip() == answer.strip():
@@ -1101,7 +1095,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     examples = []
     for begin in sorted(begins):
         window, spans = ids[begin:begin + size].tolist(), offsets[begin:begin + size]
-        low, high = (int(spans[0, 0]), int(spans[-1, 1])) if window else (0, 0)
+        low, *_, high = spans.ravel().tolist() or (0, 0)
         framed, segments = add_special_tokens(tokenizer, question, window)
         meta = {'question': row['question'], 'context': context[low:high], 'start': low,
                 'first': place, 'offsets': (spans - low).tolist()}
@@ -1439,7 +1433,7 @@ def prepare_text(settings, task, folder, files, val_files):
         print(f"{some_of(rows)} is read as plain text: labelled rows need --task")
     for paths in (files, val_files):
         cut = size  # in the end the size of `files`, where val_files begin
-        for text, _ in read_pieces(paths):
+        for text in read_pieces(paths):
             size += len(text)
             characters.update(text)
             inside += text.count('<|endoftext|>')
@@ -1450,7 +1444,7 @@ def prepare_text(settings, task, folder, files, val_files):
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
     sample = part(read_pieces(files), 0, min(cut, BPE_SAMPLE))
-    tokenizer = choose_tokenizer(settings, characters, (text for text, _ in sample))
+    tokenizer = choose_tokenizer(settings, characters, sample)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     counts = {}
     for split, begin, end in (('train', 0, cut), ('val', cut, size)):
