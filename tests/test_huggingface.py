@@ -161,6 +161,7 @@ def test_logits_and_loss_are_those_of_transformers_there_and_back(family, data, 
     theirs.save_pretrained(folder)
     model, checkpoint = load(folder)
     assert checkpoint['not_read'] == []
+    assert family != 'mistral' or model.config.window == str(theirs.config.sliding_window or 0)
     assert all(family == 'llama' and name.endswith('.bias') for name in checkpoint['new'])
     inputs, ours = batch_of(family, lengths, getattr(theirs.config, 'type_vocab_size', 1))
     expected, (logits, loss) = theirs(**inputs), model.eval()(**ours)
@@ -229,12 +230,15 @@ COPIES = {  # tensors that older files hold besides: constants, and copies of ti
     'llama': {'layers.0.self_attn.rotary_emb.inv_freq': (2,)}, 'mistral': {}}
 
 HUB = {  # what config.json of well-known models says besides sizes
-    'gpt2 renamed': {'num_attention_heads': 3, 'num_hidden_layers': 1, 'hidden_size': 24},
-    'gpt2': {'n_ctx': 1024, '_num_labels': 1, 'id2label': {'0': 'LABEL_0'}, 'n_special': 0,
-             'predict_special_tokens': True, 'task_specific_params': {'text-generation': {}}},
+    'gpt2 renamed': {'activation_function': 'gelu_fast', 'num_attention_heads': 3,
+                     'num_hidden_layers': 1, 'hidden_size': 24},
+    'gpt2': {'activation_function': 'gelu_pytorch_tanh', 'n_ctx': 1024, '_num_labels': 1,
+             'id2label': {'0': 'LABEL_0'}, 'n_special': 0, 'predict_special_tokens': True,
+             'task_specific_params': {'text-generation': {}}},
     'bert': {'architectures': ['BertForPreTraining'], 'directionality': 'bidi', 'pooler_type':
              'first_token_transform', 'position_embedding_type': 'absolute'},
-    't5': {'architectures': ['T5WithLMHeadModel'], 'output_past': True, 'is_encoder_decoder': True},
+    't5': {'feed_forward_proj': 'gelu_new', 'architectures': ['T5WithLMHeadModel'],
+           'output_past': True, 'is_encoder_decoder': True},
     't5 flan': {'dense_act_fn': 'gelu_new', 'feed_forward_proj': 'gated-gelu', 'is_gated_act': True,
                 'tie_word_embeddings': False, 'classifier_dropout': 0.0},
     'llama 2': {'max_sequence_length': 2048, 'attention_bias': False, 'eos_token_id': [2, 3],
@@ -243,8 +247,9 @@ HUB = {  # what config.json of well-known models says besides sizes
         'factor': 8.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0, 'rope_type': 'llama3',
         'original_max_position_embeddings': 16},
         'rope_parameters': {'rope_type': 'default', 'rope_theta': 9.0}},
-    'llama smol': {'is_llama_config': True, 'rope_interleaved': False, 'rope_theta': 100000,
-                   'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}}},
+    'llama smol': {
+        'hidden_act': 'swish', 'is_llama_config': True, 'rope_interleaved': False,
+        'rope_theta': 100000, 'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}}},
     'mistral 0.1': {'sliding_window': 4, 'author': 'somebody', 'created_date': '2021-04-28'}}
 
 @pytest.mark.parametrize('name', HUB)
@@ -495,6 +500,7 @@ def test_ids_offsets_and_text_are_those_of_transformers(name, folders, place):
     written = ours.encode('the <s> cat</s> [SEP] <|endoftext|> <pad>[MASK] <extra_id_0>').tolist()
     unknown = theirs.unk_token_id if 'gpt2' not in name else None
     assert not {*written} & ({*theirs.all_special_ids, *ours.special.values()} - {unknown})
+    assert name != 'gpt2' or ours.unknown is None
     if name == 'bert':  # WordPiece drops this character
         with pytest.raises(ValueError, match='no token for the answer'):
             prepare_data.TASKS['qa'].examples(ours, {
@@ -612,6 +618,8 @@ def test_the_end_of_a_folder_is_the_one_that_its_files_name(tiny, folders, place
         assert sorted(prepare_data.load_tokenizer(tiny / f't-{name}').end_ids) == ends
         found = ask(capsys, '--init_from', tiny / f't-{name}', '--start=Hi', '--temperature', 0)
         assert name == 'named' or found == {'prompt': 'Hi', 'text': ''}
+    sample.main(['--init_from', str(tiny / 't-llama'), '--export', str(new := place() / 'new')])
+    assert json.loads((new / 'config.json').read_text())['eos_token_id'] == [257, 258]
     about = json.loads((tiny / 't-author/config.json').read_text())
     put(tiny / 't-author', 'config.json', about | {'eos_token_id': 999})  # of no tokenizer
     assert 999 in prepare_data.load_tokenizer(tiny / 't-author').end_ids
@@ -683,6 +691,7 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     assert theirs.eos_token_id == there.config.eos_token_id == again.end_id == tokenizer.end_id
     assert theirs.padding_side == ('left' if 'Causal' in auto else 'right')
     assert theirs.model_max_length == 32
+    assert preset != 't5' or there.config.decoder_start_token_id == tokenizer.start_id
     assert again.special.items() >= tokenizer.special.items()
     for name, p in model.state_dict().items():
         same(back.state_dict()[name], p)
@@ -714,7 +723,9 @@ def test_a_llama_learns_the_begin_that_it_is_asked_with(folders, tmp_path):
     folder = prepared(tmp_path / 'd', 'the\n<|endoftext|>\n' * 3, tokenizer=str(folders['llama']))
     tokenizer = prepare_data.load_tokenizer(folder)
     [asked] = sample.examples_of(tokenizer, 'text', 'the\n', 9)
-    assert train.Data(folder, 'val').tokens.tolist() == 3 * [*asked['ids'], tokenizer.end_id]
+    tokens = train.Data(folder, 'val').tokens
+    assert tokens.tolist() == 3 * [*asked['ids'], tokenizer.end_id]
+    assert tokenizer.text_of(tokens).tolist() == 3 * asked['ids'][1:]
     [made] = prepare_data.seq2seq_examples(tokenizer, {'source': 'the\n'}, [], 32)
     assert made['ids'] == [*asked['ids'], tokenizer.end_id] and asked['ids'][0] == 1  # <begin>
 
@@ -745,7 +756,8 @@ def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
         sample.export(model, BPE, [], folder / 'new')
     assert not [*folder.iterdir()]
     monkeypatch.undo()
-    sample.export(model, BPE, [], folder / 'new')
+    sample.export(model, BPE, [], folder / 'new', block_size=9)
+    assert prepare_data.read_any(folder / 'new', 'tokenizer_config.json')['model_max_length'] == 9
     with pytest.raises(ValueError, match='new is not empty'):
         sample.export(model, BPE, [], folder / 'new')
 

@@ -204,6 +204,9 @@ def test_the_merges_that_are_shown_end_in_the_tokens_of_the_text(bpe, text):
              if line.startswith('    ') and not after.startswith('    ')]
     assert [part for line in final for part in line[4:44].split() if part in shown] or not ids
     assert all(token.isprintable() for token in shown)
+    two = Tokenizer('bpe', prepare_data.WORDS, BYTE.ranks | {b'bc': 256, b'ab': 257})
+    *_, merged, _ = prepare_data.explain(two, 'abc')
+    assert merged.split() == 'a bc b + c = token 256'.split()
 
 # -----------------------------------------------------------------------------
 # Text to a folder
@@ -285,6 +288,8 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path):
     """Pairs that only validation has must not become tokens."""
     text = write(tmp_path / 'a.txt', 'ab cd ' * 90 + 'zq zq ' * 10)
     path, val = (write(tmp_path / f'{x}.tsv', f'{x} {x} {x}\t{x}\n' * 9) for x in ('ab', 'zq'))
+    prepare(Settings(input=[path], val=[val], task='seq2seq', tokenizer='char',
+                     out_dir=str(tmp_path / 'out')))
     for files in (dict(input=[text]), dict(input=[path], val=[val], task='seq2seq')):
         prepare(Settings(**files, vocab_size=380, out_dir=str(tmp_path / 'out')))
         tokenizer = prepare_data.load_tokenizer(tmp_path / 'out')
@@ -356,13 +361,6 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 # -----------------------------------------------------------------------------
 # Examples of the tasks
-
-def test_texts_are_framed_as_bert_reads_them():
-    cls, sep = BYTE.id('[CLS]'), BYTE.id('[SEP]')
-    add = prepare_data.add_special_tokens
-    assert add(BYTE, [1, 2]) == ([cls, 1, 2, sep], [0, 0, 0, 0])
-    assert add(BYTE, [1, 2], [3]) == ([cls, 1, 2, sep, 3, sep], [0, 0, 0, 0, 1, 1])
-    assert add(BYTE, []) == ([cls, sep], [0, 0])
 
 @settings(max_examples=50)
 @given(st.lists(MIXED, min_size=1, max_size=2), st.integers(8, 60))
@@ -489,6 +487,8 @@ def test_a_question_is_cut_into_tokens_as_its_context_is():
     [made] = TASKS['qa'].examples(tokenizer, {'question': '光》。', 'context': '光》。'}, [], 40)
     question, context = ' '.join(map(str, made['ids'][1:-1])).split(f" {tokenizer.id('[SEP]')} ")
     assert question == context and len(tokenizer.encode('光》。')) < len(question.split())
+    [made] = TASKS['qa'].examples(BYTE, {'question': 'x' * 50, 'context': 'abc'}, [], 16)
+    assert bytes(made['ids'][1:9]) == b'x' * 8 and len(made['ids']) == 3 + 8 + 3
 
 def test_bpe_learns_what_questions_can_use_and_says_which_answers_are_too_long(tmp_path, capsys):
     context = '床前明月光，疑是地上霜。' * 4
@@ -509,12 +509,14 @@ def test_rows_to_be_answered_have_no_targets():
     """What a user writes has no label, tags or answers: the same examples, no targets."""
     rows = {'classify': ({'text': '床前明月光'}, {'label': 'b'}),
         'tag': ({'tokens': ['明', '月']}, {'tags': ['O', 'O']}),
-        'qa': ({'question': '谁？', 'context': '月光 ' * 9}, {'id': 'q', 'answers': [(0, '月')]})}
+        'qa': ({'question': '谁？', 'context': '月光 ' * 9},
+               {'id': 'q', 'answers': [(0, '月'), (1, '光')]})}
     for task, (asked, gold) in rows.items():
         plain = TASKS[task].examples(BYTE, asked, ['O', 'b'], 40)
         right = TASKS[task].examples(BYTE, asked | gold, ['O', 'b'], 40)
         assert ['targets' in a for a in plain + right] == [False] * len(plain) + [True] * len(right)
         assert [made['ids'] for made in plain] == [made['ids'] for made in right], task
+    assert right[0]['targets'] == [8, 10]                                  # the first answer
 
 # -----------------------------------------------------------------------------
 # Rows as people have them
@@ -557,10 +559,10 @@ def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     prepare(Settings(**same, out_dir=str(tmp_path / 'text')))
     assert 'a.tsv is read as plain text: labelled rows need --task\n' in capsys.readouterr().out
     assert prepare_data.texts_of({'label': 'bad', 'text': 'a', 'text_b': 'b'})[:2] == ['a', 'b']
-    write(tmp_path / 'a.jsonl', '{"label": 1, "text": "x", "text_b": null, "at": 2}\n'
+    write(tmp_path / 'a.jsonl', '{"label": true, "text": "x", "text_b": null, "at": 2}\n'
           '{"label": " e\u0301\\n c", "text": "\\"\\"\\"y\\"", "text_b": "z"}')  # quotes as text
     assert rows_of('classify', tmp_path / 'a.jsonl') == [  # null is nothing
-        {'label': '1', 'text': 'x'}, {'label': 'é c', 'text': '"""y"', 'text_b': 'z'}]
+        {'label': 'true', 'text': 'x'}, {'label': 'é c', 'text': '"""y"', 'text_b': 'z'}]
     assert capsys.readouterr().err == f"{tmp_path / 'a.jsonl'}: not read: at\n"
 
 def test_tagged_files_of_all_kinds_are_read(tmp_path, capsys):
@@ -572,6 +574,7 @@ def test_tagged_files_of_all_kinds_are_read(tmp_path, capsys):
         {'tokens': ['EU', '10\u00a0000'], 'tags': ['B-ORG', 'O']},
         {'tokens': ['東', '京', 'Bonn'], 'tags': ['B-LOC', 'I-LOC', 'I-LOC']}]
     assert len(rows_of('tag', write(tmp_path / 'b.conll', 'EU\tO\n\n' * 12))) == 12
+    assert prepare_data.tag_names({'B-x', 'O', 'I-a'}) == ['O', 'B-a', 'I-a', 'B-x', 'I-x']
     assert rows_of('tag', write(tmp_path / 'c', 'EU \tO\n')) == [{'tokens': ['EU'], 'tags': ['O']}]
     assert 'b.conll: each of 12 texts has one token' in capsys.readouterr().err
 
@@ -710,9 +713,15 @@ def test_the_offline_data_sets_are_large_clean_and_the_same_in_every_process(tmp
     assert prepare_data.pydoc()[0].count('<|endoftext|>\n') > 400
     kinds = {line.split('\t')[1] for line in prepare_data.pytokens()[0].splitlines() if line}
     assert {'O', 'B-keyword', 'B-name', 'B-number', 'B-string', 'I-string', 'B-comment'} <= kinds
+    seen, titles = set(), [title for title, _ in prepare_data.docstrings(prepare_data.ast.parse(
+        'class A:\n class B:\n  def f(x=1): pass'), 'm')]
+    assert titles == ['m', 'class A', 'class A.B', 'A.B.f(x=1)']
+    assert 'assert\n\nThe' in prepare_data.pydoc()[0]
     for document in prepare_data.recall()[1].split('<|endoftext|>\n')[:50]:
         pairs = [document.strip()[i : i + 2] for i in range(0, 60, 2)]
         assert len(set(pairs)) == len({pair[0] for pair in pairs}) <= 8, document
+        seen |= {*pairs}
+    assert len(seen) > 100, 'a letter has its digit in each document'
 
 WORDS_OF = dict(zip('one two three four five six seven eight nine ten eleven twelve thirteen '
     'fourteen fifteen sixteen seventeen eighteen nineteen'.split(), range(1, 20)))

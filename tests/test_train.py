@@ -172,11 +172,11 @@ def texts_of_pair(data, e):
 def test_half_of_the_pairs_follow_and_the_others_are_of_two_documents(folders, T):
     """B is the next sentence of A, or of another document (b8); both still touch when cut."""
     data, follows = Data(str(folders / 'text'), 'train'), 0
-    firsts, longest = Counter(), 0
+    firsts, longest, most = Counter(), 0, 0
     for i in range(400):
         e = OBJECTIVES['masked_lm'].example(data, i, T)
         a, b = texts_of_pair(data, e)
-        longest = max(longest, len(e['ids']))
+        longest, most = max(longest, len(e['ids'])), max(most, len(a) / (T - 3))
         if e['next_targets']:
             assert any(a + b in text for text in DOCUMENTS)
         else:
@@ -185,7 +185,7 @@ def test_half_of_the_pairs_follow_and_the_others_are_of_two_documents(folders, T
         assert a.endswith('\n') and re.match('[A-H][0-9]', b)  # a sentence ends, another begins
         follows += e['next_targets']
     within(follows, 400, 0.5)
-    assert longest == T and (T < 20 or len(firsts) > 50)
+    assert longest == T and (T < 120 or 0.6 < most <= 0.75) and (T < 20 or len(firsts) > 50)
 
 def sentences_of(folder, text, tokenizer):
     """The sentences that Data finds in a text, and the number of the document of each."""
@@ -197,13 +197,13 @@ def sentences_of(folder, text, tokenizer):
 
 def test_sentences_are_found_in_ids(tmp_path):
     """As in the drawing: behind . and ? before white space, at line ends and at document ends."""
-    text = 'One. Two? 3.14\nFour\n<|endoftext|>\nFive\n'
+    text = 'One. Two? No! 3.14\nFour\n<|endoftext|>\nFive\n'
     found, document = sentences_of(tmp_path / 'en', text * 9, 'bpe')
-    assert [s.strip('|\n ') for s in found[:4]] == ['One.', 'Two?', '3.14', 'Four']
-    assert document[:6] == [0, 0, 0, 0, 1, 1]
+    assert [s.strip('|\n ') for s in found[:5]] == ['One.', 'Two?', 'No!', '3.14', 'Four']
+    assert document[:7] == [0, 0, 0, 0, 0, 1, 1]
     for tokenizer in ('char', 'byte'):  # one token, or three, for a mark
-        found, document = sentences_of(tmp_path / tokenizer, '狐狸。犬！“好？”\nक।چ\n', tokenizer)
-        assert found == ['狐狸。', '犬！', '“好？”\n', 'क।', 'چ\n|'] and set(document) == {0}
+        found, document = sentences_of(tmp_path / tokenizer, '狐狸。犬！“好？”\nक।چ؟چ\n', tokenizer)
+        assert found == ['狐狸。', '犬！', '“好？”\n', 'क।', 'چ؟', 'چ\n|'] and set(document) == {0}
 
 def test_text_without_two_documents_is_masked_in_plain_windows(d, tmp_path, capsys):
     """There is no next sentence prediction then, which the run says."""
@@ -219,9 +219,11 @@ def test_text_without_two_documents_is_masked_in_plain_windows(d, tmp_path, caps
 
 @given(T=st.integers(2, 80), index=st.integers(0, 300))
 @example(T=2, index=0)
+@example(T=2200, index=0)
 def test_span_corruption_loses_no_token_and_keeps_their_order(folders, T, index):
     """15 % are hidden, at least two; sentinel i stands for span i in the source and the target."""
     data = Data(str(folders / 'text'), 'train')
+    data.tokens = np.tile(data.tokens, 3)
     tokenizer, window = data.tokenizer, data.window(index, T)[:-1].tolist()
     e = OBJECTIVES['span_corruption'].example(data, index, T)
     source, target = list(e['ids']), list(e['targets'])
@@ -265,6 +267,8 @@ def test_an_epoch_takes_every_row_once_in_batches_of_about_one_length(folders, b
     orders = [tuple(row['meta']['row'] for row in rows[i:i + n]) for i in range(0, len(rows), n)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len(set(orders)) == epochs
+    lengths = [len(row['ids']) for row in rows[:n]]
+    assert batch_size > 5 or np.corrcoef(range(n), lengths)[0, 1] < 0.9, 'short rows come first'
     spread, whole = [], 0
     for i in range(0, len(rows) - batch_size + 1, batch_size):
         if i // n == (i + batch_size - 1) // n:  # all of it in one epoch
@@ -390,10 +394,12 @@ def test_a_bad_step_changes_neither_weights_nor_means(make):
 def test_matrices_and_embeddings_decay_and_vectors_do_not(folders, optimizer, preset):
     """Each weight has one optimizer; with zero gradients w becomes w (1 - lr * decay) (b5)."""
     model, _, s, runtime = parts_of(folders / 'text', preset=preset, optimizer=optimizer,
-                                    weight_decay=0.5, learning_rate=0.1, muon_learning_rate=0.2)
+                                    weight_decay=0.5, learning_rate=0.1, muon_learning_rate=0.2,
+                                    muon_momentum=0.7)
     optimizers = train.OPTIMIZERS[optimizer](optimizer_groups(model, 0.5), s, runtime.dtype)
     owners = Counter(p for o in optimizers for g in o.param_groups for p in g['params'])
     assert owners == Counter(model.parameters())
+    assert optimizer == 'adamw' or optimizers[0].momentum == 0.7
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -493,14 +499,18 @@ def test_clipping_sees_the_gradient_and_not_its_scaled_copy(d, tmp_path, optimiz
 @pytest.mark.parametrize('limit', [0.5, 0.0])
 def test_a_long_gradient_is_cut_to_the_limit(d, tmp_path, limit):
     """AdamW's first mean is (1 - beta1) g, so a checkpoint shows the length of g; 0 is no limit."""
-    t = trainer(d, tmp_path, grad_clip=limit, max_iters=1, eval_interval=1)
+    t = trainer(d, tmp_path, grad_clip=limit, max_iters=1, eval_interval=1, beta1=0.8, beta2=0.5)
     train.backward(0, t.model, t.model, t.data, t.s, t.runtime)
     length = math.sqrt(sum(float((g ** 2).sum()) for g in gradients(t.model).values()))
     t.model.zero_grad()
     t.run()
-    means = [m for o in read(tmp_path)['optimizer'] for m, *_ in o]
-    found = math.sqrt(sum(float((m ** 2).sum()) for m in means)) / (1 - 0.9)
+    means, squares, _ = zip(*(p for o in read(tmp_path)['optimizer'] for p in o))
+    found = math.sqrt(sum(float((m ** 2).sum()) for m in means)) / (1 - 0.8)
     assert length > 0.5 and found == pytest.approx(limit or length, rel=1e-3)
+    assert sum(float(v.sum()) for v in squares) == pytest.approx(0.5 * found ** 2, rel=1e-3)
+    losses = [train.evaluate(t.model, split, t.s, t.runtime, 2 * 4)['loss']
+              for split in (t.data, t.val)]
+    assert t.log[-1][1:4] == pytest.approx([*losses, train.learning_rate(1, t.s)])
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_what_is_not_finite_stops_the_run_before_it_reaches_the_weights(d, tmp_path, what):
@@ -651,7 +661,7 @@ def test_what_is_compiled_by_itself_is_compiled_once(folders, preset, dataset):
 # Evaluation
 
 @pytest.mark.parametrize('dataset, preset', [
-    ('d', 'gpt2'), ('d', 'lstm'), ('text', 'bert'), ('d', 'bert'), ('text', 't5')])
+    ('d', 'gpt2'), ('d', 'lstm'), ('text', 'bert'), ('d', 'bert'), ('text', 't5'), ('tag', 'bert')])
 def test_an_evaluation_is_worked_out_example_by_example(folders, dataset, preset):
     """Loss and accuracy are those of all targets of the split, each once; the mode stays (b2)."""
     model, data, s, runtime = parts_of(folders / dataset, 'val', preset=preset, dropout=0.3)
@@ -659,9 +669,12 @@ def test_an_evaluation_is_worked_out_example_by_example(folders, dataset, preset
     assert model.training
     model.eval()
     with torch.no_grad():
-        nats, right, counts = by_hand(model, data, s, range(data.windows(40)))
-        two = by_hand(model, data, s, [0, data.windows(40) - 1])  # of some examples: evenly spread
+        n = len(data.rows) or data.windows(40)
+        nats, right, counts = by_hand(model, data, s, range(n))
+        two = by_hand(model, data, s, [0, n - 1])  # of some examples: evenly spread
     assert scores['loss'] == pytest.approx(float(sum(nats[k] / counts[k] for k in nats)), rel=1e-4)
+    if data.task:
+        return
     assert train.evaluate(model, data, s, runtime, 2)['loss'] == pytest.approx(
         float(sum(two[0][k] / two[2][k] for k in two[0])), rel=1e-4)
     if preset in ('gpt2', 'lstm'):  # the whole text
@@ -705,7 +718,7 @@ def test_eval_only_prints_the_scores_of_any_model_and_writes_nothing(
     real, modes = train.sample.generate, {False}
     monkeypatch.setattr(train.sample, 'generate', lambda model, *more, **how: (
         modes.add(model.training) or real(model, *more, **how)))
-    fit(tmp_path, folders / dataset, **{**WIDE, 'preset': preset, 'max_iters': 2})
+    fit(tmp_path, folders / dataset, **WIDE | dict(preset=preset, max_iters=2, sample_tokens=3))
     line = eval_only(tmp_path, capsys)
     assert modes == {False}
     assert re.fullmatch(pattern.replace('N', r'-?[\d.]+'), line), line
@@ -729,7 +742,8 @@ def test_best_pt_is_the_evaluation_with_the_best_score(d, tmp_path, capsys):
     at = read(tmp_path, 'best.pt')['progress']
     assert at['step'] == best < last < 60 and -at['best'][1] == pytest.approx(losses[best])
     assert last - best == 4 * 2
-    assert f'stopped at step {last}: the last 4 evaluations' in capsys.readouterr().out
+    assert re.search(f'stopped at step {last}: the last 4 evaluations.* best validation loss '
+                     f'{losses[best]:.4f} at step {best}. ', capsys.readouterr().out)
 
 def test_best_pt_of_a_task_has_its_best_score_and_of_equals_the_lowest_loss(
         folders, tmp_path, capsys):
@@ -846,6 +860,11 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     turned = {name: p.flip(0) if name[:4] == 'head' else p for name, p in task['model'].items()}
     torch.save(task | {'labels': ['好', 'bad'], 'model': turned}, tmp_path / 'turned.pt')
     assert not different(task, go('turned.pt', 'u'))     # nor does their order matter
+    one, data = torch.nn.Module(), types.SimpleNamespace(task='', labels=[*'abc'])
+    one.head = torch.nn.Linear(1, 3)
+    one.head.bias.data = torch.arange(3.0)
+    train.sort_head(one, {'labels': [*'bca']}, data)
+    assert one.head.bias.tolist() == [2, 0, 1]
     answers = go('text', 'answers', seed=2, dataset=folders / 'qa')
     torch.save(answers | {'labels': ['no answer']}, tmp_path / 'other.pt')
     assert not different(answers, go('other.pt', 'q'))   # nor that some questions have no answer
@@ -860,6 +879,14 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     out, config = tmp_path / 'back', tmp_path / 'back/config.toml'  # which describes that run
     assert eval_only(out, capsys) == eval_only(out, capsys, config=config)
     assert not re.search('objective = "."', config.read_text()), 'other data may need another'
+
+def test_examples_that_just_fit_are_taken(folders, tmp_path):
+    data = Data(str(folders / 'seq2seq'), 'train')
+    fit(tmp_path, folders / 'seq2seq', **WIDE | dict(max_iters=0, block_size=max(data.lengths) - 1))
+    long = prepared(tmp_path / 'long', 'a\tbcdefghijklmn\n' * 9, task='seq2seq', tokenizer='byte')
+    with pytest.raises(ValueError, match='an example of 14 tokens'):
+        train.main([f'--dataset={long}', '--preset=t5', '--block_size=13',
+                    f'--out_dir={tmp_path}/no'])
 
 def test_a_vocabulary_without_special_tokens_grows(folders, tmp_path, capsys):
     """The rows that were there stay, new ones come behind; it is said how many."""
@@ -887,7 +914,7 @@ def test_a_new_run_from_a_checkpoint_may_change_what_is_no_weight(d, tmp_path):
     assert different(old, new) == {name}
     assert torch.equal(old['model'][name][:4], new['model'][name])
 
-@pytest.mark.parametrize('dataset, preset', [('d', 'gpt2'), ('text', 'bert'), ('seq2seq', 't5')])
+@pytest.mark.parametrize('dataset, preset', [('d', 'nano'), ('text', 'bert'), ('seq2seq', 't5')])
 def test_a_dry_run_says_what_a_run_costs(folders, tmp_path, capsys, dataset, preset):
     """The parameters exactly, and the bytes that weights, gradients and moments really have."""
     flags = {**WIDE, 'preset': preset, 'n_embd': 64, 'dataset': folders / dataset}
@@ -903,7 +930,8 @@ def test_a_dry_run_says_what_a_run_costs(folders, tmp_path, capsys, dataset, pre
     assert int(said[1].replace(',', '')) == n
     assert sum(int(k.replace(',', '')) for k in re.findall(r' ([\d,]+)(?:,|$)', ' ' + said[2])) == n
     c = real['config']  # two products a weight and direction, and those of attention
-    flops = 6 * n + 12 * c['n_layer'] * c['n_embd'] * c['block_size']
+    table = 0 if c['tied'] else c['vocab_size'] * c['n_embd']
+    flops = 6 * (n - table) + 12 * c['n_layer'] * c['n_embd'] * c['block_size']
     assert f"compute    {flops / 1e6:,.1f} MFLOPs a token" in out
     gigabytes = float(re.search(r'moments ([\d.]+)', out)[1])
     assert gigabytes * 1e9 == pytest.approx(8 * n + moments, rel=0.15, abs=6e5)
@@ -917,8 +945,9 @@ def test_a_dry_run_says_what_a_run_costs(folders, tmp_path, capsys, dataset, pre
     assert done == pytest.approx(flops * per_step * 1e12, rel=0.2)
     assert epochs == pytest.approx(per_step * 1e12 / counts['train']['tokens'], rel=1e-3)
 
-def test_a_run_leaves_its_log_its_config_and_samples(d, tmp_path, capsys):
+def test_a_run_leaves_its_log_its_config_and_samples(d, tmp_path, capsys, monkeypatch):
     """A row an evaluation in log.csv; sample lines after `    | `; a line for each logged step."""
+    monkeypatch.setattr(train, 'plot', lambda log, path: path.touch())
     fit(tmp_path, d, max_iters=7, eval_interval=3, log_interval=2, sample_tokens=12)
     rows, out = log_of(tmp_path), capsys.readouterr().out
     assert [int(row['step']) for row in rows] == [0, 3, 6, 7]
@@ -927,7 +956,8 @@ def test_a_run_leaves_its_log_its_config_and_samples(d, tmp_path, capsys):
     assert re.findall(r'iter (\d+): loss [\d.]+, lr .* tok/s, ETA', out) == ['0', '2', '4', '6']
     assert len(re.findall(r'step \d+: train loss .*, val loss ', out)) == 4
     assert out.count('\n    | ') >= 4 and 'done: 7 steps' in out
-    assert {*os.listdir(tmp_path)} == {'.lock', 'ckpt.pt', 'best.pt', 'log.csv', 'config.toml'}
+    files = '.lock ckpt.pt best.pt log.csv config.toml loss.png'
+    assert {*os.listdir(tmp_path)} == {*files.split()}
     assert read(tmp_path)['progress']['step'] == 7
 
 def test_a_signal_that_nohup_ignores_stays_ignored(d, tmp_path):
