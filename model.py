@@ -412,6 +412,11 @@ class KVCache:
             self.memory = self.memory[rows]
             self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
+def narrow(x):
+    """x in 16 bits under autocast: once, where each product that reads x would do it anew."""
+    device = 'cpu' if x.is_cpu else 'cuda'
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
 class Attention(nn.Module):
     """
     Multi-head attention, section 3.2.2 of [1]: H heads, each with D channels of its own, whose
@@ -444,6 +449,7 @@ class Attention(nn.Module):
         only the new tokens, which see the last `newest` of all keys (0: all of them); the first
         call fills the cache of a memory. scoring: mask, causal, ... as in attention_weights.
         """
+        x = narrow(x)
         if memory is not None and cache is not None and self.layer in cache.layers:
             q = self.q_norm(self.split_heads(self.q(x)))                   # (B, H, T, D)
             k, v = cache.layers[self.layer]                                # of a source read before
@@ -490,6 +496,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(inner, C, config.bias)
 
     def forward(self, x):
+        x = narrow(x)
         h, activation = self.fc(x), ACTIVATIONS[self.activation]           # (B, T, inner)
         h = activation(h) if self.gate is None else activation(self.gate(x)) * h
         return self.proj(h)                                                # (B, T, C)
