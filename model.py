@@ -414,7 +414,7 @@ class KVCache:
 
 def narrow(x):
     """x in 16 bits under autocast: once, where each product that reads x would do it anew."""
-    device = 'cpu' if x.is_cpu else 'cuda'
+    device = 'cpu' if x.is_cpu else 'cuda'  # torch raises at the name of another, such as meta
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 class Attention(nn.Module):

@@ -408,8 +408,8 @@ def write_targets(model, tokenizer, examples, settings):
             f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
-    numbers = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # half of a cache
-    most = 1 + min(1024, 2 ** 28 // numbers) // settings.num_beams         # for memory
+    keys = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # numbers, of a text
+    most = 1 + min(1024, 2 ** 28 // keys) // settings.num_beams            # about 2 GB with values
     for rows in by_length(sources, most, equal=not encoder):
         batch = [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]

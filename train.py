@@ -1053,8 +1053,9 @@ def check(given, s, config, data, val, checkpoint, path, resume):
         # raises where there is no window, or no special token that the objective needs
         example = objective.example(split, 0, T)
         if split.rows:
-            joined = max(split.lengths) - 1                                # one [SEP] for two ends
-            longest = joined if objective.example is completion else split.longest
+            # a decoder alone reads source and target joined, with one [SEP] for two ends
+            joined = data.task == 'seq2seq' and config.arch in ('gpt', 'lstm')
+            longest = max(split.lengths) - 1 if joined else split.longest
             require(longest <= T, f"{folder} has an example of {longest} tokens, more than "
                     f"block_size={T}: raise --block_size, or prepare the data with a lower one")
         else:

@@ -247,8 +247,7 @@ HUB = {  # what config.json of well-known models says besides sizes
         'factor': 8.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0, 'rope_type': 'llama3',
         'original_max_position_embeddings': 16},
         'rope_parameters': {'rope_type': 'default', 'rope_theta': 9.0}},
-    'llama smol': {
-        'hidden_act': 'swish', 'is_llama_config': True, 'rope_interleaved': False,
+    'llama smol': {'hidden_act': 'swish', 'is_llama_config': True, 'rope_interleaved': False,
         'rope_theta': 100000, 'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}}},
     'mistral 0.1': {'sliding_window': 4, 'author': 'somebody', 'created_date': '2021-04-28'}}
 

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from operator import delitem, setitem
 from pathlib import Path
 from unittest import mock
 
@@ -350,19 +352,27 @@ class Code:
     def __reduce__(self):
         return os.mkdir, ('hacked',)
 
-@pytest.mark.parametrize('how', ['code', 'half', 'no optimizer', 'NaN'])
+FOREIGN = {  # what becomes of the bytes of ckpt.pt
+    'code': lambda whole: pickle.dumps(Code()), 'text': lambda whole: b'Once upon a time\n' * 99,
+    **{str(n): lambda whole, n=n: whole[:len(whole) * n // 1000] for n in (0, 1, 500, 999)}}
+CHANGED = {  # what becomes of the parts in it
+    'a list': lambda c: [1, 2], 'code in a zip': lambda c: {**c, 'more': Code()},
+    'no optimizer': lambda c: delitem(c, 'optimizer'), 'no config': lambda c: delitem(c, 'config'),
+    'another layer': lambda c: setitem(c['config'], 'n_layer', 2),
+    'NaN': lambda c: setitem(c['model']['tokens.weight'], (3, 3), math.nan),
+    'a shape': lambda c: setitem(c['model'], 'tokens.weight',
+                                 c['model']['tokens.weight'][:, 1:].clone())}
+
+@pytest.mark.parametrize('how', [*FOREIGN, *CHANGED])
 def test_a_damaged_checkpoint_is_one_line_that_names_it(trained, tmp_path, refusal, how):
-    """Cut, foreign, or without a part; no code in it runs; it stays as it is."""
+    """Cut anywhere, foreign, or without a part; no code in it runs; it stays as it is."""
     shutil.copytree(trained / 'd', tmp_path / 'out')
     path = tmp_path / 'out/ckpt.pt'
-    if how == 'half':
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    if how in FOREIGN:
+        path.write_bytes(FOREIGN[how](path.read_bytes()))
     else:
         saved = torch.load(path, weights_only=True)
-        saved['model']['tokens.weight'][3, 3] += math.nan if how == 'NaN' else 0
-        more = {'more': Code()} if how == 'code' else {}
-        del saved['optimizer' if how == 'no optimizer' else 'block_size']
-        torch.save(saved | more, path)
+        torch.save(CHANGED[how](saved) or saved, path)
     assert 'out/ckpt.pt' in refusal(['--init_from=resume', '--max_iters=9'])
     assert not (tmp_path / 'hacked').exists()
 

@@ -615,8 +615,7 @@ TAG = st.sampled_from(TAGS)
 
 @settings(max_examples=15)
 @given(st.lists(st.lists(st.tuples(WORDS, TAG), min_size=1, max_size=9), min_size=1, max_size=3),
-       st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=1, max_size=4,
-                unique_by=lambda x: x[0].strip()),
+       st.lists(st.tuples(*[WORDS] * 3), min_size=1, max_size=4, unique_by=lambda x: x[0].strip()),
        st.sampled_from(['byte', 'wordpiece']))
 @example([[('the', 'O'), ('\u200b', 'O'), ('\ufe0f', 'O'), ('cat', 'B-地')]], [('a', 'b', '中')],
          'wordpiece')
@@ -679,8 +678,8 @@ def test_entity_scores_are_those_of_seqeval(rows, size):
     assert found == pytest.approx(
         found | {k: f(rights, guesses) for k, f in theirs.items()}, abs=1e-12)
 
-def test_other_schemes():
-    found = sample.entities(['I-x', 'U-x', 'B-x', 'L-x', 'I-x', 'B-x', 'M-x', 'E-x'])
+def test_entities_of_other_schemes():
+    found = sample.entities('I-x U-x B-x L-x I-x B-x M-x E-x'.split())
     assert found == [('x', 0, 1), ('x', 1, 2), ('x', 2, 4), ('x', 4, 5), ('x', 5, 8)]
 
 @settings(max_examples=60)
@@ -1104,12 +1103,12 @@ def test_a_score_is_that_of_the_answers_which_start_gives(ask, tmp_path, kind):
     answers = [ask.lines(kind, '--start', line, *flags)[0] for line, _ in asked]
     expected = SCORES[task](answers, [[{'meta': meta}] for _, meta in asked])
     [found] = ask.lines(kind, '--score', tmp_path / 'a', *flags)
-    assert {*names} <= {*found} and found == pytest.approx(expected), answers
+    assert [*found] == names == [*expected] and found == pytest.approx(expected), answers
     end, start = os.pipe()
     os.write(start, (tmp_path / 'a').read_bytes())
     os.close(start)
     out = ask(kind, '--score', f'/dev/fd/{end}', *flags).out
-    pattern = ', '.join(rf'{name} \d+\.\d+' for name in found).replace('_', ' ')
+    pattern = ', '.join(rf'{name} \d+\.\d+' for name in names).replace('_', ' ')
     assert re.fullmatch(pattern + '\n', out), out
 
 def test_the_right_answers_do_not_cut_the_tokens_of_a_score(tmp_path):

@@ -508,8 +508,7 @@ def test_a_long_gradient_is_cut_to_the_limit(d, tmp_path, limit):
     found = math.sqrt(sum(float((m ** 2).sum()) for m in means)) / (1 - 0.8)
     assert length > 0.5 and found == pytest.approx(limit or length, rel=1e-3)
     assert sum(float(v.sum()) for v in squares) == pytest.approx(0.5 * found ** 2, rel=1e-3)
-    losses = [train.evaluate(t.model, split, t.s, t.runtime, 2 * 4)['loss']
-              for split in (t.data, t.val)]
+    losses = [train.evaluate(t.model, x, t.s, t.runtime, 2 * 4)['loss'] for x in (t.data, t.val)]
     assert t.log[-1][1:4] == pytest.approx([*losses, train.learning_rate(1, t.s)])
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
@@ -860,10 +859,9 @@ def test_a_trunk_goes_from_task_to_task_and_a_new_head_comes_on_top(folders, tmp
     turned = {name: p.flip(0) if name[:4] == 'head' else p for name, p in task['model'].items()}
     torch.save(task | {'labels': ['好', 'bad'], 'model': turned}, tmp_path / 'turned.pt')
     assert not different(task, go('turned.pt', 'u'))     # nor does their order matter
-    one, data = torch.nn.Module(), types.SimpleNamespace(task='', labels=[*'abc'])
-    one.head = torch.nn.Linear(1, 3)
+    one = types.SimpleNamespace(head=torch.nn.Linear(1, 3))
     one.head.bias.data = torch.arange(3.0)
-    train.sort_head(one, {'labels': [*'bca']}, data)
+    train.sort_head(one, {'labels': [*'bca']}, types.SimpleNamespace(task='', labels=[*'abc']))
     assert one.head.bias.tolist() == [2, 0, 1]
     answers = go('text', 'answers', seed=2, dataset=folders / 'qa')
     torch.save(answers | {'labels': ['no answer']}, tmp_path / 'other.pt')
@@ -885,8 +883,7 @@ def test_examples_that_just_fit_are_taken(folders, tmp_path):
     fit(tmp_path, folders / 'seq2seq', **WIDE | dict(max_iters=0, block_size=max(data.lengths) - 1))
     long = prepared(tmp_path / 'long', 'a\tbcdefghijklmn\n' * 9, task='seq2seq', tokenizer='byte')
     with pytest.raises(ValueError, match='an example of 14 tokens'):
-        train.main([f'--dataset={long}', '--preset=t5', '--block_size=13',
-                    f'--out_dir={tmp_path}/no'])
+        fit(tmp_path / 'no', long, **WIDE | dict(preset='t5', block_size=13))
 
 def test_a_vocabulary_without_special_tokens_grows(folders, tmp_path, capsys):
     """The rows that were there stay, new ones come behind; it is said how many."""
