@@ -460,7 +460,7 @@ class Attention(nn.Module):
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             if cache is not None:
-                k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # 0: all
+                k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # -0: all
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
         scoring['scale'] = self.scale
         if self.recorded is not None:
@@ -580,7 +580,7 @@ class Stack(nn.Module):
         self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm ends with one
+        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm: the last one's
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -634,8 +634,8 @@ class Stack(nn.Module):
         T, S = positions.size(0), key_positions.size(0)
         relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
-        # do T queries and T keys where the window hides none: causal=True is their triangle.
-        # Several new tokens after a cache need one: causal=True aligns query 0 with key 0.
+        # do T queries and T keys where the window hides none: causal=True is their triangle, made
+        # by the kernel. Several new tokens after a cache need one: to a kernel, query 0 is key 0.
         if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
@@ -998,7 +998,8 @@ def load(path, device='cpu', **changes):
 def resize(model, path, **changes):
     """
     The same weights under other fields of Config: a smaller block_size or vocab_size drops the last
-    rows, a larger vocab_size adds some near the mean. Raises ValueError at too large a block_size.
+    rows, a larger vocab_size adds some near the mean. Raises ValueError where positions end before
+    block_size.
     """
     old, config = model.config, replace(model.config, **changes)
     if config == old:
@@ -1020,7 +1021,8 @@ def resize(model, path, **changes):
 def optimizer_groups(model, weight_decay):
     """
     The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
-    each token, position or label), `matrices` (all others), `vectors` (biases, norms; no decay).
+    each token, position or label), `matrices` (others of two dimensions), and without weight decay
+    `vectors` (all else: biases, norms).
     """
     tables = r'(\b|_)(tokens|positions|segments|relative_bias|output|head)\.weight'  # add yours
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}

@@ -253,7 +253,8 @@ PIECE = 100_000  # characters to encode at once: tiktoken fails at a million bla
 
 def safe_pieces(texts, size=PIECE):
     """
-    Join texts and cut them again, into pieces of about `size` characters, without cutting a token.
+    Join texts, none longer than `size`, and cut them again, into pieces of about `size` characters,
+    without cutting a token.
     Where there is no such place, a piece ends anywhere, after 2 * size characters.
     """
     rest = ''
@@ -281,7 +282,7 @@ THREADS = ThreadPoolExecutor()  # none begins before the first encode_batch
 class Tokenizer:
     """
     A pattern cuts text into pieces, and a table {bytes: id} says which bytes of a piece are one
-    token. char, byte, bpe and gpt2 differ in pattern and table only. Special tokens, such as
+    token. char, byte, bpe and gpt2 differ in pattern and table. Special tokens, such as
     <|endoftext|> and [MASK], have ids of their own: where a text says [MASK], it is text.
     """
     unknown = None  # no text is unknown
@@ -1061,7 +1062,8 @@ def qa_examples(tokenizer, row, labels, block_size):
     Where in the context do the first and the last token of the answer stand? A long context is cut
     into windows that overlap by half, each an example. Where the window does not hold the answer,
     both targets are 0, the place of [CLS]. If a token lies across an end of the answer, as before a
-    Korean suffix, it is cut there, which tells the answer: trust sample.py --score FILE alone.
+    Korean suffix, it is cut there, which shows the answer: then the F1 of train.py is too high,
+    and that of sample.py --score FILE is right.
 
         ids       [CLS] which city [SEP] Oslo is old . [SEP]
         targets   4, 4                                          of Oslo

@@ -87,7 +87,7 @@ def device_of(model):
 
 def by_length(texts, most, equal=False):
     """
-    Lists of at most `most` numbers of texts, each given as ids, so that texts of about one length
+    Lists of at most `most` indices of texts, each given as ids, so that texts of about one length
     are together (equal: of exactly one length): they need little padding. Shows the progress.
     """
     rest = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -162,7 +162,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     # double: in float32 a draw can round to 1, or a quotient of a small temperature to infinity
     p = (logits.double() / temperature).softmax(dim=-1)
     if top_p < 1:
-        p = p * (p.cumsum(dim=-1) - p < top_p)                             # the likelier ones' sum
+        p = p * (p.cumsum(dim=-1) - p < top_p)                             # the sum of the likelier
     cumulated = p.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulated[:, -1:]
     index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # the first above it
@@ -199,7 +199,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     cache = cache or KVCache(min(block_size, size))
     as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
     length = ids.new_tensor(0)                                             # of the cache in a graph
-    texts = batch = ids.tolist()                                           # batch: rows of a step
+    texts = batch = ids.tolist()                                           # batch: still written
     for i in range(max_new_tokens):
         if read + new.size(1) > block_size:
             newer = [text[-max(1, block_size // 2):] for text in batch]
@@ -208,7 +208,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         read += new.size(1)
         run = step
         if as_graph and new.size(1) == 1:
-            if cache.length is not length:  # so far a number: then a prompt needs no mask
+            if cache.length is not length:  # until then an int: a prompt needs no mask
                 cache.length = length.fill_(cache.length)
             run = replay = replay or capture(step, cache, new, uniforms[i])
         chosen = run(new, uniforms[i])
@@ -232,7 +232,8 @@ def capture(step, cache, *inputs):
     """
     step(*inputs) as a CUDA graph: returns a function that runs it with other inputs of the same
     shapes. All of its hundreds of small kernels are launched at once, since launching them from
-    Python takes longer than running them. Its memory is fixed, so cache.length, too, is a tensor.
+    Python takes longer than running them. Its memory is fixed, so cache.length is a tensor, too:
+    each replay adds 1 to it in place.
     """
     places, length = [t.clone() for t in inputs], cache.length.clone()
     stream, graph = capture_stream(), torch.cuda.CUDAGraph()
@@ -259,8 +260,8 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     tokens), ...], best first. Each step extends the `beams` best unfinished texts of a row by every
     token and keeps the best again; what has ended among the best is finished. The score is
     log P(tokens) / length^length_penalty, with the end as a token (Wu et al. 2016, section 7, an
-    earlier form, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text could
-    beat its `beams` finished ones by ending now; after max_new_tokens a text counts as it is.
+    earlier form, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text, ending
+    now, would beat the worst of `beams` finished ones; after max_new_tokens a text counts as it is.
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
     # Each row begins with one text, which is empty; later all have equally many, at most `beams`.
@@ -269,13 +270,14 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
         check_finite(logits.amax(dim=-1))
         V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
-        step = logits.float().log_softmax(dim=-1)
-        total = (step + step.new_tensor(log_ps)[:, None]).view(len(rows), -1)   # (B, width V)
+        following = logits.float().log_softmax(dim=-1)
+        total = following + following.new_tensor(log_ps)[:, None]
+        total = total.view(len(rows), -1)                                  # (B, width V)
         # Any of end_ids may end each text: so many candidates leave `beams` that go on.
         best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
-            found, unfinished = finished[row], []                          # (log P, parent, tokens)
+            found, unfinished = finished[row], []
             for rank, (log_p, place) in enumerate(zip(best[i].tolist(), places[i].tolist())):
                 parent, token = i * width + place // V, place % V
                 ends = token in end_ids
@@ -346,7 +348,7 @@ class TextStream:
         return pick(vars(self), 'text', 'score')
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for special tokens and ids without one; ends=True leaves the ends out."""
+    """(V,) bool: True for special tokens and unused ids; ends=True leaves the ends out."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]

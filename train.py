@@ -12,7 +12,7 @@ The data flow, which is all that the loop knows of a task:
 
     data --objective--> examples --collate--> batch --model(**batch)--> (logits, loss)
 
-An example is a dict whose keys are arguments of model.forward(). A step is a pure function of the
+An example is a dict of arguments of model.forward(), and `meta`. A step is a pure function of the
 checkpoint and its number: example i is drawn from (seed, i), the order of an epoch from (seed,
 epoch), dropout from the number of the first example. So nothing about the loader needs saving, and
 a resumed run is the unbroken one, on a CPU bit for bit.
@@ -57,16 +57,16 @@ SENTENCE_END = re.compile(
     rf'(\A|\n|[.!?](?=\s)|({ENDS})["\']*)(\s|{ENDS}|{CLOSING})*'.encode())
 
 @functools.lru_cache(maxsize=4)
-def epoch_order(n, *seed):
+def epoch_order(n, *key):
     """The order of the windows of an epoch (n,)."""
-    return np.random.default_rng(seed).permutation(n)
+    return np.random.default_rng(key).permutation(n)
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
     """The order of an epoch's rows (n,): batches of about one length, but where epochs meet."""
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
-    begin = -epoch * n % size  # these complete the last batch of the epoch before
+    begin = -epoch * n % size  # these fill the last batch of the epoch before
     middle = order[begin:begin + (n - begin) // size * size]               # whole batches; a view
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
     batches = middle[noisy.argsort()].reshape(-1, size)
@@ -106,7 +106,7 @@ class Data:
                     f"{self.highest}, and should hold {total} below {self.vocab_size}")
 
     def rng(self, *numbers):
-        """Always the same generator of rows (0, epoch), examples (1, index), offsets (2, epoch)."""
+        """The generator of this key: rows (0, epoch), examples (1, index), offsets (2, epoch)."""
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
@@ -261,7 +261,7 @@ def span_corruption(data, index, T):
     source, target = tokenizer.source_ids, []
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
-    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # else there is no room for an end
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # else ids would be T + 1 long
     spans = max(1, min(100, round(hidden / 3), n - hidden))  # there are 100 sentinels
 
     def cut(total):
@@ -374,10 +374,10 @@ class AdamW(Optimizer):
         return [torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)]
 
     def update(self, lr, decay, good, weights, gradients, m, v, t):
-        torch._foreach_add_(t, [good] * len(t))  # a lone `good` would be read: the CPU would wait
+        torch._foreach_add_(t, [good] * len(t))  # for a lone tensor the CPU would wait
         torch._fused_adamw_(weights, gradients, m, v, [], t, lr=lr, beta1=self.beta1,
                             beta2=self.beta2, weight_decay=decay, eps=1e-8, amsgrad=False,
-                            maximize=False, found_inf=(1 - good).to(t[0].device))  # the formula
+                            maximize=False, found_inf=(1 - good).to(t[0].device))
 
 def orthogonal(x):
     """
@@ -451,7 +451,7 @@ def learning_rate(step, s):
     return low + (s.learning_rate - low) * SCHEDULES[s.lr_schedule](done)
 
 # -----------------------------------------------------------------------------
-# Settings. The architecture has a home of its own, Config in model.py: it outlives the training.
+# Settings. Those of the architecture are in Config of model.py, which is kept with the weights.
 
 @dataclass
 class Settings:
@@ -595,7 +595,7 @@ class Runtime:
         return total.tolist()
 
     def average_gradients(self, model):
-        """Over all processes, as one long vector. What is averaged already stays as it is."""
+        """Over all processes, as one long vector. A gradient equal in all stays as it is."""
         if self.world_size > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             mean = parameters_to_vector(gradients) / self.world_size
@@ -616,8 +616,9 @@ class Runtime:
 
 def evaluate(model, data, s, runtime, limit=None):
     """
-    The scores of a task, over all rows of val. Where these have no loss, also loss and accuracy on
-    `limit` examples (None: all); of a whole text, its text_scores.
+    The scores of a task, over all rows of val (text to text: if they choose best.pt, or without a
+    limit). If they lack the loss, also loss and accuracy of `limit` examples (None: all); of all of
+    a text, text_scores.
     """
     scores, T, example = {}, model.config.block_size, OBJECTIVES[s.objective].example
     decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
@@ -699,7 +700,7 @@ def backward(step, model, forward, data, s, runtime):
             del _  # the logits, which may be the largest tensor, before gradients are made
             runtime.scaler.scale(loss * runtime.world_size).backward()
             total += loss.detach()
-        runtime.average_gradients(model)  # times world_size: their sum
+        runtime.average_gradients(model)  # of losses times world_size: a sum
         return total
 
     loss = add_gradients()
@@ -716,8 +717,8 @@ def backward(step, model, forward, data, s, runtime):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. An overflow of float16 only halves its scale. Asking has to wait for a
-    GPU, so only steps of the log ask: others skip a bad step in silence.
+    then raise ValueError. An overflow of float16 only halves its scale. To ask has to wait for a
+    GPU, so there only steps of the log ask: others skip a bad step in silence.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -801,7 +802,7 @@ def dry_run(model, s, data, runtime):
 class Progress:
     """How far a run has come; saved in its checkpoints."""
     step: int = 0
-    due: bool = False    # this step is still to be evaluated
+    due: bool = False    # evaluate before this step, also after a resume
     seconds: float = 0.0
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
     best_step: int = 0
@@ -928,7 +929,7 @@ class Trainer:
                 break
 
             progress(f"step {at.step} of {s.max_iters}")
-            if at.due or not n:  # behind an evaluation or a line of the log
+            if at.due or not n:  # after an evaluation or a line of the log
                 began, n = time.perf_counter(), 0
             loss = backward(at.step, self.model, self.forward, self.data, s, runtime)
             optimizer_step(at.step, loss, self.model, self.optimizers, s, runtime)
