@@ -760,7 +760,7 @@ def read_rows(path, *names):
             yield n, line.split('\t')
         elif line.strip():
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=lambda name: None)  # NaN is null
                 if isinstance(row.get('label'), (int, float)):
                     row['label'] = json.dumps(row['label'])
                 texts = [row[name] for name in names
@@ -955,7 +955,7 @@ def read_questions(path):
                     rows.append({'where': where, 'id': question['id'], 'context': context,
                                  'question': question['question'].strip(), 'answers': answers})
                     (context + question['question']).encode()  # no half of a surrogate pair
-                    for start, answer in answers:
+                    for start, answer in answers[:1]:  # the others only score
                         if start < 0 or not (context.startswith(answer, start) and answer.strip()):
                             wrong.append(f"{answer[:40]!r} of {where}")
     except Exception as e:
@@ -1049,13 +1049,19 @@ def tag_examples(tokenizer, row, labels, block_size):
         examples.append(example)
     return examples
 
-def encode_parts(tokenizer, text, cuts):
-    """ids (T,) and offsets (T, 2) of a text, of which no token crosses a cut."""
+def encode_parts(tokenizer, text, cuts=()):
+    """
+    ids (T,) and offsets (T, 2) of a text, of which no token crosses a cut. Accents and vowel signs
+    that a tokenizer drops belong to the token before them.
+    """
     parts = []
     for begin, end in itertools.pairwise([0, *cuts, len(text)]):
         ids, offsets = tokenizer.encode_with_offsets(text[begin:end])
         parts.append((ids, offsets + begin))
-    return map(np.concatenate, zip(*parts))
+    ids, offsets = map(np.concatenate, zip(*parts))
+    for i, (end, following) in enumerate(zip(offsets[:, 1], [*offsets[1:, 0], len(text)])):
+        offsets[i, 1] += len(regex.match(r'\p{M}*', text[end:following])[0])
+    return ids, offsets
 
 def qa_examples(tokenizer, row, labels, block_size):
     """
@@ -1087,7 +1093,7 @@ def qa_examples(tokenizer, row, labels, block_size):
         require(last - first < size, f"the answer {answer[:40]!r} and its question have too many "
                 f"tokens for block_size={block_size}: prepare (and train) with a larger one")
     else:
-        ids, offsets = tokenizer.encode_with_offsets(context)
+        ids, offsets = encode_parts(tokenizer, context)
         first = last = -1  # in no window
     holds = lambda begin: begin <= first and last < begin + size
     last_begin = max(0, len(ids) - size)

@@ -504,6 +504,9 @@ def test_ids_offsets_and_text_are_those_of_transformers(name, folders, place):
         with pytest.raises(ValueError, match='no token for the answer'):
             prepare_data.TASKS['qa'].examples(ours, {
                 'question': 'cat', 'context': 'the \u200b', 'answers': [(4, '\u200b')]}, [], 32)
+        [made] = prepare_data.TASKS['qa'].examples(ours, {
+            'question': 'cat', 'context': 'the cafe\u0301'}, [], 32)
+        assert made['meta']['offsets'][-1][1] == 9, 'the accent that it drops is lost'
         chinese = shutil.copytree(folders[name], place() / 'copy')
         put(chinese, 'config.json', {'model_type': 'gpt2', 'tokenizer_class': 'BertTokenizer'})
         assert prepare_data.load_tokenizer(chinese).start_id == theirs.cls_token_id != ours.start_id

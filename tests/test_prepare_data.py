@@ -492,7 +492,8 @@ def test_a_question_is_cut_into_tokens_as_its_context_is():
 
 def test_bpe_learns_what_questions_can_use_and_says_which_answers_are_too_long(tmp_path, capsys):
     context = '床前明月光，疑是地上霜。' * 4
-    row = {'id': 'q', 'question': ' 谁？', 'answers': [{'answer_start': 0, 'text': context[:31]}]}
+    row = {'id': 'q', 'question': ' 谁？', 'answers': [
+        {'answer_start': 0, 'text': context[:31]}, {'answer_start': -1, 'text': 'only to score'}]}
     whole = {'data': [{'paragraphs': [{'context': context, 'qas': [row]}]}]}
     path = write(tmp_path / 'a.json', json.dumps(whole))
     prepare(Settings(input=[path], val=[path], task='qa', out_dir=str(tmp_path / 'out')))
@@ -612,6 +613,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),
     'not UTF-8': ('classify', {'a.tsv': '好\t一\n'.encode() + b'\xff'}, [], 'the byte at offset 8'),
     'no JSON': ('classify', {'a.jsonl': '{"label":"b","text":"c"}\nb\tc\n'}, [], 'a.jsonl, line 2'),
+    'no number': ('classify', {'a.jsonl': '{"label": NaN, "text": "b"}'}, [], 'a.jsonl, line 1'),
     'half a letter': ('classify', {'a.jsonl': '{"label": "好", "text": "\\ud83d"}'}, [], 'line 1'),
     'a pointer': ('lm', {'a.txt': 'version https://git-lfs...'}, [], 'a.txt is a git-LFS pointer'),
     'no rows': ('classify', {'a.tsv': '\n\n'}, [], '0 rows'),
