@@ -625,6 +625,8 @@ def open_huggingface(folder):
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
     engine = theirs.backend_tokenizer
+    require(len(engine.get_vocab()) > 1 + len(engine.get_added_tokens_decoder()),
+            f"{type(theirs).__name__} finds no vocabulary")
     if getattr(engine.normalizer, 'lowercase', False) and not about:
         to_stderr(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
                   "transformers")
@@ -660,7 +662,7 @@ def open_huggingface(folder):
     for name in SPECIALS[:4]:  # not [MASK]
         special.setdefault(name, ends[0])
     if start is not None:
-        require(start in rows, f"decoder_start_token_id={start} is no token of its vocabulary")
+        require(start in rows, f"texts begin with token {start}, for which the model has no row")
         special['<|start|>'] = start
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
     # export marks them as they were. Those without a row are none.
@@ -692,7 +694,8 @@ def load_tokenizer(folder):
     except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
         why = ' '.join(f'{type(e).__name__}: {e}'.split())
         raise ValueError(f"{folder}: its tokenizer is damaged or cannot be read here ({why}): "
-                         "fetch its tokenizer.json, or prepare the data, again") from None
+                         "fetch its tokenizer.json, name its tokenizer_class in "
+                         "tokenizer_config.json, or prepare the data, again") from None
 
 # -----------------------------------------------------------------------------
 # Text from files, a piece at a time: memory does not grow with the corpus
