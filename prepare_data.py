@@ -93,6 +93,7 @@ def check_flags(settings):
         if value is None:
             continue
         given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
+        require(value != '' or f.default == '', f"{given}is empty: give a value, or leave it out")
         require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
         require(not isinstance(value, float) or math.isfinite(value), f"{given}: must be finite")
         limits = LIMITS.get(f.type, {}) | rules

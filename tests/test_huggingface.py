@@ -751,7 +751,7 @@ def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
     texts = [ours.encode(text).tolist() for text in ('the', '床')]
     assert (found.ids, found.type_ids) == prepare_data.add_special_tokens(ours, *texts)
     (folder / 'tokenizer_config.json').unlink()  # T5's class finds none of its files
-    with pytest.raises(ValueError, match='finds no vocabulary.* name its tokenizer_class'):
+    with pytest.raises(ValueError, match=r'finds no vocabulary.* name its tokenizer_class'):
         prepare_data.load_tokenizer(folder)
 
 def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):

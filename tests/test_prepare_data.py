@@ -797,6 +797,7 @@ def test_a_config_file_counts_less_than_flags(tmp_path):
     ({'a.txt': 'abc' * 9}, ['--input', 'a.txt', '--val_fraction', '1'], 'below 1'),
     ({'a.txt': 'x'}, ['--input', 'a.txt', '--dataset', 'pydoc'], '--input'),
     ({}, ['--dataset', 'pidoc'], 'choose one of'),
+    ({}, ['--dataset', 'pydoc', '--tokenizer', ''], '--tokenizer is empty'),
     ({}, ['--show', 'x', '--out_dir', 'none'], 'none'),
     ({}, ['--dataset', 'pydoc', '--task', 'tag'], 'pydoc is for lm')])
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, files, flags, says):
