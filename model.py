@@ -332,8 +332,10 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
     # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
     # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
-    # wrong for tensors that are not contiguous (https://github.com/pytorch/pytorch/issues/181133).
-    if others or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
+    # wrong for tensors that are not contiguous (pytorch#181133 on GitHub); on CUDA its backward may
+    # crash where only the mask has a gradient (pytorch#148476), as in a T5 that is partly frozen.
+    alone = mask is not None and mask.requires_grad > q.requires_grad
+    if others or alone or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
                               and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale, **others))
         return weights @ repeat_heads(v, q.size(1))

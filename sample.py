@@ -197,7 +197,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
     size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
-    as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
+    as_graph, replay, ahead = ids.is_cuda and model.config.arch != 'lstm', None, False
     length = ids.new_tensor(0)                                             # of the cache in a graph
     texts = batch = ids.tolist()                                           # batch: still written
     for i in range(max_new_tokens):
@@ -211,9 +211,16 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
             if cache.length is not length:  # until then an int: a prompt needs no mask
                 cache.length = length.fill_(cache.length)
             run = replay = replay or capture(step, cache, new, uniforms[i])
-        chosen = run(new, uniforms[i])
+        if not ahead:
+            chosen = run(new, uniforms[i])
         new = chosen[:, None].to(device)                                   # the next step reads it
-        tokens = chosen.tolist()                                           # waits for the device
+        ahead = run is replay and read < block_size and i + 1 < max_new_tokens
+        tokens = chosen.to('cpu', non_blocking=ahead)
+        if ahead:  # the GPU takes the next step while the tokens of this one are read
+            copied = torch.cuda.current_stream().record_event()
+            chosen = replay(new.clamp(min=0), uniforms[i + 1])             # -1 is no row
+            copied.synchronize()
+        tokens = tokens.tolist()
         require(min(tokens) >= 0, NOT_FINITE)
         for text, token in zip(batch, tokens):
             has_ended = i and text[-1] in end_ids                          # at 0 it is the prompt's
@@ -1105,7 +1112,7 @@ def main(argv):
     dtype = settings.dtype
     if dtype == 'auto':
         half = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = 'bfloat16' if half and writes else 'float32'
+        dtype = 'bfloat16' if half and writes and arch != 'lstm' else 'float32'
     model.to(getattr(torch, dtype))
     if writes:
         arrange_weights(model)

@@ -925,7 +925,8 @@ class Trainer:
                 reason = f"stopped at step {at.step}: go on with --init_from resume"
             elif at.due:
                 reason = self.evaluate()
-            if reason or at.step >= s.max_iters:
+            # Scores of processes may differ by rounding: all stop if one has a reason.
+            if stopped or at.step >= s.max_iters or (at.due and runtime.sum(bool(reason))):
                 break
 
             progress(f"step {at.step} of {s.max_iters}")

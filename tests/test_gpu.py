@@ -34,7 +34,8 @@ def test_a_graph_writes_what_a_cpu_writes(preset, how):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('preset, dataset, objective', LEARNED)
 def test_every_objective_trains_in_16_bits(folders, tmp_path, preset, dataset, objective, dtype):
-    flags = dict(preset=preset, objective=objective, max_iters=20, device='cuda', dtype=dtype)
+    flags = dict(preset=preset, objective=objective, max_iters=20, device='cuda', dtype=dtype,
+                 freeze='tokens blocks.0.' * (preset == 't5'))  # the relative bias alone learns
     fit(tmp_path, folders / dataset, **{**WIDE, **flags, 'optimizer': 'muon', 'eval_iters': 1})
     assert all(math.isfinite(float(row['val_loss'])) for row in log_of(tmp_path))
 
