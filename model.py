@@ -994,7 +994,7 @@ def load(path, device='cpu', **changes):
             model = build(Config(**checkpoint['config']))
             model.load_state_dict(checkpoint['model'])
     for name, p in model.named_parameters():
-        require(p.isfinite().all(), f"{path}: the weight {name} holds NaN or infinity")
+        require(p.sum().isfinite(), f"{path}: the weight {name} holds NaN or infinity")
     return resize(model, path, **changes).to(device).eval(), checkpoint
 
 def resize(model, path, **changes):
