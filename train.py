@@ -657,16 +657,14 @@ def print_sample(model, tokenizer, s, runtime):
 def micro_batches(step, s, runtime):
     """
     This process's part of a step: the first example of each of its micro-batches, and how many each
-    has. Whole micro-batches where they can be shared evenly, else each of them is cut into equal
-    parts, whose dropout draws other values.
+    has: batch_size, or a divisor of it where that does not fit into the part.
     """
-    k, n, world = s.gradient_accumulation_steps, s.batch_size, runtime.world_size
-    require(k % world == 0 or n % world == 0,
-            f"--gradient_accumulation_steps {k} and --batch_size {n} cannot be shared by {world} "
-            f"processes: make one of the two a multiple of {world}")
-    if k % world:
-        k, n = k * world, n // world
-    return range((step * k + runtime.rank) * n, (step + 1) * k * n, world * n), n
+    total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
+    require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
+            f"which cannot be shared by {world} processes: make it a multiple of {world}")
+    share = total // world
+    begin, n = step * total + runtime.rank * share, math.gcd(share, s.batch_size)
+    return range(begin, begin + share, n), n
 
 def fgm_perturbation(gradient, distance):
     """
@@ -925,8 +923,7 @@ class Trainer:
                 reason = f"stopped at step {at.step}: go on with --init_from resume"
             elif at.due:
                 reason = self.evaluate()
-            # Scores of processes may differ by rounding: all stop if one has a reason.
-            if stopped or at.step >= s.max_iters or (at.due and runtime.sum(bool(reason))):
+            if reason or at.step >= s.max_iters:
                 break
 
             progress(f"step {at.step} of {s.max_iters}")
