@@ -562,8 +562,9 @@ class Runtime:
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
         if self.device == 'cpu':
             keep_memory()
-        # torch 2.9: the next call is old, and autocast of mps knows no float32, even if not enabled
-        warnings.filterwarnings('ignore', '.*to control TF32|In MPS autocast')
+        # torch says that the next call is old, that autocast of mps knows no float32, even if not
+        # enabled, and that RMSNorm of 16 bits is slow where it has float32 weights (--qk_norm)
+        warnings.filterwarnings('ignore', '.*to control TF32|In MPS autocast|Mismatch dtype')
         tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
         self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
