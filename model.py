@@ -1278,7 +1278,8 @@ def from_huggingface(folder):
             not_read += [name for name in json.loads(path.read_bytes())
                          if not FAMILIAR.fullmatch(name)]
     return model, {'task': config.task, 'labels': labels, 'settings': {'preset': family.preset},
-                   'dropped': sorted(tensors), 'new': new, 'not_read': not_read, 'folder': folder}
+                   'dropped': sorted(tensors), 'new': new, 'not_read': not_read,
+                   'folder': str(folder)}
 
 def spell_out(config):
     """The same computation with all sizes as numbers, and without what only matters in training."""

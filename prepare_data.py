@@ -87,11 +87,15 @@ def flag(default, help, choices=(), **bounds):
     return dataclasses.field(default=default, metadata=rules)
 
 def check_flags(settings):
-    """Raise ValueError for the first field of a dataclass of flags whose value breaks its rules."""
+    """
+    Raise ValueError for the first field of a dataclass of flags whose value breaks its rules. From
+    Python, a Path or a number of numpy may be given, too: values become those of a command line.
+    """
     for f in dataclasses.fields(settings):
         value, rules = getattr(settings, f.name), f.metadata
         if value is None:
             continue
+        setattr(settings, f.name, f.type(value))
         given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
         require(value != '' or f.default == '', f"{given}is empty: give a value, or leave it out")
         require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
@@ -1546,7 +1550,8 @@ def prepare(settings):
         prepare_files = prepare_text if task == 'lm' else prepare_task
         tokenizer, made = prepare_files(settings, task, folder, files, val_files)
         meta = {'format': 'plainformer data 2', 'task': task, 'tokenizer': tokenizer.name,
-                'vocab_size': tokenizer.n_vocab, **made, 'source': name or settings.input,
+                'vocab_size': tokenizer.n_vocab, **made,
+                'source': name or [*map(str, settings.input)],
                 'sha256': sha256_of(files + val_files)}
         write_json(folder / 'tokenizer.json', tokenizer.to_dict())
         write_json(folder / 'meta.json', meta)

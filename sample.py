@@ -176,8 +176,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     """
     Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i draws from
     a generator of its own, (seed, rows[i]) or (seed, i), so a sample does not depend on the other
-    rows. Tokens in suppressed (V,) bool are never chosen. A row that has chosen one of end_ids has
-    ended and repeats it; when all have, the generator returns. filters: those of sample_token.
+    rows (in eval mode). Tokens in suppressed (V,) bool are never chosen. A row that has chosen one
+    of end_ids has ended and repeats it; when all have, the generator returns. filters: those of
+    sample_token.
 
     With the cache each step reads only the newest token. When the window of block_size tokens is
     full, its newer half is read again from position 0 and the older half is forgotten. cache: that
@@ -866,7 +867,9 @@ def check_use(given, settings, kind, arch):
 def open_model(path, device='cpu'):
     """As `load` of model.py, and a third value: the tokenizer, or None where there is none."""
     (model, checkpoint), tokenizer = load(path, device), None
-    if 'folder' in checkpoint:  # a Hugging Face model
+    if checkpoint.get('tokenizer'):
+        tokenizer = Tokenizer.from_dict(checkpoint['tokenizer'])
+    elif 'folder' in checkpoint:  # a Hugging Face model
         with contextlib.suppress(FileNotFoundError):
             tokenizer = load_tokenizer(checkpoint['folder'])
             checkpoint['tokenizer'] = tokenizer.to_dict()
@@ -874,8 +877,6 @@ def open_model(path, device='cpu'):
             length = about.get('model_max_length')                         # as an export says it
             if isinstance(length, int) and length > 3:  # else it is no limit
                 checkpoint['block_size'] = length
-    elif checkpoint.get('tokenizer'):
-        tokenizer = Tokenizer.from_dict(checkpoint['tokenizer'])
     if checkpoint.get('not_read'):
         to_stderr(f"{path}: not read: {', '.join(checkpoint['not_read'])}")
     return model, checkpoint, tokenizer

@@ -684,7 +684,10 @@ def test_an_exported_folder_is_the_same_in_transformers(preset, tokenizer, auto,
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     there, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    back, again = load(folder)[0], prepare_data.load_tokenizer(folder)
+    back, checkpoint, again = sample.open_model(folder)
+    path = place() / 'a.pt'
+    save(path, back, **checkpoint)  # a file of ours: it opens without the folder
+    assert sample.open_model(path)[2].to_dict() == again.to_dict()
     for text in [*LINES, '  the\n\ncat 床👋', '']:
         ids = theirs(text, add_special_tokens=False)['input_ids']
         assert ids == tokenizer.encode(text).tolist() == again.encode(text).tolist()

@@ -240,7 +240,7 @@ def test_files_folders_rows_and_markers_begin_documents(tmp_path, capsys):
         prepare_data.find_files([str(tmp_path / 'many')])
     os.link(write(tmp_path / 'in/val.txt', 'v v'), tmp_path / 'V')  # held out under any name
     write(tmp_path / 'in/copy.txt', 'v v')
-    _, meta = prepare(Settings(input=[str(tmp_path / 'in')], out_dir=str(tmp_path / 'out'),
+    _, meta = prepare(Settings(input=[tmp_path / 'in'], out_dir=str(tmp_path / 'out'),
                                val=[str(tmp_path / 'V')], tokenizer='byte'))
     assert meta['counts']['train']['documents'] == 3 and meta['counts']['val']['documents'] == 1
     assert '2 <|endoftext|> do not stand alone' in capsys.readouterr().out
@@ -766,6 +766,12 @@ class Flags:
 def test_a_flag_may_be_written_in_several_ways(argv, found):
     words = argv.split() if isinstance(argv, str) else argv
     assert read_flags(words, '', {'flags': Flags}) == found
+
+def test_values_given_from_python_become_those_of_a_command_line():
+    """A checkpoint holds them, and opens with plain data only."""
+    flags = Flags(n=np.int64(2), x=np.float64(0.5), config=ROOT / 'a')
+    check_flags(flags)
+    assert [type(value) for value in (flags.n, flags.x, flags.config)] == [int, float, str]
 
 @pytest.mark.parametrize('argv, says', [
     ('--max_itres 3', 'did you mean --max_iters?'), ('--n 2.5', '2.5'), ('--n x', '--n'),
