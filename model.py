@@ -334,7 +334,7 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
     # wrong for tensors that are not contiguous (pytorch#181133 on GitHub); on CUDA its backward may
     # crash where only the mask has a gradient (pytorch#148476), as in a T5 that is partly frozen.
-    alone = mask is not None and mask.requires_grad > q.requires_grad
+    alone = mask is not None and mask.requires_grad and not q.requires_grad
     if others or alone or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
                               and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale, **others))

@@ -658,7 +658,8 @@ def print_sample(model, tokenizer, s, runtime):
 def micro_batches(step, s, runtime):
     """
     This process's part of a step: the first example of each of its micro-batches, and how many each
-    has: batch_size, or a divisor of it where that does not fit into the part.
+    has: batch_size, or a divisor of it where that does not fit into the part (then dropout draws
+    other values).
     """
     total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
     require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
