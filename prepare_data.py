@@ -1067,8 +1067,10 @@ def encode_parts(tokenizer, text, cuts=()):
         ids, offsets = tokenizer.encode_with_offsets(text[begin:end])
         parts.append((ids, offsets + begin))
     ids, offsets = map(np.concatenate, zip(*parts))
-    for i, (end, following) in enumerate(zip(offsets[:, 1], [*offsets[1:, 0], len(text)])):
-        offsets[i, 1] += len(regex.match(r'\p{M}*', text[end:following])[0])
+    gaps = np.append(offsets[1:, 0], len(text)) - offsets[:, 1]            # behind each token
+    for i in np.flatnonzero(gaps > 0):
+        begin = offsets[i, 1]
+        offsets[i, 1] += len(regex.match(r'\p{M}*', text[begin:begin + gaps[i]])[0])
     return ids, offsets
 
 def qa_examples(tokenizer, row, labels, block_size):
