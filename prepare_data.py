@@ -1094,22 +1094,22 @@ def qa_examples(tokenizer, row, labels, block_size):
         stop = start + len(answer)
         for cuts in ((), (start, stop)):  # cut if a token crosses an end of the answer
             ids, offsets = encode_parts(tokenizer, context, cuts)
-            first = bisect.bisect_right(offsets[:, 1], start)      # ends behind start
-            last = bisect.bisect_left(offsets[:, 0], stop) - 1     # begins before stop
-            require(first <= last, f"the tokenizer has no token for the answer {answer[:40]!r}: "
+            left = bisect.bisect_right(offsets[:, 1], start)       # first token: ends after start
+            right = bisect.bisect_left(offsets[:, 0], stop) - 1    # last one: begins before stop
+            require(left <= right, f"the tokenizer has no token for the answer {answer[:40]!r}: "
                     "leave it out, or choose another tokenizer")
-            if context[offsets[first, 0]:offsets[last, 1]].strip() == answer.strip():
+            if context[offsets[left, 0]:offsets[right, 1]].strip() == answer.strip():
                 break
-        require(last - first < size, f"the answer {answer[:40]!r} and its question have too many "
+        require(right - left < size, f"the answer {answer[:40]!r} and its question have too many "
                 f"tokens for block_size={block_size}: prepare (and train) with a larger one")
     else:
         ids, offsets = encode_parts(tokenizer, context)
-        first = last = -1  # in no window
-    holds = lambda begin: begin <= first and last < begin + size
+        left = right = -1  # in no window
+    holds = lambda begin: begin <= left and right < begin + size
     last_begin = max(0, len(ids) - size)
     begins = {*range(0, last_begin, max(1, size // 2)), last_begin}
-    if first >= 0 and not any(map(holds, begins)):  # each window has but a part of the answer
-        begins.add(first)
+    if left >= 0 and not any(map(holds, begins)):  # each window has but a part of the answer
+        begins.add(left)
     examples = []
     for begin in sorted(begins):
         window, spans = ids[begin:begin + size].tolist(), offsets[begin:begin + size]
@@ -1120,7 +1120,7 @@ def qa_examples(tokenizer, row, labels, block_size):
         example = {'ids': framed, 'segments': segments, 'meta': meta}
         if 'answers' in row:
             shift = place - begin  # from the context's tokens to those of ids
-            example['targets'] = [first + shift, last + shift] if holds(begin) else [0, 0]
+            example['targets'] = [left + shift, right + shift] if holds(begin) else [0, 0]
             meta |= {'id': row['id'], 'answers': [text for _, text in row['answers']]}
         examples.append(example)
     return examples

@@ -248,7 +248,7 @@ def capture(step, cache, *inputs):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(*places)  # libraries set themselves up in the first call
-        cache.length.copy_(length)  # undo the step
+        cache.length.copy_(length)  # undo the step: the next one writes over its keys
     with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
         chosen = step(*places)
 
@@ -495,7 +495,7 @@ def decode_span(examples, logits, labels):
         first, last = p[:, place:place + len(offsets)]
         both = (first[:, None] * last).triu().tril(29)                     # (begin, end)
         solid = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
-        until = solid.cumsum(0)
+        until = solid.cumsum(0)                                            # solid ones up to each
         before = until - solid
         both = both * (until > before[:, None])                # an answer is not only white space
         begin, end = divmod(int(both.argmax()), len(offsets))

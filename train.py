@@ -1102,7 +1102,8 @@ def start(given):
     """
     Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
     Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. A checkpoint
-    that is resumed or scored gives all of its settings, else only its preset and data set.
+    that is resumed or scored gives all of its settings, else only its preset and data set. The
+    settings s are made three times, as more is known: flags; checkpoint; recipe and objective.
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
