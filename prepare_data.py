@@ -95,7 +95,8 @@ def check_flags(settings):
         value, rules = getattr(settings, f.name), f.metadata
         if value is None:
             continue
-        setattr(settings, f.name, f.type(value))
+        value = f.type(value)
+        setattr(settings, f.name, value)
         given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
         require(value != '' or f.default == '', f"{given}is empty: give a value, or leave it out")
         require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
@@ -259,8 +260,8 @@ PIECE = 100_000  # characters to encode at once: tiktoken fails at a million bla
 def safe_pieces(texts, size=PIECE):
     """
     Join texts, none longer than `size`, and cut them again, into pieces of about `size` characters,
-    without cutting a token.
-    Where there is no such place, a piece ends anywhere, after 2 * size characters.
+    without cutting a token. Where there is no such place, a piece ends anywhere, after 2 * size
+    characters.
     """
     rest = ''
     for text in texts:
