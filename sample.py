@@ -195,33 +195,21 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
-    new, read = ids[:, -block_size:], 0                                    # read: tokens in cache
-    size = (new.size(1) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
-    cache = cache or KVCache(min(block_size, size))
-    as_graph, replay, ahead = ids.is_cuda and model.config.arch != 'lstm', None, False
-    length = ids.new_tensor(0)                                             # of the cache in a graph
     texts = batch = ids.tolist()                                           # batch: still written
+    new, read = ids[:, -block_size:].tolist(), 0                           # read: tokens in cache
+    size = (len(new[0]) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
+    cache = cache or KVCache(min(block_size, size))
+    as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
     for i in range(max_new_tokens):
-        if read + new.size(1) > block_size:
-            newer = [text[-max(1, block_size // 2):] for text in batch]
-            new, read = ids.new_tensor(newer), 0
+        if read + len(new[0]) > block_size:
+            new, read = [text[-max(1, block_size // 2):] for text in batch], 0
             cache.clear()
-        read += new.size(1)
-        run = step
-        if as_graph and new.size(1) == 1:
-            if cache.length is not length:  # until then an int: a prompt needs no mask
-                cache.length = length.fill_(cache.length)
-            run = replay = replay or capture(step, cache, new, uniforms[i])
-        if not ahead:
-            chosen = run(new, uniforms[i])
-        new = chosen[:, None].to(device)                                   # the next step reads it
-        ahead = run is replay and read < block_size and i + 1 < max_new_tokens
-        tokens = chosen.to('cpu', non_blocking=ahead)
-        if ahead:  # the GPU takes the next step while the tokens of this one are read
-            copied = torch.cuda.current_stream().record_event()
-            chosen = replay(new.clamp(min=0), uniforms[i + 1])             # -1 is no row
-            copied.synchronize()
-        tokens = tokens.tolist()
+        read += len(new[0])
+        if as_graph and len(new[0]) == 1:
+            replay = replay or capture(step, cache, new, uniforms)
+            tokens = replay(new, i, read < block_size and i + 1 < max_new_tokens)
+        else:
+            tokens = step(ids.new_tensor(new), uniforms[i]).tolist()
         require(min(tokens) >= 0, NOT_FINITE)
         for text, token in zip(batch, tokens):
             has_ended = i and text[-1] in end_ids                          # at 0 it is the prompt's
@@ -231,32 +219,49 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         if not rest:
             return
         if len(rest) < len(batch) and not as_graph:  # the shapes of a graph are fixed
-            batch, new, uniforms = [batch[k] for k in rest], new[rest], uniforms[:, rest]
+            batch, uniforms = [batch[k] for k in rest], uniforms[:, rest]
             cache.reorder(rest)
+        new = [text[-1:] for text in batch]
 
 capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory of its own
 
-def capture(step, cache, *inputs):
+def capture(step, cache, new, uniforms):
     """
-    step(*inputs) as a CUDA graph: returns a function that runs it with other inputs of the same
-    shapes. All of its hundreds of small kernels are launched at once, since launching them from
-    Python takes longer than running them. Its memory is fixed, so cache.length is a tensor, too:
-    each replay adds 1 to it in place.
+    step as a CUDA graph: all of its hundreds of small kernels are launched at once, since launching
+    them from Python takes longer than running them. Its memory is fixed, so cache.length is a
+    tensor, too: each launch adds 1 to it in place. Returns replay(new, i, more): the newest token
+    of each row, [[token], ...] -> the tokens after them, chosen by uniforms[i]; where there are
+    more to choose, the GPU begins with those while these are read.
     """
-    places, length = [t.clone() for t in inputs], cache.length.clone()
-    stream, graph = capture_stream(), torch.cuda.CUDAGraph()
+    place, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
+    length, stream, graph = place.new_tensor(0), capture_stream(), torch.cuda.CUDAGraph()
+    cache.length = length.fill_(cache.length)  # until now an int: a prompt needs no mask
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(*places)  # libraries set themselves up in the first call
-        cache.length.copy_(length)  # undo the step: the next one writes over its keys
+        step(place, uniform)  # libraries set themselves up in the first call
+        length.sub_(1)  # undo the step: the next one writes over its keys
     with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
-        chosen = step(*places)
+        chosen = step(place, uniform)
+    launched = False
 
-    def replay(*values):
-        for place, value in zip(places, values):
-            place.copy_(value)
+    def launch(new, i):
+        place.copy_(new)
+        uniform.copy_(uniforms[i])
         graph.replay()  # fills chosen
-        return chosen
+
+    def replay(new, i, more):
+        nonlocal launched
+        if cache.length is not length:
+            cache.length = length.fill_(cache.length)
+        if not launched:
+            launch(torch.tensor(new), i)
+        tokens = chosen.to('cpu', non_blocking=True)
+        copied = torch.cuda.current_stream().record_event()
+        if more:
+            launch(chosen[:, None].clamp(min=0), i + 1)                    # -1 is no row
+        launched = more
+        copied.synchronize()
+        return tokens.tolist()
 
     return replay
 
