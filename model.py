@@ -55,7 +55,7 @@ def flag(default, help, choices=(), low=0, high=2 ** 31):
     """A field that describes itself: train.py makes a flag of it, and --help prints its text."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
-TASKS = ('classify', 'tag', 'qa')  # what a TaskModel can be trained for
+TASKS = ('classify', 'tag', 'qa')  # those with a head; TASKS of prepare_data.py has seq2seq, too
 
 @dataclass
 class Config:
@@ -105,7 +105,7 @@ class Config:
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
     label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
-    may_change = ('block_size', 'dropout', 'label_smoothing')  # of a trained model: see resize
+    may_change = ('block_size', 'dropout', 'label_smoothing')  # once trained: see resize. No field
 
     def __post_init__(self):
         for f in fields(self):
@@ -205,8 +205,8 @@ def rotary_angles(length, channels, theta, scaling=''):
     if scaling:
         factor, low, high, trained = map(float, scaling.split()[1:])
         turns = trained * frequency / (2 * math.pi)
-        unscaled = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = unscaled * frequency + (1 - unscaled) * frequency / factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                  # share that stays
+        frequency = kept * frequency + (1 - kept) * frequency / factor
     return torch.arange(length)[:, None] * frequency
 
 def rotate(x, cos, sin):
@@ -227,16 +227,16 @@ def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     ranges up to max_distance, the last one also for all beyond. both_sides=True (an encoder) gives
     half of all buckets to keys on the right; in a decoder those count as distance 0.
     """
-    right = 0
+    first = 0  # bucket of the key's side
     if both_sides:
         buckets //= 2
-        right, distance = (distance > 0) * buckets, distance.abs()
+        first, distance = (distance > 0) * buckets, distance.abs()
     else:
         distance = (-distance).clamp(min=0)
     near = buckets // 2
     log_ratio = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)
     far = near + (log_ratio * (buckets - near)).long()
-    return right + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
+    return first + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -260,10 +260,10 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     if window:
         mask = mask & (distance.abs() < window)
     if real is not None:
-        real = real.bool()                                                 # it may be 1 and 0
+        real = real.bool()                                                 # it may hold 1 and 0
         mask = mask & real[:, None, :]                                     # (B, T, S)
-        # A query that may see nothing would be 0/0, and its NaN would spread to every gradient.
-        # Only one of padding whose window is all padding can; its output is not used: it sees all.
+        # A query that sees no key would divide 0 by 0, and its NaN would reach every gradient. Only
+        # padding behind a window of padding has no key; its output is not used, so it sees all.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
 
@@ -279,8 +279,8 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     softmax(Q K^T / sqrt(D)), equation 1 of [1]: how much of each key's value a query receives.
     q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1. mask is bool, as made by
     attention_mask, or float, added to the scores. causal=True: query i sees the keys up to i.
-    scale: 1/sqrt(D) unless given. A change of this formula must come as a new argument: without
-    one, attention() mostly calls a fused kernel in its place.
+    scale: 1/sqrt(D) unless given. If you change the formula, give it a new argument: without one,
+    attention() mostly calls a fused kernel instead, which does not know your change.
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token
@@ -306,8 +306,8 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
 class Dropout(nn.Dropout):
     """
     Zero each value with probability p in training, and scale the others up so that the mean stays
-    (Srivastava et al. 2014). On a CPU one random byte per value decides, which is faster than
-    F.dropout, so p is a multiple of 1/256 there.
+    (Srivastava et al. 2014). On a CPU one random byte per value decides, eight drawn as one int64,
+    which is faster than F.dropout; p is a multiple of 1/256 there.
     """
 
     def forward(self, x):
@@ -323,7 +323,7 @@ class Dropout(nn.Dropout):
 def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     """
     attention_weights(q, k) @ v: by a fused kernel, or by the formula where that is better. They
-    agree up to rounding. others: arguments that you add to attention_weights, used then.
+    agree up to rounding. others: what you add to attention_weights: the formula is used then.
     q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
@@ -334,8 +334,8 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
     # wrong for tensors that are not contiguous (pytorch#181133 on GitHub); on CUDA its backward may
     # crash where only the mask has a gradient (pytorch#148476), as in a T5 that is partly frozen.
-    alone = mask is not None and mask.requires_grad and not q.requires_grad
-    if others or alone or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
+    mask_only = mask is not None and mask.requires_grad and not q.requires_grad
+    if others or mask_only or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
                               and (q.dtype == torch.bfloat16 or p > 0)):
         weights = drop(attention_weights(q, k, mask, causal, scale, **others))
         return weights @ repeat_heads(v, q.size(1))
@@ -360,8 +360,8 @@ class KVCache:
     """
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
-        length          number of tokens read so far; of a source 0
-        positions       those of the tokens that are read now, (T,)
+        length          number of tokens read so far; it stays 0 in `cross`
+        positions       of the tokens that are being read, (T,)
         layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
         cross           the KVCache of the source, which the first step of decoding fills
@@ -382,7 +382,7 @@ class KVCache:
         self.cross = None if memory is None else KVCache(memory.size(1))
 
     def append(self, layer, k, v):
-        """Add k and v (B, G, T, D) of T new tokens; returns all. Stack.forward moves `length`."""
+        """Add k, v (B, G, T, D); returns all, (2, B, G, S, D). Stack.forward moves `length`."""
         new = torch.stack([k, v])                                          # (2, B, G, T, D)
         if layer not in self.layers:
             self.layers[layer] = new.new_zeros((*new.shape[:3], self.size, new.size(4)),
@@ -391,7 +391,7 @@ class KVCache:
         if isinstance(self.length, torch.Tensor):
             return both.index_copy_(3, self.positions, new.type_as(both))
         end = self.length + k.size(2)
-        if end > self.size:  # require(f'...') would recompile at each length
+        if end > self.size:  # not require(f'...'): it would recompile at each length
             raise ValueError(f"{end} tokens are more than the {self.size} of this KVCache")
         both[..., self.length:end, :] = new
         return both[..., :end, :]                                          # (2, B, G, S, D)
@@ -415,7 +415,7 @@ class KVCache:
             self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
 def narrow(x):
-    """x in 16 bits under autocast: once, where each product that reads x would do it anew."""
+    """x in 16 bits under autocast: converted once, not again by each product that reads x."""
     device = 'cpu' if x.is_cpu else 'cuda'  # torch raises at the name of another, such as meta
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -439,7 +439,7 @@ class Attention(nn.Module):
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
-        """All heads of q (B, T, H D), k and v (B, S, G D). sample.py joins the three."""
+        """All heads: q (B, T, H D), k and v (B, S, G D). See join_projections in sample.py."""
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
@@ -462,7 +462,7 @@ class Attention(nn.Module):
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             if cache is not None:
-                k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # -0: all
+                k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # newest=0: all
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
         scoring['scale'] = self.scale
         if self.recorded is not None:
@@ -541,7 +541,7 @@ class Block(nn.Module):
 # Stacks
 
 class Embedding(nn.Module):
-    """Token + position (+ segment) embeddings: the input of a stack. It shares the token table."""
+    """Token + position (+ segment) embeddings, the input of a stack. tokens: the model's table."""
 
     def __init__(self, config, tokens):
         super().__init__()
@@ -582,7 +582,7 @@ class Stack(nn.Module):
         self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm: the last one's
+        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm: in the block
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -607,7 +607,7 @@ class Stack(nn.Module):
                 "a decoder with cross-attention needs memory: what encoder or encode() return")
         fixed = isinstance(past, torch.Tensor)                             # in a CUDA graph
         end = cache.size if fixed else past + ids.size(1)
-        if end > self.config.block_size:  # require(f'...') would recompile at each length
+        if end > self.config.block_size:  # not require(f'...'): see KVCache.append
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
@@ -618,26 +618,26 @@ class Stack(nn.Module):
             cache.positions = positions
         if self.config.positions == 'rotary':
             shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
-        inputs = {window: shared | self.mask_arguments(positions, key_positions, window,
-                                                       attention_mask, fixed, **others)
-                  for window in {*self.windows}}
+        by_window = {window: shared | self.mask_arguments(positions, key_positions, window,
+                                                          attention_mask, fixed, **others)
+                     for window in {*self.windows}}
         if memory_mask is not None:
             real = memory_mask[:, None, None].bool()                       # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
             cross['mask'] = self.as_numbers(cross['mask'])
         for block, window in zip(self.blocks, self.windows):
-            x = block(x, inputs[window], cross)
+            x = block(x, by_window[window], cross)
         if cache is not None:
             cache.length += ids.size(1)
         return self.norm(x)
 
     def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
-        """The arguments of attention that say which keys are seen, for all blocks of one window."""
+        """Which keys are seen, as arguments of attention. real: the attention_mask of forward."""
         T, S = positions.size(0), key_positions.size(0)
         relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
-        # do T queries and T keys where the window hides none: causal=True is their triangle, made
-        # by the kernel. Several new tokens after a cache need one: to a kernel, query 0 is key 0.
+        # do T queries and T keys where the window hides no key: for causal=True the kernel makes
+        # the triangle. Several tokens after a cache need one: kernels align query 0 with key 0.
         if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
@@ -653,7 +653,7 @@ class Stack(nn.Module):
         return {'mask': self.as_numbers(mask, bias)}                       # (1 or B, 1 or H, T, S)
 
     def as_numbers(self, mask, bias=0.0):
-        """0 or -inf (or a bias) to add to scores: kernels would make it of bools in each block."""
+        """The bias where mask is True, else -inf: made once, not by a kernel in each block."""
         return torch.where(mask, bias, -math.inf).to(self.embed.tokens.weight.dtype)
 
 # -----------------------------------------------------------------------------
@@ -663,9 +663,9 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
     """
     The one loss of this project, in nats: whatever is predicted is a choice among classes. logits
     (..., classes), targets (...) with IGNORE_INDEX where there is none. It is the sum over all
-    targets divided by num_targets: their number here, unless the caller knows that of the whole
-    global batch (a mean of means would give short rows more weight); a loss of your own needs it
-    too. smoothing: the share of a target that is spread over all classes (Szegedy et al. 2015,
+    targets divided by num_targets: the number here, unless the caller gives that of the whole
+    global batch (a mean of means would give short rows more weight). Divide a loss of your own by
+    it, too. smoothing: the share of a target that is spread over all classes (Szegedy et al. 2015,
     https://arxiv.org/abs/1512.00567).
     """
     if targets is None:
@@ -719,7 +719,7 @@ class Output(nn.Module):
         return F.linear(x * self.scale, self.weight, self.bias)            # (..., C) -> (..., V)
 
 class LanguageModel(nn.Module):
-    """What all models share: `tokens` is their table, `hidden` reads, `output` predicts tokens."""
+    """Base of all models. A subclass makes a `decoder`, or its own `hidden`, and an `output`."""
 
     def __init__(self, config):
         super().__init__()
@@ -763,7 +763,7 @@ class LSTM(LanguageModel):
     def __init__(self, config):
         super().__init__(config)
         C = config.n_embd
-        between = config.dropout if config.n_layer > 1 else 0.0            # dropout between layers
+        between = config.dropout if config.n_layer > 1 else 0.0            # else torch warns
         self.lstm = nn.LSTM(C, C, config.n_layer, batch_first=True, dropout=between)
         self.drop = Dropout(config.dropout)
         self.output = Output(config, self.tokens)
@@ -821,7 +821,7 @@ class BERT(LanguageModel):
             logits = self.nsp_head(self.pool(x))                           # (B, 2)
             losses.append(cross_entropy(logits, next_targets, num_next_targets))
         if targets is not None:
-            places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)      # N rows and columns
+            places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)      # (N,) rows, (N,) columns
             logits = self.mlm_logits(x[places])                            # (N, V)
             losses.append(cross_entropy(logits, targets[places], num_targets))
         return (logits, sum(losses)) if losses else (self.mlm_logits(x), None)
@@ -884,7 +884,7 @@ class TaskModel(nn.Module):
         whole_text = task not in ('tag', 'qa')                             # classify, or your own
         x = self.trunk.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         real = torch.ones_like(ids) if attention_mask is None else attention_mask
-        attention_mask = real.bool()
+        attention_mask = real.bool()                                       # it may hold 1 and 0
         if whole_text and self.config.arch == 'bert':
             x = self.trunk.pool(x)                                         # (B, C)
         elif whole_text:
@@ -943,7 +943,7 @@ def save(path, model, /, **extra):
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Inside, an error becomes a ValueError with a remedy, but for a missing or forbidden file."""
+    """Errors inside become ValueError with a remedy; a missing or forbidden file keeps its own."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -956,7 +956,7 @@ def reading(path, remedy):
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
 
 def find_checkpoint(path):
-    """A checkpoint file or a Hugging Face folder; what is not on the disk is sought on the hub."""
+    """path -> its checkpoint file or Hugging Face folder; what is not on the disk: from the hub."""
     here = Path(path)
     if here.is_file() and here.suffix in ('.safetensors', '.bin', '.json'):
         here = here.parent
@@ -1000,8 +1000,8 @@ def load(path, device='cpu', **changes):
 def resize(model, path, **changes):
     """
     The same weights under other fields of Config: a smaller block_size or vocab_size drops the last
-    rows, a larger vocab_size adds some near the mean. Raises ValueError where positions end before
-    block_size.
+    rows, a larger vocab_size adds some near their mean. Raises ValueError where the positions that
+    were trained end before block_size. path: for that message.
     """
     old, config = model.config, replace(model.config, **changes)
     if config == old:
@@ -1124,8 +1124,8 @@ FAMILIES['mistral'] = replace(  # Jiang et al. 2023: a Llama with a window
 ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
         'original_max_position_embeddings')  # the words of Config.rope_scaling
 
-# Fields that change what a model computes, but not here: unless its family reads it, each of these
-# must be null or have this one value. None: it must be false or empty.
+# Fields that change what a model computes, and that are not supported here. If its family does not
+# read it, such a field must be null or have the value given below; None: be false or empty.
 UNSUPPORTED = dict.fromkeys("""
     add_cross_attention attention_bias attention_sinks final_logit_softcapping is_decoder
     layer_types mlp_bias num_experts num_local_experts pruned_heads quantization_config
@@ -1158,7 +1158,7 @@ def config_from(theirs):
         ours = known.get(name)
         if ours == 'window':
             value = str(value or 0)                                        # null: no window
-        if value is None or (name, value) == ('type_vocab_size', 0):  # there, a BERT has segments
+        if value is None or (name, value) == ('type_vocab_size', 0):  # transformers' BERT has some
             continue
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')
@@ -1188,7 +1188,7 @@ def config_from(theirs):
     return replace(PRESETS[family.preset], **values), labels, sorted(not_read)
 
 def config_to(kind, config):
-    """A Config as a config.json. What it cannot express is lost, which config_from shows."""
+    """A Config as a config.json. What that cannot express is lost: see export_huggingface."""
     family = FAMILIES[kind]
     classes = [name for name, task in family.classes.items() if task == config.task]
     activations = {ours: theirs for theirs, ours in family.activations.items()}
@@ -1255,7 +1255,7 @@ def from_huggingface(folder):
     head = tensors.get(f"{family.names['output']}.weight")
     if config.tied or theirs['model_type'] == 't5':  # tied, unless it has another head
         config.tied = head is None or head.equal(tensors.get(tokens, head))
-    other = head if config.tied else None  # the table may have another of its names alone
+    other = head if config.tied else None  # a file may have the table as lm_head only
     tensors.setdefault(tokens, tensors.get('decoder.embed_tokens.weight', other))
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
@@ -1282,7 +1282,7 @@ def from_huggingface(folder):
                    'folder': str(folder)}
 
 def spell_out(config):
-    """The same computation with all sizes as numbers, and without what only matters in training."""
+    """To compare configs: all sizes as numbers, and defaults for what only matters in training."""
     return replace(config, n_kv_head=config.kv_heads, head_dim=config.head_size, init='gpt2',
                    mlp_dim=config.mlp_dim or 4 * config.n_embd, dropout=0.0, label_smoothing=0.0,
                    n_labels=0 if config.task == 'qa' else config.n_labels)
@@ -1301,9 +1301,9 @@ def export_huggingface(model, folder, vocab_size=None, **fields):
     others = {'relative': 't5', 'rotary': 'llama' if config.window == '0' else 'mistral'}
     kind = 'bert' if config.arch == 'bert' else others.get(config.positions, 'gpt2')
     family, theirs = FAMILIES[kind], config_to(kind, config) | fields
-    there = spell_out(config_from(theirs)[0])
+    read_back = spell_out(config_from(theirs)[0])
     lost = [f'{name}={value}' for name, value in asdict(config).items()
-            if value != getattr(there, name)]
+            if value != getattr(read_back, name)]
     require(not lost, f"{kind} of transformers cannot express {', '.join(lost)}")
     require(not any(Path(folder).glob('*')), f"{folder} is not empty: choose another name")
     tensors = {}

@@ -121,7 +121,7 @@ def normalize_flag(word):
         word = f"--{name[2:].replace('-', '_')}{equals}{value}"
     return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
 
-class Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):  # raises where argparse ends the program
     def error(self, message):
         raise ValueError(message.removeprefix('argument '))
 
@@ -179,14 +179,14 @@ def write_config(values):
                    for name, value in values.items() if value is not None)
 
 def to_stderr(text):
-    """A line that is not a result."""
+    """Print a line on standard error: standard output is for results alone."""
     print(text, file=sys.stderr, flush=True)
 
 def mute_stdout():
     """After a broken pipe: what is printed from now on is lost, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-# of the signals that a system has: Windows has no SIGHUP
+# those that this system has: Windows has no SIGHUP
 STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
 
 def run(main):
@@ -238,11 +238,11 @@ def progress(text):
 SPECIALS = ['<|endoftext|>', '[PAD]', '[CLS]', '[SEP]', '[MASK]',
             *(f'<extra_{i}>' for i in range(100))]
 EACH = r'(?s:.)'  # each character is a piece
-# that of GPT-2 [2]: letters, digits, or other signs, with the space before them; white space
+# GPT-2's pattern [2]: letters, digits, or other signs, with the space before them; white space
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
-APART = f'{CJK.pattern}|[{WIDE}]'
+APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
 FORMAT = 'plainformer tokenizer 2'
 
 def split_cjk(text):
@@ -384,7 +384,7 @@ class Tokenizer:
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
     def hf_engine(self, special, task):
-        """The same as a tokenizer of the package `tokenizers`."""
+        """This as a Tokenizer of `tokenizers`. special: {text: id} of special tokens to keep."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
         vocab = {''.join(VISIBLE[b] for b in token): i for token, i in self.ranks.items()}
         # each token with all pairs of tokens that it can be merged of
@@ -537,14 +537,14 @@ def explain(tokenizer, text):
 SIGNS = str.maketrans(' \n\r\t', '␣⏎␍⇥')
 
 def render_bytes(data):
-    """Bytes to be seen: ␣ is a space, ⏎ a line end, ‹E6 98› less than a character."""
+    """Bytes as printable text: ␣ is a space, ⏎ a line end, ‹E6 98› part of a character."""
     as_hex = lambda match: f"‹{match[0].encode(errors='surrogateescape').hex(' ').upper()}›"
     text = data.decode(errors='surrogateescape').translate(SIGNS)
     text = re.sub('[\udc80-\udcff]+', as_hex, text)
     return ''.join(c if c.isprintable() else f'‹U+{ord(c):04X}›' for c in text)
 
 def render_token(tokenizer, i):
-    """A token to be seen."""
+    """A token as printable text."""
     if i in tokenizer.special.values():
         return tokenizer.decode([i])
     return render_bytes(tokenizer.token_bytes(i))
@@ -553,8 +553,8 @@ def render_token(tokenizer, i):
 # The tokenizers of other models, as the package `transformers` reads them
 
 # GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
-others = itertools.count(256)
-VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(others)) for b in range(256)]
+free = itertools.count(256)
+VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(free)) for b in range(256)]
 
 def optional(package):
     """A package that only some folders need."""
@@ -564,7 +564,7 @@ def optional(package):
         raise ValueError(f"one more package is needed: pip install {package}") from None
 
 class HFTokenizer(Tokenizer):
-    """That of another model (WordPiece, ...); saved: a Tokenizer of `tokenizers`, as JSON."""
+    """The tokenizer of another model (WordPiece, ...). saved: its JSON of `tokenizers`."""
     name = 'huggingface'
 
     def __init__(self, saved, special, end_ids):
@@ -578,9 +578,9 @@ class HFTokenizer(Tokenizer):
         self.mask_takes_space = getattr(mask, 'lstrip', False)
         unknown = getattr(engine.model, 'unk_token', None) or '<unk>'
         self.unknown = special.get('unknown', engine.token_to_id(unknown))
-        if self.unknown in end_ids:  # GPT-2's files call its end so, too
+        if self.unknown in end_ids:  # in GPT-2's files the end has this role, too
             self.unknown = None
-        self.marks = [i for i in special.values()  # no words: a full stop may end a text, too
+        self.marks = [i for i in special.values()  # no words: the end may be a full stop
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
 
     def encode_with_offsets(self, text):
@@ -801,7 +801,7 @@ def read_pieces(paths):
         yield ''
 
 def part(pieces, begin, end):
-    """The characters from begin to end of pieces. A cut ends no document."""
+    """The characters from begin to end of pieces; empty pieces, where documents end, are kept."""
     at = 0
     for piece in pieces:
         if at > end:
@@ -819,7 +819,7 @@ def write_json(path, data):
     Path(path).write_text(text, encoding='utf-8', errors='replace')  # of a file's name
 
 def read_any(folder, name):
-    """The JSON of a file that a folder may lack."""
+    """The JSON of a file; {} where the folder lacks it."""
     path = Path(folder, name)
     return json.loads(path.read_bytes()) if path.exists() else {}
 
@@ -937,7 +937,7 @@ def read_tagged(path):
             row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
         elif row:
             tokens = row['tokens']
-            if len(tokens) > 1:  # are they 1 2 3, the tokens counted, or 7 7 7, the text's number?
+            if len(tokens) > 1:  # is this column 1 2 3, a count, or 7 7 7, the number of a text?
                 counted.add(''.join(tokens).isdecimal() or len({*tokens}) == 1)
             yield row
             row, texts = None, texts + 1
@@ -1193,7 +1193,7 @@ def split_rows(rows, val_fraction):
     return train, val
 
 def shell_word(name):
-    """As shells read it, that of Windows too, which knows double quotes only."""
+    """A name as shells read it, in double quotes if need be: Windows knows no others."""
     return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
 
 def encode_rows(tokenizer, task, rows, labels, block_size):
@@ -1239,7 +1239,7 @@ DOWNLOADS = {  # a folder below UPSTREAM, and the sha256 of files in it
 }
 
 def download(name, mirror):
-    """Yield the files of a data set. mirror: a URL or a folder in the place of UPSTREAM."""
+    """Yield the bytes of each file of a data set. mirror: URL or folder instead of UPSTREAM."""
     folder, files = DOWNLOADS.get(name, ('', {}))
     for file, sha256 in files.items():
         address = f"{(mirror or UPSTREAM).rstrip('/')}/{folder}/{file}"
@@ -1427,7 +1427,7 @@ class Settings:
     config: str = flag('', 'a TOML file of flags; those of the command line count more')
 
 def choose_tokenizer(settings, characters, texts):
-    """The tokenizer of the flags: char has a set of characters, bpe learns from texts."""
+    """The tokenizer of the flags: the tokens of char are `characters`, bpe learns from `texts`."""
     name = settings.tokenizer
     makers = {'char': lambda: char_tokenizer(characters), 'byte': byte_tokenizer,
               'bpe': lambda: bpe_tokenizer(texts, settings.vocab_size), 'gpt2': gpt2_tokenizer}
@@ -1451,7 +1451,7 @@ def prepare_text(settings, task, folder, files, val_files):
     if rows:
         print(f"{some_of(rows)} is read as plain text: labelled rows need --task")
     for paths in (files, val_files):
-        cut = size  # in the end the size of `files`, where val_files begin
+        cut = size  # after the loop: the size of `files`, behind which val_files begin
         for text in read_pieces(paths):
             size += len(text)
             characters.update(text)
@@ -1462,8 +1462,8 @@ def prepare_text(settings, task, folder, files, val_files):
     require(size, f"{files[0]} is empty: add text")
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
-    sample = part(read_pieces(files), 0, min(cut, BPE_SAMPLE))
-    tokenizer = choose_tokenizer(settings, characters, sample)
+    texts = part(read_pieces(files), 0, min(cut, BPE_SAMPLE))
+    tokenizer = choose_tokenizer(settings, characters, texts)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     counts = {}
     for split, begin, end in (('train', 0, cut), ('val', cut, size)):
@@ -1520,9 +1520,9 @@ def prepare_task(settings, task, folder, files, val_files):
         if long:
             print(f"{split}: {len(long):,} examples have an answer of over 30 tokens, which "
                   "sample.py never gives")
-    both = set.intersection(*({str(row | {'where': ''}) for row in split} for split in splits))
-    if both:
-        print(f"{len(both):,} different rows are both in train and in val: its scores may mislead")
+    same = set.intersection(*({str(row | {'where': ''}) for row in split} for split in splits))
+    if same:
+        print(f"{len(same):,} different rows are both in train and in val: its scores may mislead")
     return tokenizer, {'counts': counts, 'labels': labels, 'block_size': settings.block_size}
 
 def prepare(settings):

@@ -87,8 +87,8 @@ def device_of(model):
 
 def by_length(texts, most, equal=False):
     """
-    Lists of at most `most` indices of texts, each given as ids, so that texts of about one length
-    are together (equal: of exactly one length): they need little padding. Shows the progress.
+    Yields indices of texts (lists of ids), at most `most` at once, of texts of about one length
+    (equal: of exactly one), so that they need little padding. Shows the progress.
     """
     rest = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     while rest:
@@ -162,10 +162,10 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     # double: in float32 a draw can round to 1, or a quotient of a small temperature to infinity
     p = (logits.double() / temperature).softmax(dim=-1)
     if top_p < 1:
-        p = p * (p.cumsum(dim=-1) - p < top_p)                             # the sum of the likelier
+        p = p * (p.cumsum(dim=-1) - p < top_p)  # keep those for which the likelier ones sum to less
     cumulated = p.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulated[:, -1:]
-    index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # the first above it
+    index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # first above, or 0
     return (index if order is None else order.gather(1, index))[:, 0]
 
 SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generate read
@@ -195,7 +195,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
-    texts = batch = ids.tolist()                                           # batch: still written
+    texts = batch = ids.tolist()                      # batch: those of texts that have not ended
     new, read = ids[:, -block_size:].tolist(), 0                           # read: tokens in cache
     size = (len(new[0]) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
@@ -212,7 +212,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
             tokens = step(ids.new_tensor(new), uniforms[i]).tolist()
         require(min(tokens) >= 0, NOT_FINITE)
         for text, token in zip(batch, tokens):
-            has_ended = i and text[-1] in end_ids                          # at 0 it is the prompt's
+            has_ended = i and text[-1] in end_ids  # at i = 0, text[-1] is the prompt's
             text.append(text[-1] if has_ended else token)
         yield torch.tensor([text[-1] for text in texts])
         rest = [k for k, text in enumerate(batch) if text[-1] not in end_ids]
@@ -223,7 +223,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
             cache.reorder(rest)
         new = [text[-1:] for text in batch]
 
-capture_stream = functools.cache(torch.cuda.Stream)  # each stream costs memory of its own
+capture_stream = functools.cache(torch.cuda.Stream)  # one for all: each has memory of its own
 
 def capture(step, cache, new, uniforms):
     """
@@ -242,7 +242,7 @@ def capture(step, cache, new, uniforms):
         length.sub_(1)  # undo the step: the next one writes over its keys
     with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
         chosen = step(place, uniform)
-    launched = False
+    launched = False  # True: replay has begun with the next tokens already
 
     def launch(new, i):
         place.copy_(new)
@@ -286,7 +286,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         following = logits.float().log_softmax(dim=-1)
         total = following + following.new_tensor(log_ps)[:, None]
         total = total.view(len(rows), -1)                                  # (B, width V)
-        # Any of end_ids may end each text: so many candidates leave `beams` that go on.
+        # Each text can end in len(end_ids) ways: of so many candidates, `beams` go on.
         best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
@@ -319,8 +319,8 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
 
 class TextStream:
     """
-    Tokens to text, one at a time. All are decoded again each time, and what is new is shown; but
-    half a character waits for its other half, and what may begin a stop text until that is decided.
+    Tokens to text, one at a time. Each time all are decoded again, and what is new is returned.
+    Part of a character is held back until the rest comes, as is what may begin a stop text.
     `done` after an end or a stop text. score and tokens: of a text that a beam search has found.
     """
 
@@ -361,7 +361,7 @@ class TextStream:
         return pick(vars(self), 'text', 'score')
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for special tokens and unused ids; ends=True leaves the ends out."""
+    """(V,) bool: True for special tokens (ends=True: but not for end_ids) and for unused ids."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -371,10 +371,10 @@ def suppressed_tokens(model, tokenizer, ends=True):
 @torch.autocast('cpu', enabled=False)  # a product with one token is slow in bfloat16
 def write_batch(model, tokenizer, prompts, sources, rows, settings):
     """
-    Continue prompts of one length; an encoder-decoder reads sources first. Returns for each a list
-    of TextStream: the one drawn by (seed, row), or the best of its beams; with --stream, the first
-    is printed as it grows. Beams, and texts after a source, have to fit into one window of
-    block_size tokens: beams continue the newest part of a long prompt.
+    Continue prompts, lists of ids of one length; an encoder-decoder reads sources first (else []).
+    Returns for each a list of TextStream: one, drawn by (seed, its number in rows), or the best of
+    its beams. --stream: the first is printed as it grows. Beams, and texts after a source, have to
+    fit into a window of block_size tokens: beams continue the newest part of a long prompt.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
     beams, block_size = settings.num_beams, model.config.block_size
@@ -423,13 +423,13 @@ def write_targets(model, tokenizer, examples, settings):
             f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
-    keys = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # numbers, of a text
-    most = 1 + min(1024, 2 ** 28 // keys) // settings.num_beams            # about 2 GB with values
+    keys = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # floats, of a text
+    most = 1 + min(1024, 2 ** 28 // keys) // settings.num_beams            # 2 GB: keys and values
     for rows in by_length(sources, most, equal=not encoder):
         batch = [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
-        draws = [row // repeat + (row % repeat << 32) for row in rows]     # source and sample
+        draws = [row // repeat + (row % repeat << 32) for row in rows]     # source + sample * 2^32
         for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
             results[row // repeat] += texts
             cut += sum(len(prompts[0]) + len(text.ids) >= size for text in texts)
@@ -471,7 +471,7 @@ def cjk_apart(text):
 
 def decode_tags(examples, logits, labels):
     """(T, L) of each part of a text -> the tags of its tokens, at their first pieces; entities."""
-    tokens, tags, ends = [], [], [0]
+    tokens, tags, ends = [], [], [0]  # ends[i]: where token i - 1 ends in the text
     for example, row in zip(examples, logits):
         best, meta = row.argmax(dim=-1).tolist(), example['meta']
         tokens += meta['tokens']
@@ -596,22 +596,22 @@ def bleu_words(text):
         text = re.sub(pattern, apart, text)
     return text.split()
 
-def bleu(guesses, rights):
+def bleu(guesses, references):
     """
     BLEU of a corpus, 0 to 100 (Papineni et al. 2002; Post 2018, https://arxiv.org/abs/1804.08771):
     the geometric mean of the shares of its 1- to 4-grams that the reference has (clipped counts),
     times a brevity penalty where it is shorter. An n without a match has 1/2, 1/4, ... of a match.
     """
-    guesses, rights = list(map(bleu_words, guesses)), list(map(bleu_words, rights))
+    guesses, references = list(map(bleu_words, guesses)), list(map(bleu_words, references))
     mean, smooth = 1.0, 1.0
     for n in range(1, 5):
-        counts = [count_ngrams(guess, right, n) for guess, right in zip(guesses, rights)]
-        hits, total, _ = map(sum, zip((0, 0, 0), *counts))                 # there may be none
+        counts = [count_ngrams(*pair, n) for pair in zip(guesses, references)]
+        hits, total, _ = map(sum, zip((0, 0, 0), *counts))                 # 0: there may be no text
         if not total or (n == 1 and not hits):
             return 0.0
         smooth /= 1 if hits else 2
         mean *= ((hits or smooth) / total) ** 0.25
-    brevity = min(1.0, math.exp(1 - sum(map(len, rights)) / sum(map(len, guesses))))
+    brevity = min(1.0, math.exp(1 - sum(map(len, references)) / sum(map(len, guesses))))
     return 100 * brevity * mean
 
 ROUGE_WORD = regex.compile(CJK.pattern + r'|[\p{L}\p{M}\p{N}]+')
@@ -632,10 +632,10 @@ TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match'
 
 def target_scores(answers, golds):
     """BLEU of the corpus; ROUGE and exact match, the means over the texts."""
-    guesses, rights = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
-    rouges = map(fmean, zip(*map(rouge, guesses, rights)))                 # rouge1, rouge2, rougeL
-    same = [guess.strip() == right.strip() for guess, right in zip(guesses, rights)]
-    return dict(zip(TARGET_SCORES, [bleu(guesses, rights), *rouges, fmean(same)], strict=True))
+    guesses, references = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
+    rouges = map(fmean, zip(*map(rouge, guesses, references)))             # rouge1, rouge2, rougeL
+    same = [guess.strip() == right.strip() for guess, right in zip(guesses, references)]
+    return dict(zip(TARGET_SCORES, [bleu(guesses, references), *rouges, fmean(same)], strict=True))
 
 DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
@@ -837,7 +837,7 @@ class Settings:
             self.seed = int.from_bytes(os.urandom(4))
 
 def lacking(checkpoint, kind):
-    """The weights for this kind of answer that a Hugging Face folder lacks: they are random."""
+    """Weights for a kind of answer (text, masks, a task) that their folder lacks: random ones."""
     needed = {'masks': 'output|transform', 'masks and pairs': 'output|transform|pooler|nsp_head',
               'classify': r'trunk\.pooler'}.get(kind, '$^')
     return [name for name in checkpoint.get('new', []) if re.match(needed, name)]
@@ -846,7 +846,7 @@ def check_use(given, settings, kind, arch):
     """The use that the flags ask for. Raises ValueError for a flag that would be ignored."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
-    writing = 'max_new_tokens stop num_beams '
+    writing = 'max_new_tokens stop num_beams '  # flags that a model which writes reads
     if beams > 1:
         writing += 'length_penalty num_samples'
     elif settings.temperature > 0:
@@ -854,7 +854,7 @@ def check_use(given, settings, kind, arch):
     else:
         writing += 'temperature'
     live = '' if beams > 1 or settings.json else ' stream'
-    read = {'export': '', 'attention': 'start '}.get(use, 'json ')
+    read = {'export': '', 'attention': 'start '}.get(use, 'json ')  # flags of this use and kind
     read += {'start text': writing + live, 'start seq2seq': writing, 'start masks': 'top_k',
              'score seq2seq': writing.replace('num_samples', ''),
              'attention seq2seq': 'max_new_tokens' * (arch == 'encdec')}.get(f'{use} {kind}', '')
@@ -1053,7 +1053,7 @@ def print_texts(model, tokenizer, prompt, settings):
     if n * num_parameters(model) < 20e6:
         torch.set_num_threads(1)  # the products are so small that threads mostly wait for others
     try:
-        for rows in [[row] for row in range(n)] if live else [range(n)]:
+        for rows in [[row] for row in range(n)] if live else [range(n)]:  # live: one by one
             if live:
                 print('\n---\n' * bool(texts) + prompt, end='', flush=True)
             written = write_batch(model, tokenizer, [ids] * len(rows), [], rows, settings)

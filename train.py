@@ -63,14 +63,14 @@ def epoch_order(n, *key):
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
-    """The order of an epoch's rows (n,): batches of about one length, but where epochs meet."""
+    """An epoch's rows in order (n,): a batch that lies within it has rows of about one length."""
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
-    begin = -epoch * n % size  # these fill the last batch of the epoch before
+    begin = -epoch * n % size  # rows that complete the last batch of the epoch before
     middle = order[begin:begin + (n - begin) // size * size]               # whole batches; a view
-    noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # other batches each time
+    noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # new batches each epoch
     batches = middle[noisy.argsort()].reshape(-1, size)
-    middle[:] = rng.permutation(batches).flatten()                         # and so `order`
+    middle[:] = rng.permutation(batches).flatten()                         # a view: changes `order`
     return order
 
 class Data:
@@ -132,7 +132,7 @@ class Data:
         return self.tokens[start:start + T + 1].astype(np.int64)
 
     def row(self, index):
-        """Row `index` of labelled data, likewise; training takes batches of about one length."""
+        """Row `index` of labelled data; training takes each once an epoch, as row_order says."""
         if self.split == 'val':
             return self.rows[index]
         epoch, k = divmod(index, len(self.rows))
@@ -141,8 +141,8 @@ class Data:
     @functools.cached_property
     def sentences(self):
         """
-        Start of each sentence, and the end of the text (S + 1,); the document of each (S,); the
-        numbers of those that are not the last of their document. A sentence ends after . ! ?
+        (starts, document, followed): where each of n sentences starts, and the end of the text,
+        (n + 1,); its document (n,); those with a successor in it. A sentence ends after . ! ?
         before white space, after 。！？।۔؟ and at line ends; a document ends at <|endoftext|>.
 
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
@@ -151,8 +151,8 @@ class Data:
         parts = [self.tokenizer.token_bytes(i) for i in range(self.vocab_size)]
         parts[self.tokenizer.end_id] = b'\n'
         text = b''.join(map(parts.__getitem__, self.tokens))
-        until = np.array([*map(len, parts)])[self.tokens].cumsum()         # bytes, of each token
-        begins = [match.end() for match in SENTENCE_END.finditer(text)]    # bytes
+        until = np.array([*map(len, parts)])[self.tokens].cumsum()  # byte where each token ends
+        begins = [match.end() for match in SENTENCE_END.finditer(text)]  # in bytes, too
         starts = np.searchsorted(until, begins, side='right')              # tokens that hold them
         starts = np.unique(np.append(starts, len(self.tokens)))
         document = (self.tokens == self.tokenizer.end_id).cumsum()[starts[:-1]]  # ends before it
@@ -261,7 +261,7 @@ def span_corruption(data, index, T):
     source, target = tokenizer.source_ids, []
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
-    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # else ids would be T + 1 long
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # with only one, ids would be T + 1 long
     spans = max(1, min(100, round(hidden / 3), n - hidden))  # there are 100 sentinels
 
     def cut(total):
@@ -297,7 +297,7 @@ def completion(data, index, T):
 class Objective:
     example: object      # (data, index, T) -> example, of at most T tokens if it is cut from text
     archs: tuple         # the models that can learn it
-    tasks: tuple = ('',)  # of the data; '': any data, as text
+    tasks: tuple = ('',)  # of the data; '': text, also the text of labelled data
     by_rows: bool = True  # takes labelled data row by row, not as one text
     shortest: int = 1    # block_size that has room for an example
 
@@ -318,7 +318,7 @@ def get_batch(data, objective, T, first, n):
 # -----------------------------------------------------------------------------
 # Optimizers. Those of torch.optim would do, but they import the compiler, which takes two seconds
 
-GOOD = torch.tensor(1.0)
+GOOD = torch.tensor(1.0)  # a step that moves the weights: see Optimizer.step
 
 class Optimizer:
     """
@@ -359,7 +359,7 @@ class Optimizer:
 class AdamW(Optimizer):
     """
     Kingma and Ba 2014, https://arxiv.org/abs/1412.6980, with the decay of Loshchilov and Hutter
-    2017, https://arxiv.org/abs/1711.05101 (scaled by lr, as in torch; there by the schedule alone):
+    2017, https://arxiv.org/abs/1711.05101 (times lr, as in torch; in the paper by the schedule):
     with running means m of the gradient g and v of its square, both divided by 1 - beta^t since
     they start at 0,
 
@@ -438,14 +438,14 @@ def muon(groups, s, dtype):
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}  # (groups of weights, settings, dtype) -> optimizers
 
-SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # share that is left
+SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # 1: peak, 0: min_lr
              'linear': lambda done: 1 - done, 'constant': lambda done: 1.0}
 
 def learning_rate(step, s):
     """Up in a line for warmup_iters, then down to min_lr at lr_decay_iters, unless constant."""
-    low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
     end = s.lr_decay_iters or s.max_iters
     done = min(1.0, (step - s.warmup_iters) / max(1, end - s.warmup_iters))
     return low + (s.learning_rate - low) * SCHEDULES[s.lr_schedule](done)
@@ -596,7 +596,7 @@ class Runtime:
         return total.tolist()
 
     def average_gradients(self, model):
-        """Over all processes, as one long vector. A gradient equal in all stays as it is."""
+        """Over all processes, as one long vector. Averaging twice (--adversarial) does no harm."""
         if self.world_size > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             mean = parameters_to_vector(gradients) / self.world_size
@@ -617,14 +617,14 @@ class Runtime:
 
 def evaluate(model, data, s, runtime, limit=None):
     """
-    The scores of a task, over all rows of val (text to text: if they choose best.pt, or without a
-    limit). If they lack the loss, also loss and accuracy of `limit` examples (None: all); of all of
-    a text, text_scores.
+    Returns {name: score}. Of labelled data: the scores of its task, over all rows of val; of text
+    to text only where one of them chooses best.pt, or limit is None. If the loss is not among them:
+    also loss and accuracy of `limit` examples (None: all). Of a whole text: text_scores.
     """
     scores, T, example = {}, model.config.block_size, OBJECTIVES[s.objective].example
-    decode = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
+    writes = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
     with runtime.precision(), sample.evaluating(model):
-        if data.split == 'val' and data.task and (decode or data.task != 'seq2seq'):
+        if data.split == 'val' and data.task and (writes or data.task != 'seq2seq'):
             # in each process: the rows are few, and F1 or BLEU cannot be added up
             scores = sample.task_scores(model, data.tokenizer, data.rows, data.task, data.labels)
         if 'loss' in scores:
@@ -634,10 +634,10 @@ def evaluate(model, data, s, runtime, limit=None):
         examples = [example(data, i, T) for i in chosen[runtime.rank::runtime.world_size]]
         _, totals = sample.predict(model, examples, data.tokenizer.pad_id)
     scores['loss'] = 0.0
-    for kind in sorted(example(data, 0, T), key=len):  # `targets` first
-        if kind.endswith('targets'):  # of which this process may have had none
+    for kind in sorted(example(data, 0, T), key=len):  # `targets` before `next_targets`
+        if kind.endswith('targets'):  # zeros: this process may have had no example
             nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
-            if 'rows' not in data.counts and count == len(data.tokens) - 1:
+            if 'rows' not in data.counts and count == len(data.tokens) - 1:  # a whole text
                 return sample.text_scores(nats, count, data.counts['bytes'])
             if count:
                 scores['loss'] += nats / count
@@ -717,8 +717,8 @@ def backward(step, model, forward, data, s, runtime):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. An overflow of float16 only halves its scale. To ask has to wait for a
-    GPU, so there only steps of the log ask: others skip a bad step in silence.
+    then raise ValueError. An overflow of float16 only halves its scale. To see it, the CPU
+    waits for a GPU, so there only steps of the log raise: other bad steps are skipped unsaid.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -770,7 +770,7 @@ def dry_run(model, s, data, runtime):
     from torch.utils.benchmark import Timer  # slow to import
     config = model.config
     T, C, V = config.block_size, config.n_embd, config.vocab_size
-    L = config.n_layer * (2 if config.arch == 'encdec' else 1)             # blocks of all stacks
+    blocks = config.n_layer * (2 if config.arch == 'encdec' else 1)        # of all stacks
     parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
              for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
     n, tokens = num_parameters(model), tokens_per_step(s, data, config)
@@ -779,7 +779,7 @@ def dry_run(model, s, data, runtime):
     # the T x S weights are stored where attention() follows the formula, as does the equation
     fused = runtime.device == 'cuda' or T > 512 or (width == 2 and not config.dropout)
     scores = 0 if fused else 5 * config.n_head * T
-    activations = s.batch_size * T * (width * L * (34 * C + scores) + 12 * V)
+    activations = s.batch_size * T * (width * blocks * (34 * C + scores) + 12 * V)
     x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
     timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
     speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
@@ -822,7 +822,7 @@ def stops():
     return STOPS if threading.current_thread() is threading.main_thread() else []  # gets signals
 
 def on_signal(handler):
-    """What Ctrl-C, SIGTERM and SIGHUP do from now on, but for those that nohup ignores."""
+    """Let `handler` take Ctrl-C, SIGTERM and SIGHUP, except where nohup ignores them."""
     for number in stops():
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -858,7 +858,7 @@ class Trainer:
             self.forward = torch.compile(lambda **batch: (None, model(**batch)[1]))
 
     def catch(self, number, frame):
-        """Note the first signal; a second ends at once, but with torchrun, which sends it twice."""
+        """Note the first signal; a second ends at once, but not with torchrun, which sends two."""
         self.signal, alone = number, self.runtime.world_size == 1
         on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
         progress('')
@@ -886,7 +886,7 @@ class Trainer:
                 reason = (f"target loss {s.target_loss} reached after {at.seconds:.1f} seconds, at "
                           f"step {at.step}: {sample.format_scores(scores)} over the whole split")
         loss = float(scores['loss'])
-        found = (self.sign * float(scores[self.best_by]), -loss)           # the loss among equals
+        found = (self.sign * float(scores[self.best_by]), -loss)           # ties: the lower loss
         at.evals_since_best += 1
         if found > at.best or (reason and self.best_by != 'loss'):         # reason: the target
             at.best, at.best_step, at.evals_since_best = found, at.step, 0
@@ -929,7 +929,7 @@ class Trainer:
                 break
 
             progress(f"step {at.step} of {s.max_iters}")
-            if at.due or not n:  # after an evaluation or a line of the log
+            if at.due or not n:  # n: steps since an evaluation or a line of the log
                 began, n = time.perf_counter(), 0
             loss = backward(at.step, self.model, self.forward, self.data, s, runtime)
             optimizer_step(at.step, loss, self.model, self.optimizers, s, runtime)
