@@ -1052,7 +1052,7 @@ class Family:
     classes: dict         # their class -> task; the first one of a task is exported
     fields: dict          # field of config.json -> field of Config
     activations: dict     # theirs -> ours; the last of several names is exported
-    prefix: str           # of all names, but for those of output layers and heads
+    prefix: str           # of all names except output layers and heads
     names: dict           # part of a name of a weight -> theirs; the first that fits counts
     dropped: str          # regex of tensors that are copies or constants
     may_lack: str = '$^'  # regex of tensors that start anew where a folder lacks them

@@ -192,7 +192,7 @@ STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', '
 def run(main):
     """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # neither closed nor that of a notebook
+        if isinstance(stream, io.TextIOWrapper):  # neither closed nor a notebook's
             stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
     for number in STOPS:
         if signal.getsignal(number) == signal.SIG_DFL:  # not Ctrl-C, nor what nohup ignores
@@ -435,7 +435,7 @@ def byte_tokenizer():
     return Tokenizer('byte', EACH, {bytes([b]): b for b in range(256)})
 
 def gpt2_tokenizer():
-    """That of GPT-2, with our special tokens after its own 50,257."""
+    """The tokenizer of GPT-2, with our special tokens after its own 50,257."""
     try:
         base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
     except Exception:
@@ -636,11 +636,11 @@ def open_huggingface(folder):
     if getattr(engine.normalizer, 'lowercase', False) and not about:
         to_stderr(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
                   "transformers")
-    family = config.get('model_type', 'bert')  # a tokenizer alone may be that of a BERT
+    family = config.get('model_type', 'bert')  # a tokenizer alone may be a BERT's
     cleans = theirs.clean_up_tokenization_spaces and type(engine.model).__name__ != 'BPE'
     if cleans and family != 'bert':
         to_stderr(f"{folder}: not read: clean_up_tokenization_spaces")
-    rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack those of some tokens
+    rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack rows for some tokens
     vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
     special = {f'<extra_{i}>': vocab[text] for i in range(100)
                for text in (f'<extra_id_{i}>', f'<extra_{i}>') if text in vocab}
@@ -1120,7 +1120,7 @@ def qa_examples(tokenizer, row, labels, block_size):
                 'first': place, 'offsets': (spans - low).tolist()}
         example = {'ids': framed, 'segments': segments, 'meta': meta}
         if 'answers' in row:
-            shift = place - begin  # from the context's tokens to those of ids
+            shift = place - begin  # from a place among the context's tokens to ids
             example['targets'] = [left + shift, right + shift] if holds(begin) else [0, 0]
             meta |= {'id': row['id'], 'answers': [text for _, text in row['answers']]}
         examples.append(example)
@@ -1563,7 +1563,7 @@ def prepare(settings):
 def main(argv):
     settings = Settings(**read_flags(argv, __doc__, {'flags': Settings}))
     if settings.show:
-        if settings.tokenizer == 'bpe':  # learned before: that of a data set
+        if settings.tokenizer == 'bpe':  # learned before, from a data set
             settings.tokenizer = settings.out_dir or settings.dataset or 'pydoc'
         tokenizer = choose_tokenizer(settings, {*settings.show}, [])
         return print(*explain(tokenizer, settings.show), sep='\n')

@@ -564,7 +564,7 @@ def entity_scores(answers, golds):
             'f1': f1(hits, found, true)}
 
 def count_ngrams(guess, right, n):
-    """Of two lists, of words or entities: the n-grams in common, those of guess, those of right."""
+    """Numbers of n-grams of two lists (of words, entities): in common, in guess, in right."""
     guess, right = (collections.Counter(zip(*(words[i:] for i in range(n))))
                     for words in (guess, right))
     return (guess & right).total(), guess.total(), right.total()
@@ -586,7 +586,7 @@ def answer_scores(answers, golds):
     return {'exact_match': fmean(exact), 'f1': fmean(overlap)}
 
 def bleu_words(text):
-    """sacrebleu's 13a rule: punctuation apart, but . and , in a number; CJK by characters."""
+    """sacrebleu's 13a rule: punctuation apart, except . and , in a number; CJK by characters."""
     text = f' {cjk_apart(text.rstrip())} '
     for pattern, apart in [('<skipped>|-\n', ''), ('&quot;', '"'), ('&amp;', '&'), ('&lt;', '<'),
                            ('&gt;', '>'), (r'([!-&(-+:-@/\[-`{-~ ])', r' \1 '),
@@ -643,7 +643,7 @@ SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
 BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by says another
     'classify': ['accuracy', 'macro_f1'], 'tag': ['f1'], 'qa': ['f1', 'exact_match'],
     'seq2seq': ['loss', *TARGET_SCORES]}
-LOWER_IS_BETTER = ['loss']  # of those scores
+LOWER_IS_BETTER = ['loss']  # of the others, higher
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores and loss of labelled examples; of text to text no loss, targets written greedily."""
@@ -762,7 +762,7 @@ const add = (parent, tag) => parent.appendChild(document.createElement(tag))
 const fill = (select, names) => select.replaceChildren(...names.map((name, i) =>
   new Option(name, i, false, i === select.selectedIndex)))  // the same place stays chosen
 const isolate = text => `\u2068${text}\u2069`  // Arabic does not turn what is around it
-let kept = 0  // row 0, that of the headings, stands for none
+let kept = 0  // row 0, the headings, stands for none
 
 function draw() {
   const {rows, cols, weights} = maps[$('kind').value], heads = weights[$('layer').value || 0]

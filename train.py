@@ -589,7 +589,7 @@ class Runtime:
         return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
 
     def sum(self, values):
-        """A number or an array, added over all processes; each waits, but not for its GPU."""
+        """A number or an array, added over all processes; none waits for a GPU."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total)
