@@ -1475,6 +1475,22 @@ def prepare_text(settings, task, folder, files, val_files):
         note_unknown(tokenizer, split, np.memmap(folder / f'{split}.bin', dtype, mode='r'))
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
+def check_labels(task, rows, labels, path):
+    """Raise ValueError if these can be no labels: as of a wrong column, or of a header."""
+    most = math.inf
+    if task == 'classify':  # a label that is a text or a measurement is in the wrong column
+        last_column = {row.get('text_b', row['text']) for row in rows}
+        measured = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
+        most = 10 if measured else max(10, min(len(last_column), len(rows) // 2))
+    require(1 < len(labels) <= most, f"{path}: {len(rows)} rows have {len(labels)} different "
+            f"labels: {some_of([label[:40] for label in labels])}: there must be two or more, each "
+            "in several rows (to classify: in the first column, and no measurements)")
+    if task == 'classify' and len(rows) > 2 * len(labels):  # is line 1 a header, not a label?
+        inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}
+        for row in rows:
+            require(not inside or row['label'] in inside,
+                    f"{row['where']}: the label {row['label']!r} is nowhere else: leave it out")
+
 def prepare_task(settings, task, folder, files, val_files):
     """Labelled rows -> the files to fine-tune on. Returns what prepare_text returns."""
     spec = TASKS[task]
@@ -1485,20 +1501,8 @@ def prepare_task(settings, task, folder, files, val_files):
     require(n_train and n_val, f"{some_of(files + val_files)}: {n_train} rows to train on, {n_val} "
             "to validate: add rows or contexts, change --val_fraction, or give --val FILE")
     labels = spec.label_names({label for row in rows for label in spec.labels_of(row)})
-    most = math.inf
-    if task == 'classify':  # a label that is a text or a measurement is in the wrong column
-        last_column = {row.get('text_b', row['text']) for row in rows}
-        measured = all(re.fullmatch(r'-?\d+\.\d+', label) for label in labels)
-        most = 10 if measured else max(10, min(len(last_column), len(rows) // 2))
-    require(task not in ('classify', 'tag') or 1 < len(labels) <= most,
-            f"{files[0]}: {len(rows)} rows have {len(labels)} different labels: "
-            f"{some_of([label[:40] for label in labels])}: there must be two or more, each in "
-            "several rows (to classify: in the first column, and no measurements)")
-    if task == 'classify' and len(rows) > 2 * len(labels):  # is line 1 a header, not a label?
-        inside = {row['label'] for row in rows if not row['where'].endswith(', line 1')}
-        for row in rows:
-            require(not inside or row['label'] in inside,
-                    f"{row['where']}: the label {row['label']!r} is nowhere else: leave it out")
+    if task in ('classify', 'tag'):
+        check_labels(task, rows, labels, files[0])
     train_texts, val_texts = ([text for row in split for text in texts_of(row)] for split in splits)
     characters, learned = {*''.join(train_texts + val_texts)}, dict.fromkeys(train_texts)
     if task in WITH_OFFSETS:
