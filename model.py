@@ -1228,7 +1228,7 @@ def read_tensors(folder, family):
             paths = [Path(folder, name) for name in {*names}]
     for path in paths:
         require(path.exists(), f"there is no {path}: fetch it (pytorch_model.bin is not read here)")
-        with reading(path, "fetch its weights as safetensors, which needs pip install safetensors"):
+        with reading(path, "fetch it again, and pip install safetensors"), open(path, 'rb'):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():
                 name = name.removeprefix(family.prefix).replace('.gamma', '.weight')

@@ -214,7 +214,7 @@ def run(main):
             message = ("the tokenizer has a token for which the model has no row: add one to the "
                        "model (resize_token_embeddings)")
         elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
-            too_little = '(?i)(to|not) allocate|out of memory|alloc_failed'
+            too_little = '(?i)(to|not) allocate|out of memory|alloc_failed|new thread'
             if message and not re.search(too_little, message):
                 raise
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "

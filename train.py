@@ -1173,9 +1173,8 @@ def lock(folder):
     path.write_text(str(os.getpid()))
     return f
 
-def claim_folder(s, config, resumed, runtime):
+def claim_folder(folder, flags, resumed, runtime):
     """A new run gives the files of an earlier one another name, and writes all of its flags."""
-    folder = Path(s.out_dir)
     files = [folder / name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml')]
     renamed, n = files, 0
     while any(map(Path.exists, renamed)):  # one number for all files of a run
@@ -1187,9 +1186,7 @@ def claim_folder(s, config, resumed, runtime):
             old.replace(new)
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     if not resumed:
-        derived = dict.fromkeys(('task', 'n_labels', 'vocab_size'))        # from the data
-        text = write_config(asdict(s) | asdict(config) | derived)
-        write_file(folder / 'config.toml', lambda f: f.write(text.encode()))
+        write_file(folder / 'config.toml', lambda f: f.write(write_config(flags).encode()))
 
 def main(argv):
     groups = {"training (in brackets: the defaults; RECIPES has others for most presets)": Settings,
@@ -1208,9 +1205,10 @@ def main(argv):
             for number in stops():
                 after.callback(signal.signal, number, signal.getsignal(number))
             if runtime.is_main:
-                written = replace(s, objective=given.get('objective'))  # else the data says it
+                derived = 'objective', 'task', 'n_labels', 'vocab_size'    # from the data
+                flags = asdict(s) | asdict(model.config) | {k: given.get(k) for k in derived}
                 after.enter_context(lock(Path(s.out_dir)))
-                claim_folder(written, model.config, checkpoint, runtime)
+                claim_folder(Path(s.out_dir), flags, checkpoint, runtime)
             frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
             runtime.print0(
                 f"{s.preset}: {num_parameters(model):,} parameters"
