@@ -246,7 +246,8 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     Which keys each query may see: bool (1 or B, 1, T, S), True = may see, as in
     F.scaled_dot_product_attention (nn.MultiheadAttention means the opposite). positions (T,) are
     those of the queries, key_positions (S,) those of the keys. causal: keys up to the query itself
-    (for that alone, kernels need no mask: see Stack.mask_arguments). window: keys less than so many
+    (for that alone, kernels need no mask: see Stack.mask_arguments; so a rule of your own must be a
+    new argument, given to Stack.forward as one of `others`). window: keys less than so many
     positions away (Beltagy et al. 2020, Longformer, https://arxiv.org/abs/2004.05150); 0: all.
     real (B, S): False at padding.
 
@@ -423,7 +424,8 @@ class Attention(nn.Module):
     """
     Multi-head attention, section 3.2.2 of [1]: H heads, each with D channels of its own, whose
     outputs stand side by side and are projected back to C channels. Keys and values come from x
-    itself, or in cross-attention from `memory`, the encoded source.
+    itself, or in cross-attention from `memory`, the encoded source. layer: where a KVCache has
+    them, so that one Attention cannot be that of two layers.
     """
 
     def __init__(self, config, layer):
@@ -689,8 +691,8 @@ def init_weights(model):
     config = model.config
     for name, p in model.named_parameters():
         writes = name.endswith('proj.weight')  # to the residual stream
-        if p.ndim != 2:
-            if 'bias' in name:
+        if p.ndim != 2 or 'weight' not in name:
+            if '.bias' in name:
                 nn.init.zeros_(p)
             continue
         if config.init == 'zero' and (writes or name.startswith('output.')):

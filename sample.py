@@ -231,7 +231,8 @@ def capture(step, cache, new, uniforms):
     them from Python takes longer than running them. Its memory is fixed, so cache.length is a
     tensor, too: each launch adds 1 to it in place. Returns replay(new, i, more): the newest token
     of each row, [[token], ...] -> the tokens after them, chosen by uniforms[i]; where there are
-    more to choose, the GPU begins with those while these are read.
+    more to choose, the GPU begins with those while these are read. Whatever else a step changes
+    must be a tensor that it changes in place; capturing takes one step more.
     """
     place, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
     length, stream, graph = place.new_tensor(0), capture_stream(), torch.cuda.CUDAGraph()

@@ -1053,6 +1053,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     for split in (data, val):
         # raises where there is no window, or no special token that the objective needs
         example = objective.example(split, 0, T)
+        require('targets' in ''.join(example), f"{s.objective}: its examples have no targets")
         if split.rows:
             # a decoder alone reads source and target joined, with one [SEP] for two ends
             joined = data.task == 'seq2seq' and config.arch in ('gpt', 'lstm')
