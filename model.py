@@ -201,7 +201,7 @@ def rotary_angles(length, channels, theta, scaling=''):
     pairs that turn less than LOW times in LENGTH positions become FACTOR times slower, those above
     HIGH times stay, those between are mixed (from the code of Llama 3.1).
     """
-    frequency = theta ** (-torch.arange(0, channels, 2) / channels)        # (D/2,)
+    frequency = theta ** (-torch.arange(0, channels, 2).float() / channels)  # (D/2,)
     if scaling:
         factor, low, high, trained = map(float, scaling.split()[1:])
         turns = trained * frequency / (2 * math.pi)
@@ -961,7 +961,7 @@ def find_checkpoint(path):
     """path -> its checkpoint file or Hugging Face folder; what is not on the disk: from the hub."""
     here = Path(path)
     if here.is_file() and here.suffix in ('.safetensors', '.bin', '.json'):
-        here = here.parent
+        return here.parent
     for found in (here, here / 'best.pt', here / 'ckpt.pt'):
         if found.is_file():
             return found

@@ -283,8 +283,6 @@ def note_unknown(tokenizer, split, ids):
         print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
               "their text: choose another --tokenizer")
 
-THREADS = ThreadPoolExecutor()  # none begins before the first encode_batch
-
 class Tokenizer:
     """
     A pattern cuts text into pieces, and a table {bytes: id} says which bytes of a piece are one
@@ -342,7 +340,8 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """The ids of many texts, on all cores: tiktoken releases Python's lock."""
-        return list(THREADS.map(self.encode, texts))
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(self.encode, texts))
 
     def encode_with_offsets(self, text):
         """
@@ -1447,7 +1446,7 @@ def choose_tokenizer(settings, characters, texts):
 def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
     size, characters, both, inside = 0, set(), files + val_files, 0
-    rows = [path for path in files if path.lower().endswith(('.tsv', '.conll'))]
+    rows = [path for path in files if path.lower().endswith(('.tsv', '.csv', '.conll'))]
     if rows:
         print(f"{some_of(rows)} is read as plain text: labelled rows need --task")
     for paths in (files, val_files):

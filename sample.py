@@ -1078,8 +1078,9 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
         try:
             require(kind != 'masks' or '[MASK]' in line,
                     f"{line[:60]!r} has no [MASK]: write one for a word to predict")
-            require(kind not in ('classify', 'seq2seq') or '\t' not in line,
-                    f"{line[:60]!r} has a tab: give the text alone, and labelled rows to --score")
+            is_row = re.match(r'\{"(text|label|source)"|.*\t', line)
+            require(kind not in ('classify', 'seq2seq') or not is_row,
+                    f"{line[:60]!r} has a tab or keys: give the text alone, and rows to --score")
             rows.append(examples_of(tokenizer, kind, line, block_size))
         except ValueError as e:
             raise ValueError(f"line {n}: {e}") from None

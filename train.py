@@ -967,7 +967,7 @@ def find_dataset(name, runtime):
     runtime.sum(0)  # the others wait
     known = name in prepare_data.DATASETS
     flags = f'--dataset {name}' if known else f'--input FILE --out_dir {shell_word(str(folder))}'
-    require(meta.exists(), f"--dataset {name}: there is no {folder}: make it with python "
+    require(meta.exists(), f"--dataset {name}: there is no {meta}: make it with python "
             f"prepare_data.py {flags}")
     return folder
 

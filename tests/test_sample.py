@@ -1246,6 +1246,7 @@ def test_no_flag_is_ignored(ask, tmp_path, monkeypatch, kind, use):
     ('masks', ['--start', 'a[MASK]' + 'b' * 40], ['44 tokens', 'block_size=40']),
     ('classify', ['--start', 'a\nb ||| c ||| d'], ['line 2', '|||']),
     ('classify', ['--start', '好\ta'], ['has a tab', '--score']),
+    ('seq2seq', ['--start', '{"source": "a", "target": "b"}'], ['keys', '--score']),
     ('qa', ['--start', 'Who won?'], ["'Who won?'", 'question ||| context']),
     ('seq2seq', ['--start', 'a\nb\n' + '长' * 14], ['line 3', '43 tokens', '40']),
     *((kind, ['--start', ' \n\n\t'], ['--start', 'empty']) for kind in ANSWERING),
