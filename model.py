@@ -1140,7 +1140,7 @@ FAMILIAR = re.compile(
     'tokenizer_class|.*drop(out)?(_.*)?|initializer_.*|use_cache|task_specific_params|is_.*|'
     'pretraining_tp|(summary|pooler|output|rope)_.*|return_dict|(.*_)?factor|original_max.*|'
     'directionality|gradient_checkpointing|reorder_and_upcast_attn|dense_act_fn|'
-    'num_decoder_layers|tie_word_embeddings|chunk_size_feed_forward')
+    'num_decoder_layers|max_new_tokens|tie_word_embeddings|chunk_size_feed_forward')
 
 def config_from(theirs):
     """
@@ -1178,7 +1178,8 @@ def config_from(theirs):
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
     architecture = (theirs.get('architectures') or [*family.classes])[0]
     require(architecture in family.classes, f"architectures={architecture} is not supported here")
-    task, labels = family.classes[architecture], []
+    task = family.classes[architecture]
+    labels = (theirs.get('task_specific_params') or {}).get('labels', [])  # qa: see export
     if task in ('classify', 'tag'):
         named = theirs.get('id2label') or {
             i: f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))}

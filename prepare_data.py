@@ -409,7 +409,9 @@ class Tokenizer:
         """
         special = {text: i for text, i in self.special.items() if i < vocab_size}
         engine, source = self.hf_engine(special, task), '<|source|> ' * ('<|source|>' in special)
+        ends = ' [SEP]' * (task == 'seq2seq')  # of a prompt to complete
         frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
+                  'gpt': (f'{source}$A{ends}', f'{source}$A $B{ends}'),
                   'encdec': (f'{source}$A <|endoftext|>',
                              f'{source}$A <|endoftext|> $B <|endoftext|>')}
         if arch in frames:

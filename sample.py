@@ -893,13 +893,17 @@ def export(model, tokenizer, labels, folder, kind='text', block_size=None):
     size = min(config.vocab_size, max(tokenizer.n_vocab, 1 + max(ends)))
     if (tokenizer.name, config.arch, kind) == ('gpt2', 'gpt', 'text'):
         size = min(size, tokenizer.pad_id)  # the first token added; text to text needs its [SEP]
-    files = tokenizer.export_files(size, config.arch, config.task)
+    files = tokenizer.export_files(size, config.arch, kind)
     files['tokenizer_config.json']['model_max_length'] = block_size or config.block_size
     first = 'decoder_start_token_id' if config.arch == 'encdec' else 'bos_token_id'
     fields = {'eos_token_id': ends if len(ends) > 1 else ends[0], first: tokenizer.start_id}
     if tokenizer.pad_id < size:
         fields['pad_token_id'] = tokenizer.pad_id
-    if labels and config.task != 'qa':
+    if kind in ('text', 'seq2seq'):  # else transformers writes 20 tokens, or past the end
+        files['generation_config.json'] = fields | {'max_new_tokens': config.block_size // 2}
+    if config.task == 'qa':
+        fields['task_specific_params'] = {'labels': labels}
+    elif labels:
         fields['id2label'] = dict(enumerate(labels))
         fields['label2id'] = {label: i for i, label in enumerate(labels)}
     require(not any(Path(folder).glob('*')), f"{folder} is not empty: choose another name")

@@ -757,6 +757,22 @@ def test_the_frame_of_a_source_is_that_of_its_tokenizer(place):
     with pytest.raises(ValueError, match=r'finds no vocabulary.* name its tokenizer_class'):
         prepare_data.load_tokenizer(folder)
 
+@pytest.mark.parametrize('name', ['gpt2', 'bert', 't5', 'llama', ''])
+def test_an_exported_gpt_reads_there_what_it_read_here(folders, name):
+    """A prompt without an end behind it, though tokenizers of BERT and T5 add one; a source."""
+    ours = prepare_data.load_tokenizer(folders[name]) if name else BPE
+    for kind, end in (('text', []), ('seq2seq', [ours.id('[SEP]')])):
+        saved = ours.export_files(ours.n_vocab, 'gpt', kind)['tokenizer.json']
+        found = hf.Tokenizer.from_str(json.dumps(saved)).encode('the cat')
+        assert found.ids == [*ours.source_ids, *ours.encode('the cat').tolist(), *end]
+
+@pytest.mark.parametrize('labels', [[], ['no answer']])
+def test_an_export_says_whether_questions_may_have_no_answer(place, labels):
+    config = dataclasses.replace(PRESETS['bert'], n_layer=1, vocab_size=420, task='qa', n_labels=2)
+    folder = place() / 'new'
+    sample.export(build(config), BPE, labels, folder, 'qa')
+    assert load(folder)[1]['labels'] == labels
+
 def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
     model, folder = build(dataclasses.replace(PRESETS['gpt2'], n_layer=1, vocab_size=420)), place()
     monkeypatch.delattr(sample, 'write_json')
@@ -766,6 +782,7 @@ def test_an_export_is_written_whole_or_not_at_all(place, monkeypatch):
     monkeypatch.undo()
     sample.export(model, BPE, [], folder / 'new', block_size=9)
     assert prepare_data.read_any(folder / 'new', 'tokenizer_config.json')['model_max_length'] == 9
+    assert prepare_data.read_any(folder / 'new', 'generation_config.json')['max_new_tokens'] == 64
     with pytest.raises(ValueError, match='new is not empty'):
         sample.export(model, BPE, [], folder / 'new')
 
