@@ -182,6 +182,10 @@ def to_stderr(text):
     """Print a line on standard error: standard output is for results alone."""
     print(text, file=sys.stderr, flush=True)
 
+def shell_word(name):
+    """A name as shells read it, in double quotes if need be: Windows knows no others."""
+    return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
+
 def mute_stdout():
     """After a broken pipe: what is printed from now on is lost, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -272,16 +276,6 @@ def safe_pieces(texts, size=PIECE):
             yield rest[:cut]
             rest = rest[cut:]
     yield rest
-
-def note_unknown(tokenizer, split, ids):
-    """Warn where the tokenizer of another model has no tokens for parts of the text."""
-    lost = 0
-    if tokenizer.unknown is not None:  # in parts: there may be more ids than fit into memory
-        for part in np.array_split(ids, 1 + len(ids) // 10 ** 7):
-            lost += np.count_nonzero(part == tokenizer.unknown)
-    if lost:
-        print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
-              "their text: choose another --tokenizer")
 
 class Tokenizer:
     """
@@ -1193,10 +1187,6 @@ def split_rows(rows, val_fraction):
         (train if fits or not train else val).extend(groups[i])
     return train, val
 
-def shell_word(name):
-    """A name as shells read it, in double quotes if need be: Windows knows no others."""
-    return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
-
 def encode_rows(tokenizer, task, rows, labels, block_size):
     """The examples of all rows; `row` in meta is the number of the row. Raises ValueError."""
     examples, wrong = [], []
@@ -1444,6 +1434,16 @@ def choose_tokenizer(settings, characters, texts):
     require(tokenizer.end_id < tokenizer.n_vocab,
             f"--tokenizer {name}: no token ends a text: it needs an eos_token")
     return tokenizer
+
+def note_unknown(tokenizer, split, ids):
+    """Warn where the tokenizer of another model has no tokens for parts of the text."""
+    lost = 0
+    if tokenizer.unknown is not None:  # in parts: there may be more ids than fit into memory
+        for part in np.array_split(ids, 1 + len(ids) // 10 ** 7):
+            lost += np.count_nonzero(part == tokenizer.unknown)
+    if lost:
+        print(f"{split}: {lost:,} of {len(ids):,} tokens are unknown to the tokenizer, which loses "
+              "their text: choose another --tokenizer")
 
 def prepare_text(settings, task, folder, files, val_files):
     """Text -> the files to pre-train on. Returns the tokenizer, and what meta.json says of them."""
