@@ -17,7 +17,7 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
 train.py and sample.py import this one, so what all three share stands here too: flags, one-line
-errors, the progress line.
+errors, the progress line. To read first: merge and train_bpe, Tokenizer, tag_examples, qa_examples.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909

@@ -18,6 +18,8 @@ Instead of an answer, a score on a file, or a page that shows the attention weig
 
     python sample.py --score FILE
     python sample.py --start "The import statement" --attention page.html
+
+To read first: sample_token, generate, beam_search. A task has a row in DECODERS and in SCORES.
 """
 
 import collections

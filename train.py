@@ -16,6 +16,9 @@ An example is a dict of arguments of model.forward(), and `meta`. A step is a pu
 checkpoint and its number: example i is drawn from (seed, i), the order of an epoch from (seed,
 epoch), dropout from the number of the first example. So nothing about the loader needs saving, and
 a resumed run is the unbroken one, on a CPU bit for bit.
+
+To read first: the objectives, such as masked_lm; Muon; backward and optimizer_step, which are a
+step; Trainer.run, the loop. start() makes all that it needs from the flags.
 """
 
 import contextlib
