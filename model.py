@@ -680,7 +680,8 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
 
 def init_weights(model):
     """
-    Biases start at 0, norms stay at 1, matrices are normal draws, of mean 0 and standard deviation
+    Biases start at 0, norms stay at 1; what is called neither weight nor bias stays, too.
+    Matrices are normal draws, of mean 0 and standard deviation
 
     gpt2     0.02; / sqrt(2 n_layer) where a layer writes to the residual stream: section 2.3 of [2]
     normal   0.02 everywhere (BERT; LLaMA as in Hugging Face's code)
