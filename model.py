@@ -680,8 +680,8 @@ def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
 
 def init_weights(model):
     """
-    Biases start at 0, norms stay at 1; what is called neither weight nor bias stays, too.
-    Matrices are normal draws, of mean 0 and standard deviation
+    Biases start at 0; norms stay at 1; what is called neither weight nor bias stays as it is.
+    Matrices called weight are normal draws, of mean 0 and standard deviation
 
     gpt2     0.02; / sqrt(2 n_layer) where a layer writes to the residual stream: section 2.3 of [2]
     normal   0.02 everywhere (BERT; LLaMA as in Hugging Face's code)
@@ -722,7 +722,7 @@ class Output(nn.Module):
         return F.linear(x * self.scale, self.weight, self.bias)            # (..., C) -> (..., V)
 
 class LanguageModel(nn.Module):
-    """Base of all models. A subclass makes a `decoder`, or its own `hidden`, and an `output`."""
+    """What predicts tokens. A subclass makes a `decoder`, or its own `hidden`, and an `output`."""
 
     def __init__(self, config):
         super().__init__()
@@ -962,10 +962,11 @@ def find_checkpoint(path):
     """path -> its checkpoint file or Hugging Face folder; what is not on the disk: from the hub."""
     here = Path(path)
     if here.is_file() and here.suffix in ('.safetensors', '.bin', '.json'):
-        return here.parent
-    for found in (here, here / 'best.pt', here / 'ckpt.pt'):
-        if found.is_file():
-            return found
+        here = here.parent
+    else:
+        for found in (here, here / 'best.pt', here / 'ckpt.pt'):
+            if found.is_file():
+                return found
     if not here.is_dir():
         with contextlib.suppress(Exception):  # not installed, no network, or no such model
             from huggingface_hub import snapshot_download
@@ -1179,9 +1180,10 @@ def config_from(theirs):
         values['rope_scaling'] = ' '.join(str(rope.get(name)) for name in ROPE)
     architecture = (theirs.get('architectures') or [*family.classes])[0]
     require(architecture in family.classes, f"architectures={architecture} is not supported here")
-    task = family.classes[architecture]
-    labels = (theirs.get('task_specific_params') or {}).get('labels', [])  # qa: see export
-    if task in ('classify', 'tag'):
+    task, labels = family.classes[architecture], []
+    if task == 'qa':  # as sample.py exports it
+        labels = (theirs.get('task_specific_params') or {}).get('labels', [])
+    elif task:
         named = theirs.get('id2label') or {
             i: f'LABEL_{i}' for i in range(theirs.get('num_labels', 2))}
         labels = [str(named[i]) for i in sorted(named, key=int)]

@@ -179,7 +179,7 @@ def write_config(values):
                    for name, value in values.items() if value is not None)
 
 def to_stderr(text):
-    """Print a line on standard error: standard output is for results alone."""
+    """Print a line on standard error, apart from the results on standard output."""
     print(text, file=sys.stderr, flush=True)
 
 def shell_word(name):
@@ -408,7 +408,8 @@ class Tokenizer:
                   'gpt': (f'{source}$A{ends}', f'{source}$A $B{ends}'),
                   'encdec': (f'{source}$A <|endoftext|>',
                              f'{source}$A <|endoftext|> $B <|endoftext|>')}
-        if arch in frames:
+        wanted = [*self.source_ids, *self.encode('a')]                      # of a text
+        if arch in frames and (arch != 'gpt' or ends or engine.encode('a').ids != wanted):
             names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
                      for text, i in special.items() if text in frames[arch][1]]
             engine.post_processor = optional('tokenizers').processors.TemplateProcessing(

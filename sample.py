@@ -19,7 +19,7 @@ Instead of an answer, a score on a file, or a page that shows the attention weig
     python sample.py --score FILE
     python sample.py --start "The import statement" --attention page.html
 
-To read first: sample_token, generate, beam_search. A task has a row in DECODERS and in SCORES.
+To read first: sample_token, generate, beam_search. DECODERS and SCORES have the tasks.
 """
 
 import collections
@@ -197,7 +197,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
-    texts = batch = ids.tolist()                      # batch: those of texts that have not ended
+    texts = batch = ids.tolist()                                # batch: of those that go on
     new, read = ids[:, -block_size:].tolist(), 0                           # read: tokens in cache
     size = (len(new[0]) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
     cache = cache or KVCache(min(block_size, size))
@@ -892,6 +892,7 @@ def open_model(path, device='cpu'):
 def export(model, tokenizer, labels, folder, kind='text', block_size=None):
     """Write model and tokenizer as a Hugging Face folder, without rows that were added to GPT-2."""
     config, ends = model.config, tokenizer.end_ids
+    kind = config.task or kind
     size = min(config.vocab_size, max(tokenizer.n_vocab, 1 + max(ends)))
     if (tokenizer.name, config.arch, kind) == ('gpt2', 'gpt', 'text'):
         size = min(size, tokenizer.pad_id)  # the first token added; text to text needs its [SEP]

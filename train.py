@@ -720,8 +720,8 @@ def backward(step, model, forward, data, s, runtime):
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. An overflow of float16 only halves its scale. To see it, the CPU
-    waits for a GPU, so there only steps of the log raise: other bad steps are skipped unsaid.
+    then raise ValueError. An overflow of float16 only halves its scale. To know, the CPU must wait
+    for a GPU, so there only steps of the log raise: other bad steps are skipped unsaid.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -755,13 +755,13 @@ def duration(seconds):
 def flops_per_token(model):
     """
     Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361), not counting a table that is only looked up, and 12 L C T for
+    https://arxiv.org/abs/2001.08361), not counting tables that multiply nothing, and 12 L C T for
     attention, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). Too much
     where a token uses only some weights (one of two stacks, BERT's output for one in seven) or
-    where they are frozen, which is 2 each.
+    where they are frozen: 2 each, up to the first that is trained.
     """
     c = model.config
-    looked_up = 0 if c.tied and not c.task else c.vocab_size * c.n_embd
+    looked_up = ((not c.tied) + bool(c.task)) * c.vocab_size * c.n_embd
     attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
     return 6 * (num_parameters(model) - looked_up) + attention
 
@@ -770,7 +770,7 @@ def dry_run(model, s, data, runtime):
     Estimate what a run needs before it is spent. Memory: 0.4 GB for Python and torch; 16 bytes a
     parameter for weights, gradients and two moments (Muon has one); activations by equation 1 of
     Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198; the logits with their gradients. Too
-    much where flops_per_token says too much, and 4 bytes are enough for a frozen weight.
+    much for BERT, encoder-decoders and heads; and 4 bytes are enough for a frozen weight.
     """
     from torch.utils.benchmark import Timer  # slow to import
     config = model.config

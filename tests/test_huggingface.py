@@ -380,6 +380,7 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
     put(folder := place(), 'config.json', about)
     put(folder, 'adapter_config.json', {})
     refuses(folder, 'is an adapter')
+    refuses(folder / 'adapter_config.json', 'is an adapter')
 
 @pytest.mark.parametrize('preset, changes, named', [
     ('nano', {}, 'norm_weight'), ('palm', {}, 'parallel'), ('transformer', {}, 'norm_first'),
@@ -765,6 +766,8 @@ def test_an_exported_gpt_reads_there_what_it_read_here(folders, name):
         saved = ours.export_files(ours.n_vocab, 'gpt', kind)['tokenizer.json']
         found = hf.Tokenizer.from_str(json.dumps(saved)).encode('the cat')
         assert found.ids == [*ours.source_ids, *ours.encode('the cat').tolist(), *end]
+        if kind == 'text' and name in ('gpt2', 'llama'):  # data prepared with it are still its own
+            assert saved['post_processor'] == json.loads(ours.saved)['post_processor']
 
 @pytest.mark.parametrize('labels', [[], ['no answer']])
 def test_an_export_says_whether_questions_may_have_no_answer(place, labels):
