@@ -342,7 +342,7 @@ class Tokenizer:
         text -> ids (T,) and offsets (T, 2): text[a:b] holds each character that a token has a byte
         of. A CJK character or sign is encoded alone: entities and answers may end beside it.
         """
-        ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
+        ids = np.concatenate([self.encode(piece) for piece in split_cjk(text) if piece or not text])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
         # The bytes of a character after its first one are 10xxxxxx.
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
@@ -464,8 +464,8 @@ def train_bpe(piece_counts, n_tokens):
     tokens; it ends early where no pair occurs twice.
 
     Counting all pairs again before each merge would do, slowly. Here each distinct piece is stored
-    once, and a merge touches only the pieces that hold the pair: the pairs of such a piece are
-    taken off the counts, the piece is merged, and its new pairs are put back.
+    once, and a merge touches only the pieces that hold the pair, from its first place to its last:
+    the pairs there are taken off the counts, that part is merged, and its new pairs are put back.
     """
     tokens = [bytes([b]) for b in range(256)]
     pieces = [[tokens[b] for b in piece.encode()] for piece in piece_counts]
@@ -488,10 +488,16 @@ def train_bpe(piece_counts, n_tokens):
             new = b''.join(pair)
             tokens.append(new)
             for i in holders.pop(pair):
-                for p in itertools.pairwise(pieces[i]):
+                piece = pieces[i]
+                places = [at for at, p in enumerate(itertools.pairwise(piece)) if p == pair]
+                if not places:  # they have been merged with others
+                    continue
+                here = slice(max(0, places[0] - 1), places[-1] + 3)        # and its neighbours
+                merged = merge(piece[here], pair, new)
+                for p in itertools.pairwise(piece[here]):
                     counts[p] -= weights[i]
-                pieces[i] = merge(pieces[i], pair, new)
-                for p in itertools.pairwise(pieces[i]):
+                piece[here] = merged
+                for p in itertools.pairwise(merged):
                     counts[p] += weights[i]
                     if new in p:
                         changed.add(p)
@@ -1396,7 +1402,7 @@ DATASETS = {  # the task, and the function
 # -----------------------------------------------------------------------------
 # The script
 
-BPE_SAMPLE = 50_000_000  # characters that bpe learns from
+BPE_SAMPLE = 5_000_000  # characters that bpe learns from, of pieces all over the text
 
 @dataclasses.dataclass
 class Settings:
@@ -1464,7 +1470,8 @@ def prepare_text(settings, task, folder, files, val_files):
     require(size, f"{files[0]} is empty: add text")
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))
-    texts = part(read_pieces(files), 0, min(cut, BPE_SAMPLE))
+    texts = filter(None, part(read_pieces(files), 0, cut))
+    texts = itertools.islice(texts, 0, None, 1 + cut // BPE_SAMPLE)
     tokenizer = choose_tokenizer(settings, characters, texts)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     counts = {}

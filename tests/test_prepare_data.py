@@ -547,6 +547,13 @@ def test_pairs_come_back_whatever_is_in_them(tmp_path_factory, pairs, end, mark,
     made = prepare_data.encode_rows(BYTE, 'seq2seq', rows, [], 999)
     assert [bytes(e['ids'][:-1]).decode() for e in made] == [a.strip() for a, _ in pairs]
 
+def test_bpe_learns_from_all_over_a_large_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, 'BPE_SAMPLE', 100)
+    write(tmp_path / 'a.jsonl', '{"text": "aaaa"}\n' * 90 + '{"text": "zzzz"}\n' * 90)
+    prepare(Settings(input=[str(tmp_path / 'a.jsonl')], out_dir=str(tmp_path / 'out')))
+    ranks = prepare_data.load_tokenizer(tmp_path / 'out').ranks
+    assert {b'aaaa', b'zzzz'} <= ranks.keys()
+
 def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""
     write(tmp_path / 'a.tsv', '{"a": 1}\t A text \n\n\ufeffbad\ta\tb\n')
