@@ -250,8 +250,8 @@ APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
 FORMAT = 'plainformer tokenizer 2'
 
 def split_cjk(text):
-    """Each CJK character or sign apart, and the texts between them, which may be empty."""
-    return regex.split(f'({APART})', text)
+    """Each CJK character or sign apart, and the texts between them."""
+    return [*filter(None, regex.split(f'({APART})', text))] or ['']
 
 WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
 
@@ -342,7 +342,7 @@ class Tokenizer:
         text -> ids (T,) and offsets (T, 2): text[a:b] holds each character that a token has a byte
         of. A CJK character or sign is encoded alone: entities and answers may end beside it.
         """
-        ids = np.concatenate([self.encode(piece) for piece in split_cjk(text) if piece or not text])
+        ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
         # The bytes of a character after its first one are 10xxxxxx.
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
@@ -934,7 +934,7 @@ def read_tagged(path):
                     "first a token, last its tag: O, B-kind or I-kind (S- is B-, M- and E- are I- "
                     "here)")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
-            parts = [*filter(None, split_cjk(token))]
+            parts = split_cjk(token)
             row['tokens'] += parts
             row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
         elif row:

@@ -237,8 +237,8 @@ def capture(step, cache, new, uniforms):
     must be a tensor that it changes in place; capturing takes one step more.
     """
     place, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
-    length, stream, graph = place.new_tensor(0), capture_stream(), torch.cuda.CUDAGraph()
-    cache.length = length.fill_(cache.length)  # until now an int: a prompt needs no mask
+    length, stream, graph = place.new_tensor(cache.length), capture_stream(), torch.cuda.CUDAGraph()
+    cache.length = length  # until now an int: a prompt needs no mask
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(place, uniform)  # libraries set themselves up in the first call
