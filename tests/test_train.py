@@ -827,9 +827,10 @@ def test_every_recipe_is_made_of_good_flags():
 @pytest.mark.parametrize('dataset, preset', [('d', 'llama'), ('text', 't5'), ('classify', 'bert')])
 def test_the_config_of_a_run_repeats_it_bit_for_bit(folders, tmp_path, dataset, preset):
     """--config out/config.toml, and another out_dir: weights, settings and log are the same."""
-    more = {'vocab_size': 1000} if preset == 't5' else {}  # else that of the data
+    more = {'vocab_size': 1000} if preset == 't5' else {}  # else other data may have another
     first = fit(tmp_path / 'a', folders / dataset, **{
         **WIDE, **more, 'preset': preset, 'dropout': 0.1, 'eval_interval': 3, 'batch_size': 3})
+    assert ('vocab_size' in (tmp_path / 'a/config.toml').read_text()) == (preset == 't5')
     second = fit(tmp_path / 'b', init_from='auto', config=tmp_path / 'a/config.toml')
     again = fit(tmp_path / 'b', init_from='auto', config=tmp_path / 'a/config.toml')  # requeued
     assert not different(first, second) and not different(first, again)
