@@ -151,14 +151,18 @@ class Data:
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
             ^     ^      ^         ^                  ^
         """
-        parts = [self.tokenizer.token_bytes(i) for i in range(self.vocab_size)]
-        parts[self.tokenizer.end_id] = b'\n'
-        text = b''.join(map(parts.__getitem__, self.tokens))
-        until = np.array([*map(len, parts)])[self.tokens].cumsum()  # byte where each token ends
-        begins = [match.end() for match in SENTENCE_END.finditer(text)]  # in bytes, too
-        starts = np.searchsorted(until, begins, side='right')              # tokens that hold them
-        starts = np.unique(np.append(starts, len(self.tokens)))
-        document = (self.tokens == self.tokenizer.end_id).cumsum()[starts[:-1]]  # ends before it
+        bytes_of = [self.tokenizer.token_bytes(i) for i in range(self.vocab_size)]
+        bytes_of[self.tokenizer.end_id] = b'\n'
+        ends = np.flatnonzero(self.tokens == self.tokenizer.end_id) + 1    # of documents
+        starts, n = [], 0
+        for tokens in np.split(self.tokens, ends):
+            parts = [bytes_of[i] for i in tokens.tolist()]
+            begins = [match.end() for match in SENTENCE_END.finditer(b''.join(parts))]  # in bytes
+            found = np.searchsorted(np.cumsum([*map(len, parts)]), begins, side='right')
+            starts.append(np.unique(n + found[found < len(tokens)]))       # tokens that hold them
+            n += len(tokens)
+        starts = np.concatenate([*starts, [n]])
+        document = np.searchsorted(ends, starts[:-1], side='right')        # how many end before
         followed = np.flatnonzero(document[1:] == document[:-1])
         return starts, document, followed
 
