@@ -14,7 +14,7 @@ The Transformer family in one file, to be read from top to bottom.
 
 Letters in the comments on shapes:
 
-    B batch   T query positions    S key positions    C channels (n_embd)    D channels per head
+    B batch   T query positions    S key positions    C channels (n_embd)    D channels a head, d_k
     H heads   G key/value heads    V vocabulary       L labels               N tokens with a target
 
 Papers that are cited by number:
@@ -61,7 +61,7 @@ TASKS = ('classify', 'tag', 'qa')  # those with a head; TASKS of prepare_data.py
 class Config:
     """
     The architecture of a model. Raises ValueError where it cannot be built. Whatever you add to the
-    computation has to be a field, so that an export can refuse it.
+    computation has to be a field here: an export refuses values that transformers cannot express.
     """
     arch: str = flag('gpt', 'kind of model', ('gpt', 'bert', 'encdec', 'lstm'))
     task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
@@ -87,12 +87,12 @@ class Config:
     scale_attention: bool = flag(True, 'divide scores by sqrt(D); T5 does not')
     bias: bool = flag(True, 'biases in the linear layers of blocks and in LayerNorm')
     # positions and windows
-    positions: str = flag('learned', 'how order is told',
+    positions: str = flag('learned', 'how a model knows the order of tokens',
                           ('learned', 'sinusoids', 'rotary', 'relative', 'none'))
     rope_theta: float = flag(10000.0, 'rotary: base of the frequencies theta^(-2i/D)', low=1)
     rope_scaling: str = flag('', 'rotary, for longer texts: llama3 FACTOR LOW HIGH LENGTH')
-    window: str = flag('0', 'how far a token sees, itself counted; 0: all; "4 4 4 0": '
-                            'block by block, over and over')
+    window: str = flag('0', 'how far a token sees, counting itself; 0: without limit; "4 4 4 0": '
+                            'a value for each block, repeated')
     buckets: int = flag(32, 'relative: groups of distances, each with a learned bias', low=4)
     max_distance: int = flag(128, 'relative: distances from here on share one bias', low=1)
     # input and output
@@ -100,12 +100,12 @@ class Config:
     embedding_norm: bool = flag(False, 'normalise the input of the first block')
     scale_embedding: bool = flag(False, 'multiply token embeddings by sqrt(C)')
     scale_output: bool = flag(False, 'multiply the input of the output layer by 1/sqrt(C)')
-    tied: bool = flag(True, 'the output layer is the embedding matrix')
+    tied: bool = flag(True, 'the output layer uses the token embeddings as weights')
     # training
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
     label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
-    may_change = ('block_size', 'dropout', 'label_smoothing')  # once trained: see resize. No field
+    may_change = ('block_size', 'dropout', 'label_smoothing')  # no field: may change once trained
 
     def __post_init__(self):
         for f in fields(self):
@@ -183,7 +183,7 @@ PRESETS |= {  # the published sizes, on top of their row
 }
 
 # -----------------------------------------------------------------------------
-# Positional encoding. Attention sums over a set of tokens: without it, order would be unknown.
+# Positional encoding. Attention is a sum over the keys, which is the same in any order.
 
 def sinusoids(length, channels):
     """
@@ -198,8 +198,8 @@ def rotary_angles(length, channels, theta, scaling=''):
     """
     The angle of each pair of channels at each position, in radians (T, D/2): section 3.2 of [6].
     `llama3 FACTOR LOW HIGH LENGTH` is for texts longer than the LENGTH that a model was trained on:
-    pairs that turn less than LOW times in LENGTH positions become FACTOR times slower, those above
-    HIGH times stay, those between are mixed (from the code of Llama 3.1).
+    a pair that makes fewer than LOW turns in LENGTH positions turns FACTOR times slower, one with
+    more than HIGH is unchanged, one between is a mixture of both (from the code of Llama 3.1).
     """
     frequency = theta ** (-torch.arange(0, channels, 2).float() / channels)  # (D/2,)
     if scaling:
@@ -212,9 +212,9 @@ def rotary_angles(length, channels, theta, scaling=''):
 def rotate(x, cos, sin):
     """
     Rotate each pair of channels (a, b) of x (B, H, T, D) by the angle of its position, to
-    (a cos - b sin, b cos + a sin): section 3.4.2 of [6]. cos and sin (T, D/2). The product of a
-    rotated query and key depends on their places only by the distance. The two channels of a pair
-    lie half a head apart, as in Hugging Face's code; the paper and Meta's LLaMA pair neighbours.
+    (a cos - b sin, b cos + a sin): section 3.4.2 of [6]. cos and sin (T, D/2). The dot product of a
+    rotated query and key depends on positions only through the distance between them. The channels
+    of a pair lie D/2 apart, as in Hugging Face's code; the paper and Meta's LLaMA pair neighbours.
     """
     cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)       # (T, D)
     partner = x.roll(x.size(-1) // 2, dims=-1)                             # b for a, a for b
@@ -223,9 +223,9 @@ def rotate(x, cos, sin):
 def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     """
     T5's relative positions: distance (T, S) = key position - query position -> bucket (T, S),
-    section 2.1 of [4]. Half of the buckets stand for single distances, the other half for growing
-    ranges up to max_distance, the last one also for all beyond. both_sides=True (an encoder) gives
-    half of all buckets to keys on the right; in a decoder those count as distance 0.
+    section 2.1 of [4]. Half of the buckets hold one distance each, the other half growing ranges up
+    to max_distance, and the last bucket all beyond, too. both_sides=True (an encoder) gives half of
+    all buckets to keys on the right; in a decoder, keys on the right count as distance 0.
     """
     first = 0  # bucket of the key's side
     if both_sides:
@@ -245,11 +245,11 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     """
     Which keys each query may see: bool (1 or B, 1, T, S), True = may see, as in
     F.scaled_dot_product_attention (nn.MultiheadAttention means the opposite). positions (T,) are
-    those of the queries, key_positions (S,) those of the keys. causal: keys up to the query itself
-    (for that alone, kernels need no mask: see Stack.mask_arguments; so a rule of your own must be a
-    new argument, given to Stack.forward as one of `others`). window: keys less than so many
-    positions away (Beltagy et al. 2020, Longformer, https://arxiv.org/abs/2004.05150); 0: all.
-    real (B, S): False at padding.
+    those of the queries, key_positions (S,) those of the keys. causal: a query sees keys up to its
+    own position. window: a query sees keys less than so many positions away (Beltagy et al. 2020,
+    Longformer, https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding. A rule of
+    your own must be a new argument, passed to Stack.forward as one of `others`: without one,
+    Stack.mask_arguments often makes no mask, since a kernel knows the causal rule itself.
 
     With a cache of three tokens and two new ones, causal=True, window=3:
 
@@ -263,8 +263,8 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     if real is not None:
         real = real.bool()                                                 # it may hold 1 and 0
         mask = mask & real[:, None, :]                                     # (B, T, S)
-        # A query that sees no key would divide 0 by 0, and its NaN would reach every gradient. Only
-        # padding behind a window of padding has no key; its output is not used, so it sees all.
+        # If a query sees no key, softmax is 0 / 0: NaN, which would reach every gradient. Such a
+        # query is padding, as is its whole window. Its output is not used, so let it see all keys.
         mask = mask | ~mask.any(dim=-1, keepdim=True)
     return mask[:, None]
 
@@ -280,8 +280,8 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     softmax(Q K^T / sqrt(D)), equation 1 of [1]: how much of each key's value a query receives.
     q (B, H, T, D), k (B, G, S, D) -> (B, H, T, S), rows that sum to 1. mask is bool, as made by
     attention_mask, or float, added to the scores. causal=True: query i sees the keys up to i.
-    scale: 1/sqrt(D) unless given. If you change the formula, give it a new argument: without one,
-    attention() mostly calls a fused kernel instead, which does not know your change.
+    scale: 1/sqrt(D) unless given. If you change the formula, add an argument for it: without one,
+    attention() mostly calls a fused kernel instead, which computes the old formula.
 
     By hand, for four one-hot vectors x_1..x_4: the score x_i . x_j / sqrt(4) is 1/2 where i = j
     and 0 elsewhere, so a token gives itself exp(1/2) / (exp(1/2) + 3) = 0.35 and each other token
@@ -293,7 +293,7 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
     >>> [round(weight, 2) for weight in attention_weights(x, x, causal=True)[0, 0, 1].tolist()]
     [0.38, 0.62, 0.0, 0.0]
     """
-    scale = scale or q.size(-1) ** -0.5
+    scale = scale or q.size(-1) ** -0.5                                    # 1/sqrt(d_k)
     k = repeat_heads(k, q.size(1))                                         # (B, H, S, D)
     scores = (q * scale) @ k.transpose(-2, -1)                             # (B, H, T, S)
     if causal:
@@ -307,8 +307,8 @@ def attention_weights(q, k, mask=None, causal=False, scale=None):
 class Dropout(nn.Dropout):
     """
     Zero each value with probability p in training, and scale the others up so that the mean stays
-    (Srivastava et al. 2014). On a CPU one random byte per value decides, eight drawn as one int64,
-    which is faster than F.dropout; p is a multiple of 1/256 there.
+    (Srivastava et al. 2014). On a CPU one random byte decides on each value, and eight bytes are
+    drawn as one int64: faster than F.dropout, but p is rounded to a multiple of 1/256.
     """
 
     def forward(self, x):
@@ -323,9 +323,9 @@ class Dropout(nn.Dropout):
 
 def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     """
-    attention_weights(q, k) @ v: by a fused kernel, or by the formula where that is better. They
-    agree up to rounding. others: what you add to attention_weights: the formula is used then.
-    q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
+    attention_weights(q, k) @ v, by a fused kernel, or by the formula where that is better. Both
+    agree up to rounding. others: arguments that you added to attention_weights; then the formula is
+    used. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
     """
     p = drop.p if drop.training else 0.0
     if mask is not None and mask.is_floating_point():
@@ -349,7 +349,7 @@ def make_norm(config, channels, wanted=True):
     """
     LayerNorm: (x - mean) / sqrt(var + eps) * w + b (Ba et al. 2016, arxiv.org/abs/1607.06450).
     RMSNorm: x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019, arxiv.org/abs/1910.07467).
-    Both over the channels of one position. Where none is wanted: the identity.
+    Both average over the channels of one position. wanted=False: the identity.
     """
     if not wanted:
         return nn.Identity()
@@ -361,7 +361,7 @@ class KVCache:
     """
     What a decoder remembers of the tokens it has read, so that each step reads only the new one.
 
-        length          number of tokens read so far; it stays 0 in `cross`
+        length          tokens read so far, the position of the next one; it stays 0 in `cross`
         positions       of the tokens that are being read, (T,)
         layers[i]       keys and values of block i, (2, B, G, size, D), filled up to length
         memory, memory_mask     the encoded source (B, S, C) and its attention_mask (B, S)
@@ -372,8 +372,8 @@ class KVCache:
     dtype of the model: one query then attends to many keys 5 times as fast as in bfloat16.
 
     A CUDA graph (`capture` in sample.py) repeats operations of fixed shapes at fixed places in
-    memory. In it, `length` is a tensor on the device, and all `size` keys are read; a mask hides
-    those to come.
+    memory. Inside one, `length` is a tensor on the device, and queries read all `size` keys; a mask
+    hides those that are not filled yet.
     """
 
     def __init__(self, size, memory=None, memory_mask=None):
@@ -392,7 +392,7 @@ class KVCache:
         if isinstance(self.length, torch.Tensor):
             return both.index_copy_(3, self.positions, new.type_as(both))
         end = self.length + k.size(2)
-        if end > self.size:  # not require(f'...'): it would recompile at each length
+        if end > self.size:  # require(f'...') would make torch.compile recompile at each length
             raise ValueError(f"{end} tokens are more than the {self.size} of this KVCache")
         both[..., self.length:end, :] = new
         return both[..., :end, :]                                          # (2, B, G, S, D)
@@ -404,8 +404,8 @@ class KVCache:
 
     def reorder(self, rows, source=True):
         """
-        Row i becomes what row rows[i] was. source=False leaves the source where it is, for the
-        beams of one source, which only change places among themselves.
+        Row i becomes what row rows[i] was. source=False leaves the source as it is: enough where
+        rows only change places among the beams of one source.
         """
         self.layers = {i: both[:, rows] for i, both in self.layers.items()}
         if self.state is not None:
@@ -416,7 +416,7 @@ class KVCache:
             self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
 def narrow(x):
-    """x in 16 bits under autocast: converted once, not again by each product that reads x."""
+    """Convert x to autocast's 16 bits, if it is on: once, not in each product that reads x."""
     device = 'cpu' if x.is_cpu else 'cuda'  # torch raises at the name of another, such as meta
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -424,8 +424,8 @@ class Attention(nn.Module):
     """
     Multi-head attention, section 3.2.2 of [1]: H heads, each with D channels of its own, whose
     outputs stand side by side and are projected back to C channels. Keys and values come from x
-    itself, or in cross-attention from `memory`, the encoded source. layer: where a KVCache has
-    them, so that one Attention cannot be that of two layers.
+    itself, or in cross-attention from `memory`, the encoded source. layer: the index under which a
+    KVCache keeps them, so that two blocks cannot share one Attention.
     """
 
     def __init__(self, config, layer):
@@ -450,8 +450,8 @@ class Attention(nn.Module):
     def forward(self, x, memory=None, newest=0, rotary=None, cache=None, **scoring):
         """
         x (B, T, C) -> (B, T, C). rotary: (cos, sin) of the positions of x. With a cache, x holds
-        only the new tokens, which see the last `newest` of all keys (0: all of them); the first
-        call fills the cache of a memory. scoring: mask, causal, ... as in attention_weights.
+        only the new tokens, which see the last `newest` of all keys (0: all). With a memory, the
+        first call fills the cache. scoring: mask, causal, ... as in attention_weights.
         """
         x = narrow(x)
         if memory is not None and cache is not None and self.layer in cache.layers:
@@ -600,7 +600,7 @@ class Stack(nn.Module):
         False at padding, which stands on the right; None: all tokens are real. With a cache, ids
         holds only the new tokens, attention_mask also covers the earlier ones, and the memory is
         that of the cache. others: arguments that you have added to the function attention_mask.
-        Raises ValueError beyond block_size or the cache, and where memory is missing.
+        Raises ValueError for more tokens than block_size or the cache allow, or for missing memory.
         """
         past = 0
         if cache is not None:
@@ -613,7 +613,7 @@ class Stack(nn.Module):
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
-        positions = past + key_positions[:ids.size(1)]                     # (T,)
+        positions = past + key_positions[:ids.size(1)]                     # (T,), behind the cache
         x = self.embed(ids, positions, segments)                           # (B, T, C)
         shared, cross = {'cache': cache}, {'cache': cache and cache.cross, 'memory': memory}
         if cache is not None:
@@ -634,12 +634,12 @@ class Stack(nn.Module):
         return self.norm(x)
 
     def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
-        """Which keys are seen, as arguments of attention. real: the attention_mask of forward."""
+        """Which keys are seen, as arguments of Attention.forward. real: Stack's attention_mask."""
         T, S = positions.size(0), key_positions.size(0)
         relative = self.config.positions == 'relative'
-        # Kernels are faster without a mask. One new token needs none: it sees the newest keys. Nor
-        # do T queries and T keys where the window hides no key: for causal=True the kernel makes
-        # the triangle. Several tokens after a cache need one: kernels align query 0 with key 0.
+        # Kernels are faster without a mask. A single new token needs no mask: it sees the newest
+        # keys. T queries on T keys need none where the window hides no key: causal=True is enough.
+        # Several new tokens behind a cache need one, as causal=True aligns query 0 with key 0.
         if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
@@ -655,7 +655,7 @@ class Stack(nn.Module):
         return {'mask': self.as_numbers(mask, bias)}                       # (1 or B, 1 or H, T, S)
 
     def as_numbers(self, mask, bias=0.0):
-        """The bias where mask is True, else -inf: made once, not by a kernel in each block."""
+        """What to add to scores: bias where mask is True, else -inf. Made once for all blocks."""
         return torch.where(mask, bias, -math.inf).to(self.embed.tokens.weight.dtype)
 
 # -----------------------------------------------------------------------------
@@ -664,11 +664,11 @@ class Stack(nn.Module):
 def cross_entropy(logits, targets, num_targets=None, smoothing=0.0):
     """
     The one loss of this project, in nats: whatever is predicted is a choice among classes. logits
-    (..., classes), targets (...) with IGNORE_INDEX where there is none. It is the sum over all
-    targets divided by num_targets: the number here, unless the caller gives that of the whole
-    global batch (a mean of means would give short rows more weight). Divide a loss of your own by
-    it, too. smoothing: the share of a target that is spread over all classes (Szegedy et al. 2015,
-    https://arxiv.org/abs/1512.00567).
+    (..., classes), targets (...), where IGNORE_INDEX means that nothing is predicted. The loss is
+    the sum over all targets, divided by num_targets: their number here, unless the caller gives
+    that of the whole global batch (a mean of means would give short rows more weight). A term that
+    you add must be divided by num_targets, too. smoothing: the share of the probability that is
+    spread over all classes (Szegedy et al. 2015, https://arxiv.org/abs/1512.00567).
     """
     if targets is None:
         return None
@@ -685,9 +685,9 @@ def init_weights(model):
 
     gpt2     0.02; / sqrt(2 n_layer) where a layer writes to the residual stream: section 2.3 of [2]
     normal   0.02 everywhere (BERT; LLaMA as in Hugging Face's code)
-    fan_in   1 / sqrt(columns); token embeddings 1, as they enter the first block: section 5 of [5]
-    zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: blocks do
-             nothing yet
+    fan_in   1 / sqrt(columns); token embeddings enter the first block with 1: section 5 of [5]
+    zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: at first,
+             blocks add nothing
     """
     config = model.config
     for name, p in model.named_parameters():
@@ -705,11 +705,11 @@ def init_weights(model):
         else:
             std = p.size(1) ** -0.5
         if name.endswith('.q.weight') and not config.scale_attention:
-            std *= config.head_size ** -0.5  # what the scale would have done
+            std *= config.head_size ** -0.5  # in place of the scores' 1/sqrt(D)
         nn.init.normal_(p, std=std)
 
 class Output(nn.Module):
-    """Hidden states -> logits: h W^T + b, where W is the embedding matrix or one of its own."""
+    """Hidden states -> logits h W^T + b. W: the token embeddings (tied), or a matrix of its own."""
 
     def __init__(self, config, tokens, bias=False):
         super().__init__()
@@ -722,7 +722,7 @@ class Output(nn.Module):
         return F.linear(x * self.scale, self.weight, self.bias)            # (..., C) -> (..., V)
 
 class LanguageModel(nn.Module):
-    """What predicts tokens. A subclass makes a `decoder`, or its own `hidden`, and an `output`."""
+    """A model that predicts tokens. A subclass sets `output`, and `decoder` or its own `hidden`."""
 
     def __init__(self, config):
         super().__init__()
@@ -758,9 +758,9 @@ class GPT(LanguageModel):
 
 class LSTM(LanguageModel):
     """
-    What language models were before (Hochreiter and Schmidhuber 1997; gate f: Gers et al. 2000):
-    all of the past has to fit into a state of fixed size. Gates i, f, o = sigmoid, g = tanh of
-    W x_t + U h_(t-1) + b; then c_t = f c_(t-1) + i g and h_t = o tanh(c_t). Padding needs no mask.
+    Language models before the Transformer (Hochreiter and Schmidhuber 1997; gate f: Gers et al.
+    2000): all of the past has to fit into a state of fixed size. i, f, o are the sigmoid and g the
+    tanh of W x_t + U h_(t-1) + b; c_t = f c_(t-1) + i g, h_t = o tanh(c_t). Padding needs no mask.
     """
 
     def __init__(self, config):
@@ -782,9 +782,9 @@ class LSTM(LanguageModel):
 
 class BERT(LanguageModel):
     """
-    An encoder [3]: every token sees every other, so instead of the next token it predicts hidden
-    ones (masked language model), and whether text B follows text A (next sentence prediction). It
-    reads `[CLS] A [SEP] B [SEP]`; the output at [CLS] stands for all of it.
+    An encoder [3]: every token sees every other. So BERT does not predict the next token, but
+    hidden ones (masked language model), and whether text B follows text A (next sentence
+    prediction). It reads `[CLS] A [SEP] B [SEP]`; the output at [CLS] stands for the whole.
     """
 
     def __init__(self, config):
@@ -814,9 +814,9 @@ class BERT(LanguageModel):
     def forward(self, ids, segments=None, attention_mask=None, targets=None, next_targets=None,
                 num_targets=None, num_next_targets=None, **inputs):
         """
-        ids (B, T) -> logits (B, T, V), and no loss. With targets (B, T), logits (N, V) of the N
-        tokens that have one: one in seven has, and V is large. With next_targets (B,) alone,
-        logits (B, 2). The loss is the sum of both losses: appendix A.2 of [3].
+        ids (B, T) -> logits (B, T, V), and no loss. With targets (B, T): logits (N, V) only where a
+        token has a target, to save memory: V is large, and one token in seven has one. With
+        next_targets (B,) alone: logits (B, 2). The loss is the sum of both: appendix A.2 of [3].
         """
         x = self.hidden(ids, segments=segments, attention_mask=attention_mask, **inputs)
         losses = []
@@ -879,9 +879,9 @@ class TaskModel(nn.Module):
     def forward(self, ids, segments=None, attention_mask=None, targets=None, num_targets=None,
                 **inputs):
         """
-        ids (B, T) -> logits, and the loss where targets are given: classify (B, L) against (B,),
-        tag (B, T, L) against (B, T), qa (B, 2, T) against (B, 2), the places of the first and the
-        last token of the answer.
+        ids (B, T) -> logits, and the loss where targets are given. Logits and targets: classify
+        (B, L) and (B,), tag (B, T, L) and (B, T), qa (B, 2, T) and (B, 2), whose targets are the
+        places of the first and the last token of the answer.
         """
         task = self.config.task
         whole_text = task not in ('tag', 'qa')                             # classify, or your own
@@ -946,7 +946,7 @@ def save(path, model, /, **extra):
 
 @contextlib.contextmanager
 def reading(path, remedy):
-    """Errors inside become ValueError with a remedy; a missing or forbidden file keeps its own."""
+    """Turn errors inside into ValueError with a remedy, except for a missing or forbidden file."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -1003,9 +1003,9 @@ def load(path, device='cpu', **changes):
 
 def resize(model, path, **changes):
     """
-    The same weights under other fields of Config: a smaller block_size or vocab_size drops the last
-    rows, a larger vocab_size adds some near their mean. Raises ValueError where the positions that
-    were trained end before block_size. path: for that message.
+    The same weights under other fields of Config. A smaller block_size or vocab_size drops the last
+    rows of a table, a larger vocab_size adds rows near their mean. A larger block_size raises
+    ValueError, except where positions have no end ('relative', 'none'); path is for its message.
     """
     old, config = model.config, replace(model.config, **changes)
     if config == old:
@@ -1027,8 +1027,8 @@ def resize(model, path, **changes):
 def optimizer_groups(model, weight_decay):
     """
     The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
-    each token, position or label), `matrices` (others of two dimensions), and without weight decay
-    `vectors` (all else: biases, norms).
+    each token, position or label), `matrices` (other weights of two dimensions), and `vectors` (all
+    others, such as biases and norms), which get no weight decay.
     """
     tables = r'(\b|_)(tokens|positions|segments|relative_bias|output|head)\.weight'  # add yours
     groups = {'matrices': [], 'embeddings': [], 'vectors': []}
@@ -1128,8 +1128,8 @@ FAMILIES['mistral'] = replace(  # Jiang et al. 2023: a Llama with a window
 ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
         'original_max_position_embeddings')  # the words of Config.rope_scaling
 
-# Fields that change what a model computes, and that are not supported here. If its family does not
-# read it, such a field must be null or have the value given below; None: be false or empty.
+# Fields that change what a model computes, and that are not supported here. Unless its family reads
+# such a field, it must be null or have the value below; None below: it must be false or empty.
 UNSUPPORTED = dict.fromkeys("""
     add_cross_attention attention_bias attention_sinks final_logit_softcapping is_decoder
     layer_types mlp_bias num_experts num_local_experts pruned_heads quantization_config

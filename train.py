@@ -12,13 +12,13 @@ The data flow, which is all that the loop knows of a task:
 
     data --objective--> examples --collate--> batch --model(**batch)--> (logits, loss)
 
-An example is a dict of arguments of model.forward(), and `meta`. A step is a pure function of the
-checkpoint and its number: example i is drawn from (seed, i), the order of an epoch from (seed,
-epoch), dropout from the number of the first example. So nothing about the loader needs saving, and
-a resumed run is the unbroken one, on a CPU bit for bit.
+An example is a dict of arguments of model.forward(), and `meta`, which the model does not get. What
+a step does depends only on the checkpoint and on the number of the step: example i is drawn from
+(seed, i), the order of an epoch from (seed, epoch), dropout from (seed, number of the first
+example). So no data loader is saved, and a resumed run is the unbroken one, on a CPU bit for bit.
 
-To read first: the objectives, such as masked_lm; Muon; backward and optimizer_step, which are a
-step; Trainer.run, the loop. start() makes all that it needs from the flags.
+To read first: the objectives, such as masked_lm; Muon; backward and optimizer_step, which make up a
+step; Trainer.run, the loop. start() turns flags into all that the loop needs.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def epoch_order(n, *key):
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
-    """An epoch's rows in order (n,): a batch that lies within it has rows of about one length."""
+    """A random order of all rows (n,), in which each whole batch has rows of about one length."""
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
     begin = -epoch * n % size  # rows that complete the last batch of the epoch before
@@ -78,8 +78,8 @@ def row_order(data, epoch):
 
 class Data:
     """
-    One split of a folder of prepare_data.py: `tokens`, one long row of ids, and of labelled data
-    `rows`, the examples. batch_size: of a whole step; its rows should be about equally long.
+    One split of a folder that prepare_data.py wrote. tokens: all ids, one after another. rows: the
+    examples of labelled data, else []. batch_size: of a whole step, for row_order.
     """
 
     def __init__(self, folder, split, seed=0, batch_size=1):
@@ -145,7 +145,7 @@ class Data:
     def sentences(self):
         """
         (starts, document, followed): where each of n sentences starts, and the end of the text,
-        (n + 1,); its document (n,); those with a successor in it. A sentence ends after . ! ?
+        (n + 1,); its document (n,); those followed by another in it. A sentence ends after . ! ?
         before white space, after 。！？।۔؟ and at line ends; a document ends at <|endoftext|>.
 
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
@@ -197,8 +197,8 @@ def masked_lm(data, index, T):
         targets         -    -   cat    -  -    -    -  purred -    -       - is IGNORE_INDEX
         next_targets  1                                                     B follows A
 
-    (So short a text would have one target, not two.) Rows of labelled data have no next_targets;
-    nor has text of one document, or without sentences that follow each other.
+    (A text this short would have one target, not two.) Rows of labelled data have no next_targets;
+    nor has a text of a single document, or one in which no sentence follows another.
     """
     rng, example = data.rng(1, index), {}
     if data.rows:
@@ -214,14 +214,14 @@ def masked_lm(data, index, T):
 
 def sentence_pair(data, rng, room):
     """
-    Two texts of at most `room` tokens together, and 1 if B follows A, else 0. Half of the pairs
-    follow. Otherwise B is from another document: in the same one it would often fit too. A has at
-    most a random share of the room, a quarter to three quarters. What is too long loses the
-    beginning of A and the end of B, so that the two still touch.
+    Two texts A and B of at most `room` tokens together, and 1 if B follows A, else 0. In half of
+    the pairs B follows; else B is from another document: one from the same might fit, too. A has at
+    most a random share of the room, a quarter to three quarters. If the texts are too long, A
+    loses its beginning and B its end, so that they still meet.
     """
     starts, document, followed = data.sentences
     first = rng.choice(followed)                                           # A's first sentence
-    length = rng.integers(room // 4, 3 * room // 4 + 1)                    # most tokens of A
+    length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
     low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
     fitting = np.searchsorted(starts[first + 1:high], starts[first] + length, side='right')
     after = first + max(1, fitting)                                        # the sentence behind A
@@ -255,9 +255,9 @@ def hide_tokens(ids, data, rng):
 def span_corruption(data, index, T):
     """
     Text-to-text from plain text, section 3.1.4 of Raffel et al. 2019, T5,
-    https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all, three long on average
-    (section 3.3.4). A sentinel stands for each, and the target says what stood there. (The figure
-    hides more than 15 %, as the paper's does, whose target ends with one more sentinel.)
+    https://arxiv.org/abs/1910.10683: runs of tokens are hidden, 15 % of all tokens, three to a run
+    on average (section 3.3.4). A sentinel replaces each run, and the target says what it replaces.
+    (The figure hides more, as does the paper's, whose target ends with one more sentinel.)
 
         text           Thank you for inviting me to your party last week
         ids            Thank you <extra_0> me to your party <extra_1> <|endoftext|>
@@ -329,10 +329,10 @@ GOOD = torch.tensor(1.0)  # a step that moves the weights: see Optimizer.step
 
 class Optimizer:
     """
-    Weights in groups, each with its own decay. A subclass has new_state(p), a list of the tensors
-    that are kept and saved for a weight, and update(lr, decay, good, weights, gradients, *state):
-    weights, gradients and each of the state are lists, one entry per weight. Where good is 0,
-    gradients may hold NaN, and nothing may move.
+    Weights in groups, each with its own weight decay. A subclass has new_state(p), which makes the
+    list of tensors to keep and save for a weight, and update(lr, decay, good, weights, gradients,
+    *state), where weights, gradients and each item of state are lists with one entry per weight. If
+    good is 0, gradients may hold NaN, and neither weights nor state may change.
     """
 
     def __init__(self, groups, peak_lr):
@@ -365,10 +365,10 @@ class Optimizer:
 
 class AdamW(Optimizer):
     """
-    Kingma and Ba 2014, https://arxiv.org/abs/1412.6980, with the decay of Loshchilov and Hutter
-    2017, https://arxiv.org/abs/1711.05101 (times lr, as in torch; in the paper by the schedule):
-    with running means m of the gradient g and v of its square, both divided by 1 - beta^t since
-    they start at 0,
+    Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) with the weight decay of Loshchilov
+    and Hutter 2017, https://arxiv.org/abs/1711.05101. m and v are running means of the gradient and
+    of its square, both divided by 1 - beta^t, since they start at 0. (The decay is multiplied by
+    lr, as in torch, not by the schedule alone, as in the paper.)
 
         weight -= lr * (m / (sqrt(v) + 1e-8) + weight_decay * weight)
     """
@@ -388,9 +388,9 @@ class AdamW(Optimizer):
 
 def orthogonal(x):
     """
-    x (n, rows, columns) -> nearly orthogonal matrices: of U S V^T about U V^T. Five times (Newton
-    and Schulz) x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x brings most singular values to
-    between 0.7 and 1.2.
+    x (n, rows, columns) -> nearly orthogonal matrices: U S V^T becomes about U V^T. Newton and
+    Schulz's step x = 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x, taken five times, brings
+    most singular values to between 0.7 and 1.2.
     """
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
@@ -403,10 +403,10 @@ def orthogonal(x):
 
 class Muon(Optimizer):
     """
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: momentum, then a step of equal
-    size in all directions, where the plain gradient would follow the few largest. Matrices of one
-    shape are orthogonalised together, in bfloat16 if that is `dtype`: rough products will do. With
-    the running mean m of the gradient g, and scale = sqrt(max(1, rows / columns)) as in its code,
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: make the gradient (with momentum)
+    orthogonal, so that a step is equally large in all directions; the plain gradient is large in a
+    few. Matrices of one shape are computed together, and in bfloat16 if `dtype` is: precise enough.
+    m: the running mean of the gradient g; scale: sqrt(max(1, rows / columns)), as in their code.
 
         weight -= lr * (scale * orthogonal(momentum * m + (1 - momentum) * g) + decay * weight)
     """
@@ -449,7 +449,7 @@ SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # 1: 
              'linear': lambda done: 1 - done, 'constant': lambda done: 1.0}
 
 def learning_rate(step, s):
-    """Up in a line for warmup_iters, then down to min_lr at lr_decay_iters, unless constant."""
+    """Linear warm-up over warmup_iters; then, unless constant, down to min_lr at lr_decay_iters."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
     low = s.learning_rate / 10 if s.min_lr is None else s.min_lr
@@ -491,14 +491,14 @@ class Settings:
     muon_momentum: float = flag(0.95, 'of Muon: share of the old mean', below=1)
     min_lr: float = flag(None, 'learning rate at the end [learning_rate / 10]')
     warmup_iters: int = flag(50, 'steps over which the learning rate rises')
-    lr_decay_iters: int = flag(None, 'step at which it reaches min_lr [max_iters]', low=1)
-    lr_schedule: str = flag('cosine', 'how it falls', SCHEDULES)
+    lr_decay_iters: int = flag(None, 'step at which min_lr is reached [max_iters]', low=1)
+    lr_schedule: str = flag('cosine', 'how the learning rate falls', SCHEDULES)
     weight_decay: float = flag(0.1, 'of matrices and embeddings', high=1e6)
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', below=1)
     beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none')
-    freeze: str = flag('', 'weights to keep, by words in their names: trunk, or "tokens blocks.0."')
-    adversarial: float = flag(0.0, 'also learn from embeddings moved so far up their gradient')
+    freeze: str = flag('', 'words in names of weights to freeze: trunk, or "tokens blocks.0."')
+    adversarial: float = flag(0.0, 'also train on embeddings moved this far up their gradient')
     # where
     seed: int = flag(1337, 'of everything random')
     device: str = flag('auto', 'auto: cuda, else cpu', ('auto', 'cpu', 'cuda', 'mps'))
@@ -515,7 +515,7 @@ TEXT_TO_TEXT = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3,
 NEW_HEAD = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
-    """Rows for pre-trained models: few, small steps; those of BERT (appendix A.3) are smaller."""
+    """Rows for pre-trained models: few and small steps, but larger than BERT's (appendix A.3)."""
     usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
                  beta2=0.999, weight_decay=0.01, dropout=0.1)
     return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
@@ -569,8 +569,8 @@ class Runtime:
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
         if self.device == 'cpu':
             keep_memory()
-        # torch says that the next call is old, that autocast of mps knows no float32, even if not
-        # enabled, and that RMSNorm of 16 bits is slow where it has float32 weights (--qk_norm)
+        # Warnings to ignore: that the next call is an old one, that autocast on mps has no float32
+        # (even if it is off), that RMSNorm in 16 bits is slow with float32 weights (--qk_norm).
         warnings.filterwarnings('ignore', '.*to control TF32|In MPS autocast|Mismatch dtype')
         tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
         torch.set_float32_matmul_precision('high' if tf32 else 'highest')
@@ -603,7 +603,7 @@ class Runtime:
         return total.tolist()
 
     def average_gradients(self, model):
-        """Over all processes, as one long vector. Averaging twice (--adversarial) does no harm."""
+        """Over all processes, as one vector. What was averaged before (--adversarial) stays."""
         if self.world_size > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             mean = parameters_to_vector(gradients) / self.world_size
@@ -611,7 +611,7 @@ class Runtime:
             vector_to_parameters(mean, gradients)
 
     def print0(self, text):
-        """Print in the main process. The work goes on where nobody can read it any more."""
+        """Print in the main process. If the output is closed, the run goes on without it."""
         if self.is_main:
             progress('')
             try:
@@ -624,9 +624,9 @@ class Runtime:
 
 def evaluate(model, data, s, runtime, limit=None):
     """
-    Returns {name: score}. Of labelled data: the scores of its task, over all rows of val; of text
-    to text only where one of them chooses best.pt, or limit is None. If the loss is not among them:
-    also loss and accuracy of `limit` examples (None: all). Of a whole text: text_scores.
+    Returns {name: score}. For labelled data of val: the scores of the task over all rows (for
+    seq2seq only if one of them chooses best.pt, or limit is None). Unless these have a loss: also
+    loss and accuracy of `limit` examples (None: all). For a whole text: text_scores instead.
     """
     scores, T, example = {}, model.config.block_size, OBJECTIVES[s.objective].example
     writes = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
@@ -664,9 +664,9 @@ def print_sample(model, tokenizer, s, runtime):
 
 def micro_batches(step, s, runtime):
     """
-    This process's part of a step: the first example of each of its micro-batches, and how many each
-    has: batch_size, or a divisor of it where that does not fit into the part (then dropout draws
-    other values).
+    The part of a step that falls to this process: the first example of each of its micro-batches,
+    and how many examples each has. That is batch_size, or the largest divisor of batch_size that
+    also divides the part (then dropout draws other values).
     """
     total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
     require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
@@ -684,9 +684,9 @@ def fgm_perturbation(gradient, distance):
 
 def backward(step, model, forward, data, s, runtime):
     """
-    Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. The
-    batches are made first, since each loss is divided by the number of targets in all of them.
-    forward: the model as it is called, which may be compiled.
+    Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. All
+    batches are made first, since the loss of each is divided by the number of targets in all of
+    them. forward: the model, or its compiled form.
     """
     firsts, n = micro_batches(step, s, runtime)
     batches = [get_batch(data, s.objective, model.config.block_size, first, n) for first in firsts]
@@ -723,16 +723,16 @@ def backward(step, model, forward, data, s, runtime):
 
 def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
-    Clip the gradient and move the weights, but not where the loss or the gradient is not finite:
-    then raise ValueError. An overflow of float16 only halves its scale. To know, the CPU must wait
-    for a GPU, so there only steps of the log raise: other bad steps are skipped unsaid.
+    Clip the gradient and move the weights. If the loss or the gradient is not finite, no weight
+    moves and ValueError is raised; but an overflow in float16 only halves the scale of the loss.
+    To check, the CPU waits for a GPU: there, only bad steps of the log raise, others do nothing.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
     good = (loss + norm).isfinite().float()
-    asked = runtime.device != 'cuda' or step % s.log_interval == 0
-    if asked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
+    checked = runtime.device != 'cuda' or step % s.log_interval == 0
+    if checked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
         raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not "
                          f"finite: resume from {s.out_dir}/ckpt.pt with a lower --learning_rate, "
                          "--muon_learning_rate or --adversarial")
@@ -759,10 +759,10 @@ def duration(seconds):
 def flops_per_token(model):
     """
     Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361), not counting tables that multiply nothing, and 12 L C T for
-    attention, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). Too much
-    where a token uses only some weights (one of two stacks, BERT's output for one in seven) or
-    where they are frozen: 2 each, up to the first that is trained.
+    https://arxiv.org/abs/2001.08361), but 0 for token tables that are only looked up; for attention
+    12 n_layer C T, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). This
+    is too much if a token uses only some weights (one of two stacks; BERT's output: one token in
+    seven), or if weights are frozen (2 each, below the first weight that is trained).
     """
     c = model.config
     looked_up = ((not c.tied) + bool(c.task)) * c.vocab_size * c.n_embd
@@ -773,8 +773,8 @@ def dry_run(model, s, data, runtime):
     """
     Estimate what a run needs before it is spent. Memory: 0.4 GB for Python and torch; 16 bytes a
     parameter for weights, gradients and two moments (Muon has one); activations by equation 1 of
-    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198; the logits with their gradients. Too
-    much for BERT, encoder-decoders and heads; and 4 bytes are enough for a frozen weight.
+    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198; the logits with their gradients. This
+    is too much for BERT, encoder-decoders, models with a head, and frozen weights (4 bytes each).
     """
     from torch.utils.benchmark import Timer  # slow to import
     config = model.config
@@ -785,7 +785,7 @@ def dry_run(model, s, data, runtime):
     n, tokens = num_parameters(model), tokens_per_step(s, data, config)
     flops = flops_per_token(model) * (2 if s.adversarial else 1)
     width = runtime.dtype.itemsize // 2                                    # times 16 bits
-    # the T x S weights are stored where attention() follows the formula, as does the equation
+    # equation 1 counts T x S weights, which attention() stores only if it uses the formula
     fused = runtime.device == 'cuda' or T > 512 or (width == 2 and not config.dropout)
     scores = 0 if fused else 5 * config.n_head * T
     activations = s.batch_size * T * (width * blocks * (34 * C + scores) + 12 * V)
@@ -837,7 +837,7 @@ def on_signal(handler):
             signal.signal(number, handler)
 
 class Trainer:
-    """A run: how far it is (`at`, `log`) and its files. checkpoint: of the run to go on with."""
+    """A run. at: its Progress; log: a row per evaluation. checkpoint: that of a run to resume."""
 
     def __init__(self, model, data, val, s, runtime, checkpoint=None):
         self.data, self.val, self.s, self.runtime = data, val, s, runtime
@@ -882,11 +882,11 @@ class Trainer:
                  block_size=data.block_size, progress=asdict(self.at), log=self.log, **extra)
 
     def evaluate(self):
-        """Evaluate, write best.pt where it is due, and log.csv; returns why to stop now, or ''."""
+        """Evaluate; write log.csv, and best.pt if it is a new best. Returns why to stop, or ''."""
         s, at, runtime, reason = self.s, self.at, self.runtime, ''
-        some = s.eval_iters * s.batch_size
-        train_loss = evaluate(self.model, self.data, s, runtime, some)['loss']
-        scores = evaluate(self.model, self.val, s, runtime, some)
+        limit = s.eval_iters * s.batch_size
+        train_loss = evaluate(self.model, self.data, s, runtime, limit)['loss']
+        scores = evaluate(self.model, self.val, s, runtime, limit)
         runtime.print0(f"step {at.step}: train loss {train_loss:.4f}, val "
                        f"{sample.format_scores(scores)}")
         if s.target_loss and scores['loss'] <= s.target_loss:  # of some examples: now of all
@@ -914,7 +914,7 @@ class Trainer:
         return reason
 
     def mfu(self, seconds):
-        """', MFU 41%' of a step in so many seconds, on cards that are known."""
+        """', MFU 41%': model FLOPs utilization of a step of so many seconds, if a card is known."""
         name = torch.cuda.get_device_name() if self.runtime.device == 'cuda' else ''
         peak = self.runtime.world_size * sum(PEAKS[card] for card in PEAKS if card in name)
         flops = flops_per_token(self.model) * self.tokens / seconds
@@ -1016,8 +1016,8 @@ def adapt_model(model, checkpoint, path, data, runtime):
 
 def sort_head(model, checkpoint, data):
     """
-    A head of others may have the labels in another order: sort its rows as the data do. A head of
-    qa has two outputs, whether there are questions without an answer or not.
+    A head from elsewhere may have the labels in another order: put its rows in the order of the
+    data. A qa head has two outputs, whether or not the data have questions without an answer.
     """
     labels = checkpoint.get('labels', [])
     if data.task == 'qa':
@@ -1029,8 +1029,8 @@ def sort_head(model, checkpoint, data):
 
 def freeze(model, s):
     """
-    Keep the weights with one of some words in their names: `trunk` is all but the head, which makes
-    the head a logistic regression on features; `tokens embed blocks.0.` are the first layers.
+    Do not train weights with a word of --freeze in their names: `trunk` is all but the head, which
+    becomes a logistic regression on features; `tokens embed blocks.0.` are the first layers.
     """
     for name, p in model.named_parameters():
         p.requires_grad_(not any(word in name for word in s.freeze.replace(',', ' ').split()))
@@ -1048,7 +1048,7 @@ def find_objective(s, arch, task):
             f"{' or '.join(fitting) or 'none of them'}: choose another --objective or --preset")
     return chosen
 
-# What a resumed run has to keep: its weights, its examples or its best.pt depend on it.
+# Settings that a resumed run must keep: weights, examples or best.pt depend on them.
 FIXED = ('block_size', 'optimizer', 'freeze', 'batch_size', 'gradient_accumulation_steps', 'seed',
          'objective', 'best_by')
 
@@ -1111,9 +1111,9 @@ def check(given, s, config, data, val, checkpoint, path, resume):
 def start(given):
     """
     Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
-    Later ones override earlier ones: defaults, the recipe, the checkpoint, the flags. A checkpoint
-    that is resumed or scored gives all of its settings, else only its preset and data set. The
-    settings s are made three times, as more is known: flags; checkpoint; recipe and objective.
+    Settings override each other in this order, the last wins: defaults, recipe, checkpoint, flags.
+    A checkpoint that is resumed or scored gives all of its settings, others only preset and data
+    set. The settings s are made three times: from flags; checkpoint; recipe and objective.
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
@@ -1159,7 +1159,7 @@ def start(given):
         split.is_text[model.config.vocab_size:] = False  # a tokenizer may have more than the model
         if not by_rows:
             split.rows = []
-    # cuDNN plans 30 ms for each new shape, and has no gradient of a mask: only for causal=True
+    # cuDNN plans 30 ms for each new shape and gives a mask no gradient: use it if neither occurs
     plain = not by_rows and model.config.window == '0' and model.config.positions != 'relative'
     torch.backends.cuda.enable_cudnn_sdp(plain)
     check(given, s, model.config, data, val, checkpoint, path, resume)
@@ -1168,7 +1168,7 @@ def start(given):
     return model, s, data, val, checkpoint if resume else None, runtime
 
 def lock(folder):
-    """A file to keep open: it locks its folder. Raises ValueError while another process does."""
+    """Lock a folder by a file to keep open. Raises ValueError if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / '.lock'
     f = path.open('a')  # closed with its process, however that ends
