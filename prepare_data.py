@@ -3,8 +3,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
 
     data/NAME/meta.json             what it is: task, vocabulary, counts, labels, source, sha256
     data/NAME/tokenizer.json        how text becomes ids and back
-    data/NAME/train.bin, val.bin    to pre-train on: one long row of ids (uint16 or uint32), in
-                                    which a whole document ends with <|endoftext|>
+    data/NAME/train.bin, val.bin    to pre-train on: one long row of ids (uint16 or uint32);
+                                    <|endoftext|> follows each document that is complete
     data/NAME/train.jsonl, val.jsonl    to fine-tune on: one example a line, whose keys are the
                                     arguments of model.forward(), and `meta`
 
@@ -16,8 +16,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task seq2seq --input en-de.tsv      source<TAB>target
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
-train.py and sample.py import this one, so what all three share stands here too: flags, one-line
-errors, the progress line. To read first: merge and train_bpe, Tokenizer, tag_examples, qa_examples.
+train.py and sample.py import this file, so it also holds what all three share: flags, errors in one
+line, the progress line. Read merge, train_bpe, Tokenizer, tag_examples and qa_examples first.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
@@ -88,8 +88,8 @@ def flag(default, help, choices=(), **bounds):
 
 def check_flags(settings):
     """
-    Raise ValueError for the first field of a dataclass of flags whose value breaks its rules. From
-    Python, a Path or a number of numpy may be given, too: values become those of a command line.
+    Raise ValueError for the first flag whose value breaks its rules. Values are converted to the
+    type of their field: from Python they may be a Path or a number of numpy.
     """
     for f in dataclasses.fields(settings):
         value, rules = getattr(settings, f.name), f.metadata
@@ -127,8 +127,8 @@ class Parser(argparse.ArgumentParser):  # raises where argparse ends the program
 
 def read_flags(argv, description, groups):
     """
-    argv -> {name: value} of the flags that were given; groups: {title of the help: dataclass}. The
-    values of --config FILE.toml count too, less than those of argv. Raises ValueError or OSError.
+    argv -> {name: value} of the flags that were given. groups: {title in --help: dataclass}. Flags
+    that only --config FILE.toml gives are added. Raises ValueError or OSError.
     """
     parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
@@ -230,7 +230,7 @@ def run(main):
         sys.exit(130)
 
 def progress(text):
-    """The live line of long work, on a terminal, by one process. An empty text clears it."""
+    """Write text over the last progress line, on a terminal, by one process only. '' clears it."""
     with contextlib.suppress(OSError):
         if sys.stderr and sys.stderr.isatty() and os.environ.get('RANK', '0') == '0':
             width = shutil.get_terminal_size().columns - 1
@@ -255,17 +255,17 @@ def split_cjk(text):
 
 WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
 
-# Where a long text may be cut, since no token of WORDS lies across: behind a line end, or before
-# the last of several, if no white space follows; before a space, but not behind a >, or a piece
-# might end in <|endoftext|>, as a document does. (?r) searches from the end.
+# Where a long text may be cut, since no piece of WORDS crosses these places: after a line end, or
+# before the last of several line ends, if no white space follows; before a space, but not after >,
+# as a piece that ends in <|endoftext|> would end a document. (?r) searches from the end.
 CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
 PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
 
 def safe_pieces(texts, size=PIECE):
     """
-    Join texts, none longer than `size`, and cut them again, into pieces of about `size` characters,
-    without cutting a token. Where there is no such place, a piece ends anywhere, after 2 * size
-    characters.
+    Join texts, each of at most `size` characters, and cut the whole into pieces of about `size`
+    characters at places of CUT, where no token is cut. If there is no such place, a piece ends
+    anywhere after 2 * size characters.
     """
     rest = ''
     for text in texts:
@@ -321,7 +321,7 @@ class Tokenizer:
         return [*pick(self.special, '<|source|>').values()]
 
     def encode(self, text):
-        """text -> ids (T,), uint32; torch wants .tolist(). ValueError: an unknown character."""
+        """text -> ids (T,), uint32 (for torch: .tolist()). ValueError if a character is unknown."""
         if self.name == 'char':
             for c in dict.fromkeys(text):
                 if c.encode(errors='replace') not in self.ranks:
@@ -339,14 +339,14 @@ class Tokenizer:
 
     def encode_with_offsets(self, text):
         """
-        text -> ids (T,) and offsets (T, 2): text[a:b] holds each character that a token has a byte
-        of. A CJK character or sign is encoded alone: entities and answers may end beside it.
+        text -> ids (T,) and offsets (T, 2): a token at offsets a, b has bytes of all characters in
+        text[a:b]. CJK characters and signs are encoded alone: an answer may end beside each.
         """
         ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
         # The bytes of a character after its first one are 10xxxxxx.
         is_first = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
-        character = np.cumsum(is_first) - 1  # of each byte
+        character = np.cumsum(is_first) - 1  # the place of each byte's character
         return ids, np.stack([character[ends[:-1]], character[ends[1:] - 1] + 1], axis=1)
 
     def decode(self, ids):
@@ -377,7 +377,7 @@ class Tokenizer:
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
     def hf_engine(self, special, task):
-        """This as a Tokenizer of `tokenizers`. special: {text: id} of special tokens to keep."""
+        """The same tokenizer in the package `tokenizers`, with the tokens of special {text: id}."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
         vocab = {''.join(VISIBLE[b] for b in token): i for token, i in self.ranks.items()}
         # each token with all pairs of tokens that it can be merged of
@@ -398,8 +398,8 @@ class Tokenizer:
 
     def export_files(self, vocab_size, arch, task=''):
         """
-        {file name: data} for transformers, with the special tokens below vocab_size. There, a
-        tokenizer adds [CLS] and the like itself: as in the examples that this arch has read.
+        {file name: data} for transformers, with those special tokens whose id is below vocab_size.
+        In transformers the tokenizer itself adds [CLS] and the like, as `arch` reads them here.
         """
         special = {text: i for text, i in self.special.items() if i < vocab_size}
         engine, source = self.hf_engine(special, task), '<|source|> ' * ('<|source|>' in special)
@@ -459,17 +459,17 @@ def merge(tokens, pair, new):
 def train_bpe(piece_counts, n_tokens):
     """
     Byte-pair encoding [1] over bytes [2]: start from the 256 bytes, and again and again merge the
-    pair of neighbours that occurs most often; of equals, that whose bytes come first. No merge
-    crosses the pieces that the pattern cuts. {piece: how often} -> {bytes: id} of at most n_tokens
-    tokens; it ends early where no pair occurs twice.
+    pair of neighbours that occurs most often; of equally frequent pairs, the one whose bytes sort
+    first. Pairs lie inside a piece of the pattern. {piece: how often} -> {bytes: id} of at most
+    n_tokens tokens, or fewer if no pair is left that occurs twice.
 
-    Counting all pairs again before each merge would do, slowly. Here each distinct piece is stored
-    once, and a merge touches only the pieces that hold the pair, from its first place to its last:
-    the pairs there are taken off the counts, that part is merged, and its new pairs are put back.
+    To count all pairs again before each merge would be right, but slow. Here each distinct piece is
+    stored once, and a merge changes only pieces that hold the pair: from its first place to its
+    last, the old pairs are subtracted from the counts, and the new ones are added.
     """
     tokens = [bytes([b]) for b in range(256)]
     pieces = [[tokens[b] for b in piece.encode()] for piece in piece_counts]
-    weights = [*piece_counts.values()]
+    weights = [*piece_counts.values()]      # how often each piece occurs
     counts = collections.defaultdict(int)   # pair -> how often it occurs
     holders = collections.defaultdict(set)  # pair -> the numbers of the pieces that hold it
     for i, piece in enumerate(pieces):
@@ -477,20 +477,20 @@ def train_bpe(piece_counts, n_tokens):
             counts[pair] += weights[i]
             holders[pair].add(i)
 
-    # A heap has the least entry on top, so that minus the count puts the commonest pair there.
-    # A count may become less after its pair was pushed: then it is pushed again, as it is now.
+    # The least entry of a heap is on top: with minus the count, the most frequent pair. If a
+    # count has become smaller since its pair was pushed, the pair is pushed again.
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     while len(tokens) < n_tokens and heap and heap[0][0] < -1:
         count, pair = heapq.heappop(heap)
         changed = {pair}
-        if counts[pair] == -count:  # it is the commonest
+        if counts[pair] == -count:  # up to date: the most frequent pair
             new = b''.join(pair)
             tokens.append(new)
             for i in holders.pop(pair):
                 piece = pieces[i]
                 places = [at for at, p in enumerate(itertools.pairwise(piece)) if p == pair]
-                if not places:  # they have been merged with others
+                if not places:  # earlier merges have taken its tokens
                     continue
                 here = slice(max(0, places[0] - 1), places[-1] + 3)        # and its neighbours
                 merged = merge(piece[here], pair, new)
@@ -514,7 +514,7 @@ def bpe_tokenizer(texts, vocab_size):
     require(vocab_size >= least, f"--vocab_size {vocab_size}: bpe has all bytes and some special "
             f"tokens: choose at least {least}")
     counts = collections.Counter()
-    for text in texts:  # a long piece, such as DNA, is cut: a merge rewrites whole pieces
+    for text in texts:  # a long piece, such as DNA, is cut: a merge searches whole pieces
         for piece in regex.findall(WORDS, text):
             counts.update(piece[i:i + 100] for i in range(0, len(piece), 100))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
@@ -615,7 +615,7 @@ class HFTokenizer(Tokenizer):
             token['special'] = token.get('was_special', token['special'])
         return HFTokenizer(json.dumps(saved), special, self.end_ids).engine
 
-# Our special tokens, and theirs: by its role, or by its text where the folder names no roles
+# Our special tokens, and what each may be in a folder: a role (eos_token) or a text (</s>)
 ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
     '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
@@ -653,7 +653,7 @@ def open_huggingface(folder):
                 special.setdefault(name, vocab[text])
     ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
     # What stands before a text: <s> of a Llama, or [CLS] of a BERT (some GPT-2s have it, too)
-    engine.no_padding()  # which a file may hold, too, before a text
+    engine.no_padding()  # the file may ask for padding, even on the left
     frame = engine.encode('a')
     start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
     if family == 'bert' and start != special.get('<|bos|>'):
@@ -673,7 +673,7 @@ def open_huggingface(folder):
         require(start in rows, f"texts begin with token {start}, for which the model has no row")
         special['<|start|>'] = start
     # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
-    # export marks them as they were. Those without a row are none.
+    # export marks them as they were. Tokens for which the model has no row are left out.
     saved, roles = json.loads(engine.to_str()), {*special.values(), *ends}
     added = [token for token in saved['added_tokens'] if token['id'] in rows]
     for token in added:
@@ -706,12 +706,12 @@ def load_tokenizer(folder):
                          "tokenizer_config.json, or prepare the data, again") from None
 
 # -----------------------------------------------------------------------------
-# Text from files, a piece at a time: memory does not grow with the corpus
+# Text from files is read a piece at a time, so a corpus may be larger than memory
 
 MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line it ends a document
 
 def find_files(paths):
-    """Files as they are, folders as the files in them, sorted, hidden ones left out. Each once."""
+    """paths -> files, each once. A folder stands for its files, sorted, without hidden ones."""
     found, seen = [], set()
 
     def visit(path):
@@ -735,7 +735,7 @@ def find_files(paths):
 
 def read_text(path, size=None):
     """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
-    with open(path, encoding='utf-8-sig') as f:  # -sig: without the mark that some editors write
+    with open(path, encoding='utf-8-sig') as f:  # -sig: skip a byte order mark
         refuse_pointer(path, f.buffer)
         begin = f.buffer.peek()
         require(4 * begin.count(0) <= len(begin) or not begin[:1].isascii(), f"{path} has too many "
@@ -750,7 +750,7 @@ def read_text(path, size=None):
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
     for n, line in enumerate(read_text(path), 1):
-        yield n, line.removesuffix('\n').lstrip('\ufeff')  # marks inside of joined files
+        yield n, line.removesuffix('\n').lstrip('\ufeff')  # byte order marks of joined files
 
 def is_json_lines(path):
     """
@@ -764,7 +764,7 @@ def is_json_lines(path):
     return as_rows
 
 def read_rows(path, *names):
-    """(number, texts) of every row: its columns between tabs, or its JSON values of these keys."""
+    """Yields (line number, texts) of every row: columns between tabs, or JSON values of names."""
     as_json, unread = is_json_lines(path), set()
     for n, line in read_lines(path):
         if not as_json:
@@ -787,8 +787,8 @@ def read_rows(path, *names):
 
 def read_pieces(paths):
     """
-    The text of files, about PIECE characters at a time, with an empty piece where a document ends:
-    behind each row of JSON lines, at lines that hold only <|endoftext|>, and behind each file.
+    Yields the text of files in pieces of about PIECE characters, and '' where a document ends:
+    after each row of JSON lines, at lines that hold only <|endoftext|>, after any other file.
     """
     for path in paths:
         if is_json_lines(path):
@@ -803,7 +803,7 @@ def read_pieces(paths):
         yield ''
 
 def part(pieces, begin, end):
-    """The characters from begin to end of pieces; empty pieces, where documents end, are kept."""
+    """Yields characters begin to end of the joined pieces; keeps '', the ends of documents."""
     at = 0
     for piece in pieces:
         if at > end:
@@ -859,9 +859,9 @@ def sha256_of(paths):
     return digest.hexdigest()
 
 def write_ids(path, dtype, tokenizer, pieces):
-    """Pieces, as of read_pieces -> a file of ids. Returns the counts of what is in it."""
+    """Write the ids of pieces, as read_pieces yields them. Returns the counts for meta.json."""
     counts = collections.Counter()
-    is_open = False  # a document has begun
+    is_open = False  # True: inside of a document
     pieces = iter(pieces)
     with open(path, 'wb') as f:
         while batch := [*itertools.islice(pieces, 100)]:
@@ -880,12 +880,12 @@ def write_ids(path, dtype, tokenizer, pieces):
     return counts
 
 # -----------------------------------------------------------------------------
-# Tasks. A reader turns a file into rows: dicts of texts, and `where` (file, line). A row that is
-# to be answered has no label, tags or answers. `..._examples` turns a row into examples: dicts with
-# arguments of model.forward(), and with `meta`, which holds what only scoring needs.
+# Tasks. A reader turns a file into rows: dicts of texts, and `where` (file, line). Rows for which
+# sample.py predicts have no label, tags or answers. `..._examples` turns a row into examples: dicts
+# of the arguments of model.forward(), and of `meta`, which only scores and answers need.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
-# names of columns: a first line of these is no row
+# names of columns: if the first line has only these, it is a header
 HEADERS = '''abstract answer answers article category chinese class completion content context
     description dialogue document english french german gold_label headline highlights hypothesis
     input input_text inputs instruction italian japanese label labels output portuguese premise
@@ -901,7 +901,7 @@ def read_columns(path, *names):
     is_label, as_json, blank = names[0] == 'label', is_json_lines(path), 0
     for n, texts in read_rows(path, *names):
         where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
-        if not filled:  # wrong only where a row follows
+        if not filled:  # an empty line is wrong only before another row
             blank = blank or n
             continue
         require(is_label or not blank, f"{path}, line {blank} is empty, and must be {columns}")
@@ -1005,13 +1005,13 @@ def class_of(label, labels):
 
 def classify_examples(tokenizer, row, labels, block_size):
     """
-    One class for a text, or for a pair. What is too long loses the end of the longer text.
+    One class for a text, or for a pair of texts. The longer text is cut at its end, until all fits.
 
         ids        [CLS] a funny film [SEP]
         targets    1                           of the labels negative, positive
     """
     texts = [tokenizer.encode(text).tolist() for text in pick(row, 'text', 'text_b').values()]
-    by_length = sorted(texts, key=len)  # a tie shortens the one that was shorter
+    by_length = sorted(texts, key=len)  # of equally long texts, max() takes the first
     while sum(map(len, texts)) > block_size - 1 - len(texts):
         max(by_length, key=len).pop()
     ids, segments = add_special_tokens(tokenizer, *texts)
@@ -1022,8 +1022,8 @@ def classify_examples(tokenizer, row, labels, block_size):
 
 def tag_examples(tokenizer, row, labels, block_size):
     """
-    One class for each word of the text, predicted at its first piece [3, section 5.3]. A text that
-    is longer than block_size is cut into several examples.
+    One class for each token (word) of the text, predicted at its first piece (subword) [3, section
+    5.3]. A text that is longer than block_size is cut into several examples.
 
         tokens    Angela       Merkel       spoke
         ids       Ang  ela     Mer  kel     spoke
@@ -1038,8 +1038,8 @@ def tag_examples(tokenizer, row, labels, block_size):
     ends = np.cumsum([len(token + gap) for token in tokens])  # of each token and its space
     pieces = [[] for _ in tokens]
     for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
-        pieces[owner].append(i)                             # of the token that it ends in
-    windows, window = [], []  # of (number of the first token, ids, places)
+        pieces[owner].append(i)                             # the token in which it ends
+    windows, window = [], []  # windows: (number of the first token, ids, places of first pieces)
     for i, piece in enumerate(pieces):
         if not windows or len(window) + len(piece) > room:
             window, first = [], []
@@ -1062,8 +1062,8 @@ def tag_examples(tokenizer, row, labels, block_size):
 
 def encode_parts(tokenizer, text, cuts=()):
     """
-    ids (T,) and offsets (T, 2) of a text, of which no token crosses a cut. Accents and vowel signs
-    that a tokenizer drops belong to the token before them.
+    text -> ids (T,) and offsets (T, 2). No token crosses one of the `cuts`. Accents and vowel signs
+    that a tokenizer drops are included in the offsets of the token before them.
     """
     parts = []
     for begin, end in itertools.pairwise([0, *cuts, len(text)]):
@@ -1078,17 +1078,17 @@ def encode_parts(tokenizer, text, cuts=()):
 
 def qa_examples(tokenizer, row, labels, block_size):
     """
-    Where in the context do the first and the last token of the answer stand? A long context is cut
-    into windows that overlap by half, each an example. Where the window does not hold the answer,
-    both targets are 0, the place of [CLS]. If a token lies across an end of the answer, as before a
-    Korean suffix, it is cut there, which shows the answer: then the F1 of train.py is too high,
-    and that of sample.py --score FILE is right.
+    Where in the context are the first and the last token of the answer? A long context is cut into
+    windows that overlap by half; each is an example. If a window does not hold the whole answer,
+    both targets are 0, the place of [CLS]. A token that crosses an end of the answer (such as a
+    Korean word with its suffix) is cut there. As the cut gives the answer away, the F1 of train.py
+    is then too high; sample.py --score FILE makes no such cuts, and its F1 is right.
 
         ids       [CLS] which city [SEP] Oslo is old . [SEP]
         targets   4, 4                                          of Oslo
 
-    meta: the text of the window as `context`, which begins at `start` of the whole; the place of
-    its first token as `first`; what each token holds of it as `offsets`.
+    meta: `context` is the text of the window, `start` its place in the whole context, `first` the
+    place of its first token in ids, and `offsets` the place of each of its tokens in `context`.
     """
     question = tokenizer.encode_with_offsets(row['question'])[0].tolist()[:block_size // 2]
     context, size, place = row['context'], block_size - 3 - len(question), len(question) + 2
@@ -1111,15 +1111,15 @@ def qa_examples(tokenizer, row, labels, block_size):
     holds = lambda begin: begin <= left and right < begin + size
     last_begin = max(0, len(ids) - size)
     begins = {*range(0, last_begin, max(1, size // 2)), last_begin}
-    if left >= 0 and not any(map(holds, begins)):  # each window has but a part of the answer
+    if left >= 0 and not any(map(holds, begins)):  # no window holds the whole answer
         begins.add(left)
     examples = []
     for begin in sorted(begins):
-        window, spans = ids[begin:begin + size].tolist(), offsets[begin:begin + size]
-        low, *_, high = spans.ravel().tolist() or (0, 0)
+        window, window_offsets = ids[begin:begin + size].tolist(), offsets[begin:begin + size]
+        low, *_, high = window_offsets.ravel().tolist() or (0, 0)
         framed, segments = add_special_tokens(tokenizer, question, window)
         meta = {'question': row['question'], 'context': context[low:high], 'start': low,
-                'first': place, 'offsets': (spans - low).tolist()}
+                'first': place, 'offsets': (window_offsets - low).tolist()}
         example = {'ids': framed, 'segments': segments, 'meta': meta}
         if 'answers' in row:
             shift = place - begin  # from a place among the context's tokens to ids
@@ -1130,9 +1130,9 @@ def qa_examples(tokenizer, row, labels, block_size):
 
 def seq2seq_examples(tokenizer, row, labels, block_size):
     """
-    A text in, a text out. The decoder reads the target behind <|endoftext|>, or <|start|> where a
-    model has it, and is to predict the token after each (teacher forcing), <|endoftext|> at last. A
-    source begins with <|source|> where a model has it.
+    A text in, a text out. The decoder reads <|endoftext|> (or <|start|> if a model has it), then
+    the target. After each of them it must predict the next token of the target (teacher forcing),
+    and at last <|endoftext|>. A source begins with <|source|> if a model has it.
 
         ids            twenty one <|endoftext|>
         decoder_ids    <|endoftext|> 2 1
@@ -1162,9 +1162,9 @@ def tag_names(labels):
 
 class Task(NamedTuple):
     """
-    One kind of labelled data. A new one is also a name in TASKS of model.py, if it needs a head,
-    and a row of DECODERS and SCORES in sample.py; there, BEST_SCORES (with LOWER_IS_BETTER) chooses
-    best.pt by a score, and examples_of reads what a user writes, if it is not just a text.
+    One kind of labelled data. To add one, put its name into TASKS of model.py, if it needs a head,
+    and a row to DECODERS and to SCORES of sample.py. There BEST_SCORES (with LOWER_IS_BETTER) names
+    the scores that choose best.pt; examples_of reads what a user writes, if more than a text.
     """
     read: Callable                          # path -> rows
     examples: Callable                      # (tokenizer, row, labels, block_size) -> examples
@@ -1182,8 +1182,8 @@ TASKS = {
 
 def split_rows(rows, val_fraction):
     """
-    Shuffle, the same way every time, and cut: (train rows, val rows). Questions about one context
-    stay together, or validation would be about texts that were learned by heart.
+    Shuffle rows, the same way every time, and split them into (train rows, val rows). Questions
+    about one context stay together: otherwise val would ask about texts that train has, too.
     """
     groups, train, val = collections.defaultdict(list), [], []
     for i, row in enumerate(rows):
@@ -1215,8 +1215,8 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
     return examples
 
 # -----------------------------------------------------------------------------
-# Built-in data sets: functions of the downloaded files, if any, that return a text, or two: one to
-# train, one to validate
+# Built-in data sets. A function takes the downloaded files, if there are any, and returns one text,
+# or two: one to train on, one to validate on
 
 UPSTREAM = 'https://raw.githubusercontent.com/'
 DOWNLOADS = {  # a folder below UPSTREAM, and the sha256 of files in it
@@ -1278,7 +1278,7 @@ def multi30k(*files):
             for pair in (sides[:2], sides[2:])]
 
 def shuffled(texts):
-    """In an order by hash, which is the same everywhere."""
+    """Texts sorted by their hash: in an order without meaning, but the same everywhere."""
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
 
 def library():
@@ -1380,8 +1380,8 @@ def numbers():
 
 def recall():
     """
-    In-context learning: in every document 8 letters stand for a digit each, anew every time, and 30
-    of those pairs follow each other, as in k7a2k7x0a2... Only the text shows the digit of a letter.
+    In-context learning: each document draws 8 letters and a digit for each, and then has 30 pairs
+    of them, such as k7a2k7x0a2... Only the text before shows which digit a letter has.
     """
     rng, texts = random.Random(0), []
     for n in (40_000, 1000):
@@ -1402,14 +1402,14 @@ DATASETS = {  # the task, and the function
 # -----------------------------------------------------------------------------
 # The script
 
-BPE_SAMPLE = 5_000_000  # characters that bpe learns from, of pieces all over the text
+BPE_SAMPLE = 5_000_000  # bpe learns from about so many characters, in pieces all over the text
 
 @dataclasses.dataclass
 class Settings:
     """The flags of this script."""
     dataset: str = flag('', 'built in; py*, recall and numbers need no network', ('', *DATASETS))
     input: list = flag([], 'UTF-8 text, .jsonl with a "text" a row, rows of a task: files, folders')
-    val: list = flag([], 'the same for the validation split, instead of a share of the input')
+    val: list = flag([], 'files to validate on, instead of a share of --input')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune '
                          '[lm, or that of the data set]', ('', 'lm', *TASKS))
     tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data, out or Hugging Face folder '
@@ -1420,7 +1420,7 @@ class Settings:
     block_size: int = flag(64, 'of a task: longest example, in tokens; longer ones are cut, split '
                                'or refused', low=8)
     out_dir: str = flag('', 'folder to write, data/NAME if not given')
-    show: str = flag('', 'a text: only print how it becomes tokens, step by step; bpe: of pydoc')
+    show: str = flag('', 'a text: only print its tokens, step by step; bpe: of --dataset or pydoc')
     mirror: str = flag('', f'URL or folder to download from, instead of {UPSTREAM}')
     config: str = flag('', 'a TOML file of flags; those of the command line count more')
 
@@ -1469,7 +1469,7 @@ def prepare_text(settings, task, folder, files, val_files):
         print(f"{inside:,} <|endoftext|> do not stand alone on a line: there they are only text")
     require(size, f"{files[0]} is empty: add text")
     if not val_files:
-        cut = int(size * (1 - settings.val_fraction))
+        cut = int(size * (1 - settings.val_fraction))  # train: the text before it, val: after
     texts = filter(None, part(read_pieces(files), 0, cut))
     texts = itertools.islice(texts, 0, None, 1 + cut // BPE_SAMPLE)
     tokenizer = choose_tokenizer(settings, characters, texts)
@@ -1485,7 +1485,7 @@ def prepare_text(settings, task, folder, files, val_files):
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
 def check_labels(task, rows, labels, path):
-    """Raise ValueError if these can be no labels: as of a wrong column, or of a header."""
+    """Raise ValueError if labels seem to come from a wrong column, or from a header."""
     most = math.inf
     if task == 'classify':  # a label that is a text or a measurement is in the wrong column
         last_column = {row.get('text_b', row['text']) for row in rows}
@@ -1560,7 +1560,7 @@ def prepare(settings):
         for path in files + val_files:
             require(target not in Path(path).resolve().parents, f"--out_dir {out_dir} holds the "
                     "input, which would be lost: choose another name")
-        if val_files:  # another name or a copy of them is held out, too, unless nothing is left
+        if val_files:  # drop them from files, under any name, unless nothing is left
             held_out = {sha256_of([path]) for path in val_files}
             files = [path for path in files if sha256_of([path]) not in held_out] or files
         prepare_files = prepare_text if task == 'lm' else prepare_task

@@ -6,20 +6,20 @@ A GPT or LSTM continues the text:
     python sample.py --start FILE:poem.txt --num_samples 3 --temperature 0.9 --top_p 0.95 --seed 1
     printf "To be" | python sample.py --start - --stream
 
-Only the text goes to standard output, and a line of three dashes between samples. BERT, translators
-and what was fine-tuned answer each line of --start with a line (or --num_samples translations):
+Standard output gets only the texts, with a line of three dashes between samples. BERT, translators
+and fine-tuned models answer each line of --start by one line (or by --num_samples translations):
 
     python sample.py --out_dir out-bert --start "The [MASK] statement"          fill each [MASK]
     python sample.py --out_dir out-reviews --start FILE:reviews.txt             label, probability
     python sample.py --out_dir out-squad --start "Who won? ||| The dog won."    answer in a context
     python sample.py --out_dir out-en-de --start "A dog runs." --num_beams 5    translate
 
-Instead of an answer, a score on a file, or a page that shows the attention weights:
+The script can also score a model on a file, or write a page that shows the attention weights:
 
     python sample.py --score FILE
     python sample.py --start "The import statement" --attention page.html
 
-To read first: sample_token, generate, beam_search. DECODERS and SCORES have the tasks.
+Read sample_token, generate and beam_search first. DECODERS and SCORES have a function per task.
 """
 
 import collections
@@ -75,7 +75,7 @@ def collate(examples, pad_id, device='cpu'):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """No dropout and no gradients inside; then as before."""
+    """No dropout and no gradients inside the `with` block; afterwards both are as they were."""
     was_training = model.training
     model.eval()
     try:
@@ -87,30 +87,30 @@ def evaluating(model):
 def device_of(model):
     return next(model.parameters()).device
 
-def by_length(texts, most, equal=False):
+def by_length(texts, batch_size, same_length=False):
     """
-    Yields indices of texts (lists of ids), at most `most` at once, of texts of about one length
-    (equal: of exactly one), so that they need little padding. Shows the progress.
+    Yields lists of at most batch_size indices of texts (lists of ids). The texts of one list have
+    about the same length (same_length=True: exactly), so they need little padding. Shows progress.
     """
     rest = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     while rest:
         progress(f"{len(texts) - len(rest):,} of {len(texts):,}")
         size = len(texts[rest[0]])
-        chosen = [i for i in rest[:most] if not equal or len(texts[i]) == size]
+        chosen = [i for i in rest[:batch_size] if not same_length or len(texts[i]) == size]
         del rest[:len(chosen)]
         yield chosen
     progress('')
 
 def predict(model, examples, pad_id, postprocess=None, batch_size=64):
     """
-    Examples -> (what postprocess(example, logits) returns for each, totals). totals has an array
-    (sum of losses in nats, number of targets, how many were guessed right) for each kind of
-    targets in the examples. Batches hold examples of about one length.
+    Returns (results, totals). results[i] is postprocess(examples[i], its logits), or None without
+    postprocess. totals[kind], for each kind of targets that the examples have, is an array (sum of
+    the losses in nats, number of targets, number guessed right).
     """
     results, totals, config = [None] * len(examples), collections.defaultdict(float), model.config
-    if not config.task:  # the logits of a batch have to fit into memory
-        most = 2 ** 28 if device_of(model).type == 'cuda' else 2 ** 26
-        batch_size = min(batch_size, 1 + most // (config.block_size * config.vocab_size))
+    if not config.task:  # a batch has B T V logits, which have to fit into memory
+        max_logits = 2 ** 28 if device_of(model).type == 'cuda' else 2 ** 26
+        batch_size = min(batch_size, 1 + max_logits // (config.block_size * config.vocab_size))
     for chosen in by_length([example['ids'] for example in examples], batch_size):
         batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
         kinds = [key for key in batch if key.endswith('targets')]
@@ -135,14 +135,14 @@ def predict(model, examples, pad_id, postprocess=None, batch_size=64):
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for --dtype"
 
 def check_finite(*tensors):
-    """Raise ValueError unless all values are finite: argmax of NaN would answer all the same."""
+    """Raise ValueError unless all values are finite: argmax returns an index even for NaN."""
     require(all(t.isfinite().all() for t in tensors), NOT_FINITE)
 
 # -----------------------------------------------------------------------------
 # Choosing tokens
 
 def next_logits(model, ids, cache, suppressed):
-    """The newest tokens (B, T) -> logits of the next (B, V), those in suppressed (V,) at -inf."""
+    """Newest tokens (B, T) -> logits of the next one (B, V), -inf where suppressed (V,) is true."""
     logits = model.decode(ids, cache)
     return logits if suppressed is None else logits.masked_fill(suppressed, -math.inf)
 
@@ -150,23 +150,23 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits (B, V), uniform (B,) drawn from [0, 1) -> tokens (B,). A pure function of its arguments.
 
-    temperature divides the logits: below 1 the likely gets likelier; 0 takes the likeliest token.
-    top_k       only the k likeliest tokens, exactly k also among equals; 0: all (Fan et al. 2018,
-                https://arxiv.org/abs/1805.04833)
-    top_p       the nucleus: only the fewest likeliest tokens whose probabilities reach p, the one
-                that crosses p included; 1: all (Holtzman et al. 2019, arxiv.org/abs/1904.09751)
+    temperature divides the logits: below 1 likely tokens get likelier; 0 takes the likeliest one.
+    top_k       keeps the k likeliest tokens, exactly k even where several are equally likely; 0
+                keeps all (Fan et al. 2018, https://arxiv.org/abs/1805.04833)
+    top_p       keeps the nucleus: the fewest likeliest tokens whose probabilities together reach p,
+                the crossing token included; 1: all (Holtzman et al. 2019, arxiv.org/abs/1904.09751)
     """
     if temperature < 1e-300:  # 0, or so small that a quotient might be infinite
         return logits.argmax(dim=-1)
     order, V = None, logits.size(-1)
     if top_k or top_p < 1:
         logits, order = logits.topk(min(top_k or V, V))                    # likeliest first
-    # double: in float32 a draw can round to 1, or a quotient of a small temperature to infinity
+    # double: float32 could round a draw up to 1, or overflow where the temperature is small
     p = (logits.double() / temperature).softmax(dim=-1)
     if top_p < 1:
-        p = p * (p.cumsum(dim=-1) - p < top_p)  # keep those for which the likelier ones sum to less
+        p = p * (p.cumsum(dim=-1) - p < top_p)  # keep a token if all likelier ones sum to < top_p
     cumulated = p.cumsum(dim=-1)
-    threshold = uniform[:, None] * cumulated[:, -1:]
+    threshold = uniform[:, None] * cumulated[:, -1:]  # take the first token whose sum is above
     index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # first above, or 0
     return (index if order is None else order.gather(1, index))[:, 0]
 
@@ -176,20 +176,20 @@ SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generat
 def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
              suppressed=None, end_ids=(), cache=None, **filters):
     """
-    Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i draws from
-    a generator of its own, (seed, rows[i]) or (seed, i), so a sample does not depend on the other
-    rows (in eval mode). Tokens in suppressed (V,) bool are never chosen. A row that has chosen one
-    of end_ids has ended and repeats it; when all have, the generator returns. filters: those of
-    sample_token.
+    Continue ids (B, T): yields the next tokens (B,), at most max_new_tokens times. Row i has its
+    own random numbers, from the seed (seed, rows[i]), or (seed, i) without rows. So its text is the
+    same in any batch (in eval mode). Tokens in suppressed (V,) bool are never chosen. A row that
+    has chosen a token of end_ids has ended and repeats this token; when all rows have ended, the
+    function returns. filters: top_k and top_p of sample_token.
 
     With the cache each step reads only the newest token. When the window of block_size tokens is
-    full, its newer half is read again from position 0 and the older half is forgotten. cache: that
-    of an encoded source, used up afterwards; prompt and new tokens must then fit into block_size.
+    full, its newer half is read again from position 0 and the older half is forgotten. cache: the
+    KVCache of an encoded source, used once: prompt and new tokens must then fit into block_size.
     """
     block_size, device = model.config.block_size, ids.device
     draws = [np.random.default_rng((seed, row)).random(max_new_tokens)
              for row in rows or range(len(ids))]
-    # step chooses tokens where uniforms (max_new_tokens, B) are: mps has no float64
+    # (max_new_tokens, B), on the device where step() chooses tokens: not mps, which lacks float64
     uniforms = torch.tensor(np.array(draws).T, device='cpu' if ids.is_mps else device)
 
     def step(new, uniform):
@@ -197,9 +197,9 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
-    texts = batch = ids.tolist()                                # batch: of those that go on
-    new, read = ids[:, -block_size:].tolist(), 0                           # read: tokens in cache
-    size = (len(new[0]) + max_new_tokens + 15) // 16 * 16                  # where kernels are fast
+    texts = batch = ids.tolist()                             # batch: rows that are still read
+    new, read = ids[:, -block_size:].tolist(), 0             # new: to read; read: now in cache
+    size = (len(new[0]) + max_new_tokens + 15) // 16 * 16    # kernels are fast at multiples of 16
     cache = cache or KVCache(min(block_size, size))
     as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
     for i in range(max_new_tokens):
@@ -229,26 +229,26 @@ capture_stream = functools.cache(torch.cuda.Stream)  # one for all: each has mem
 
 def capture(step, cache, new, uniforms):
     """
-    step as a CUDA graph: all of its hundreds of small kernels are launched at once, since launching
-    them from Python takes longer than running them. Its memory is fixed, so cache.length is a
-    tensor, too: each launch adds 1 to it in place. Returns replay(new, i, more): the newest token
-    of each row, [[token], ...] -> the tokens after them, chosen by uniforms[i]; where there are
-    more to choose, the GPU begins with those while these are read. Whatever else a step changes
-    must be a tensor that it changes in place; capturing takes one step more.
+    Record step as a CUDA graph, which launches its hundreds of small kernels all at once: to launch
+    them from Python takes longer than to run them. A graph reads and writes fixed places in memory.
+    So cache.length becomes a tensor, to which each launch adds 1, and all else that a step changes
+    must be a tensor changed in place. Returns replay(new, i, more): the newest token of each row,
+    [[token], ...] -> the next ones, chosen by uniforms[i]; with `more` the GPU begins step i + 1
+    while Python reads them. Capturing costs the time of one more step.
     """
-    place, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
-    length, stream, graph = place.new_tensor(cache.length), capture_stream(), torch.cuda.CUDAGraph()
+    ids, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
+    length, stream, graph = ids.new_tensor(cache.length), capture_stream(), torch.cuda.CUDAGraph()
     cache.length = length  # until now an int: a prompt needs no mask
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step(place, uniform)  # libraries set themselves up in the first call
-        length.sub_(1)  # undo the step: the next one writes over its keys
+        step(ids, uniform)  # libraries set themselves up in the first call
+        length.sub_(1)  # undo this step: the next one overwrites its keys
     with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
-        chosen = step(place, uniform)
-    launched = False  # True: replay has begun with the next tokens already
+        chosen = step(ids, uniform)
+    launched = False  # True: the graph already computes the next tokens
 
     def launch(new, i):
-        place.copy_(new)
+        ids.copy_(new)
         uniform.copy_(uniforms[i])
         graph.replay()  # fills chosen
 
@@ -272,24 +272,24 @@ def capture(step, cache, new, uniforms):
 def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppressed=None, end_ids=(),
                 cache=None):
     """
-    The likeliest continuations of ids (B, T): for each row at most `beams` of them, as [(score,
-    tokens), ...], best first. Each step extends the `beams` best unfinished texts of a row by every
-    token and keeps the best again; what has ended among the best is finished. The score is
-    log P(tokens) / length^length_penalty, with the end as a token (Wu et al. 2016, section 7, an
-    earlier form, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text, ending
-    now, would beat the worst of `beams` finished ones; after max_new_tokens a text counts as it is.
+    The likeliest continuations of ids (B, T): for each row a list of at most `beams` (score,
+    tokens), best first. Each step extends the `beams` best unfinished texts of a row by every token
+    and keeps the best again; a text that ends while among the best is finished. The score is
+    log P(tokens) / length^length_penalty, the end token counted (Wu et al. 2016, section 7, earlier
+    form, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text, if it ended now,
+    would beat the worst of `beams` finished ones. After max_new_tokens all texts count as finished.
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
-    # Each row begins with one text, which is empty; later all have equally many, at most `beams`.
+    # Each row begins with one empty text; later all rows have equally many texts, at most `beams`.
     texts, log_ps, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
-        logits = next_logits(model, newest, cache, suppressed)             # (B width, V)
+        logits = next_logits(model, newest, cache, suppressed)  # (B width, V), width: texts per row
         check_finite(logits.amax(dim=-1))
         V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
         following = logits.float().log_softmax(dim=-1)
         total = following + following.new_tensor(log_ps)[:, None]
         total = total.view(len(rows), -1)                                  # (B, width V)
-        # Each text can end in len(end_ids) ways: of so many candidates, `beams` go on.
+        # A text can end in len(end_ids) ways, so of these candidates at least `beams` go on.
         best, places = total.topk(min((1 + len(end_ids)) * beams, total.size(1)))
         longer, rest = [], []
         for i, row in enumerate(rows):
@@ -301,7 +301,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
                 if not ends and length < max_new_tokens:
                     unfinished.append((log_p, parent, text))
                 elif rank < beams and log_p > -math.inf:
-                    found.append((log_p / norm, text))
+                    found.append((log_p / norm, text))                     # normalised by length
             found.sort(reverse=True)
             del found[beams:]
             to_beat = -math.inf if len(found) < beams else found[-1][0]
@@ -310,7 +310,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
                 rest.append(row)
         if not rest:
             break
-        # If all rows go on with as many texts as before, those only change places.
+        # same: all rows go on, with as many texts as before; then the source need not be reordered.
         same = rest == rows and len(longer) == len(texts)
         log_ps, parents, texts = zip(*longer)
         cache.reorder(ids.new_tensor(parents), source=not same)
@@ -322,23 +322,23 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
 
 class TextStream:
     """
-    Tokens to text, one at a time. Each time all are decoded again, and what is new is returned.
-    Part of a character is held back until the rest comes, as is what may begin a stop text.
-    `done` after an end or a stop text. score and tokens: of a text that a beam search has found.
+    Turns tokens into text, one at a time: add() decodes all tokens again and returns the new text.
+    It holds back an incomplete character, and what may be the beginning of a stop text. `done` is
+    true after an end token, or a stop text (cut off). score, tokens: a text found by beam_search.
     """
 
     def __init__(self, tokenizer, prompt=(), stops=(), score=None, tokens=()):
         self.ids, self.text, self.done, self.ends = [], '', False, tokenizer.end_ids
         begin = len(tokenizer.decode(prompt))                              # of the new text
         self.decode = lambda ids: tokenizer.decode([*prompt, *ids])[begin:]
-        # A stop that has another one inside is never the first to be whole.
+        # Leave out a stop text that has another one inside, before its end: that is complete first.
         self.stops = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         if score is not None:
             self.score = score
             self.add(*tokens, tokenizer.end_id)
 
     def add(self, *tokens):
-        """Returns the text that is certain now, but was not before: all of it after an end."""
+        """Returns the text that these tokens make certain; after an end token, all the rest."""
         if self.done:
             return ''
         self.done = tokens[-1] in self.ends
@@ -354,7 +354,7 @@ class TextStream:
             text += whole[len(text):]
         found = self.stops and regex.search(r'\L<stops>', text, partial=not self.done,
                                             stops=self.stops)              # any of this list
-        if found:  # a stop, or at the end of the text the beginning of one, which waits
+        if found:  # text ends before a stop text; at its end the beginning of one is held back
             text, self.done = text[:found.start()], self.done or not found.partial
         new = text[len(self.text):]
         self.text += new
@@ -364,7 +364,7 @@ class TextStream:
         return pick(vars(self), 'text', 'score')
 
 def suppressed_tokens(model, tokenizer, ends=True):
-    """(V,) bool: True for special tokens (ends=True: but not for end_ids) and for unused ids."""
+    """(V,) bool: True for ids without a token, and special tokens (ends=True: except end_ids)."""
     hidden, ends = {*tokenizer.special.values()}, tokenizer.end_ids if ends else ()
     suppressed = [i not in ends and (i >= tokenizer.n_vocab or i in hidden)
                   for i in range(model.config.vocab_size)]
@@ -374,10 +374,10 @@ def suppressed_tokens(model, tokenizer, ends=True):
 @torch.autocast('cpu', enabled=False)  # a product with one token is slow in bfloat16
 def write_batch(model, tokenizer, prompts, sources, rows, settings):
     """
-    Continue prompts, lists of ids of one length; an encoder-decoder reads sources first (else []).
-    Returns for each a list of TextStream: one, drawn by (seed, its number in rows), or the best of
-    its beams. --stream: the first is printed as it grows. Beams, and texts after a source, have to
-    fit into a window of block_size tokens: beams continue the newest part of a long prompt.
+    Continue prompts, lists of ids of equal length. sources: for text to text the sources, which an
+    encoder-decoder reads first; else []. Returns for each prompt a list of TextStream: one drawn by
+    (seed, its number in rows), or its best beams. With --stream the first text is printed as it
+    grows. Beams and targets must fit into block_size tokens: beams cut the start of long prompts.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
     beams, block_size = settings.num_beams, model.config.block_size
@@ -390,19 +390,19 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings):
     if model.config.arch == 'encdec':
         batch = collate([{'ids': source} for source in sources], tokenizer.pad_id, ids.device)
         cache = model.encode(**batch, size=min(block_size, (length // 16 + 1) * 16))
-    how = {'cache': cache, 'end_ids': tokenizer.end_ids,
-           'suppressed': suppressed_tokens(model, tokenizer)}
+    options = {'cache': cache, 'end_ids': tokenizer.end_ids,
+               'suppressed': suppressed_tokens(model, tokenizer)}
     before = [()] * len(ids) if sources else prompts  # a target does not continue its prompt
     if beams > 1:
-        found = beam_search(model, ids, beams, length, settings.length_penalty, **how)
+        found = beam_search(model, ids, beams, length, settings.length_penalty, **options)
         return [[TextStream(tokenizer, prompt, settings.stop, *text)
                  for text in texts[:settings.num_samples]] for prompt, texts in zip(before, found)]
     streams = [TextStream(tokenizer, prompt, settings.stop) for prompt in before]
-    how |= pick(vars(settings), *SAMPLING.split())
-    steps = generate(model, ids, length, rows=rows, **how)                 # each (B,)
-    if not (settings.stop or settings.stream):  # one long step: nobody looks before the end
+    options |= pick(vars(settings), *SAMPLING.split())
+    steps = generate(model, ids, length, rows=rows, **options)             # each (B,)
+    if not (settings.stop or settings.stream):  # as one step: the text is needed only at the end
         steps = [torch.stack([*steps], dim=1)]                             # (B, T)
-    ends = torch.full((len(ids), 1), tokenizer.end_id)                     # shows what has waited
+    ends = torch.full((len(ids), 1), tokenizer.end_id)         # releases text that is held back
     for step in itertools.chain(steps, [ends]):
         tokens = step.view(len(ids), -1).tolist()
         new_texts = [stream.add(*row) for stream, row in zip(streams, tokens)]
@@ -414,8 +414,8 @@ def write_batch(model, tokenizer, prompts, sources, rows, settings):
 
 def write_targets(model, tokenizer, examples, settings):
     """
-    Text to text: num_samples of TextStream per source, of beams the best first. A decoder alone
-    reads the source as a prompt that ends in [SEP]. Sources of about one length go together.
+    Text to text: returns for each source a list of num_samples TextStreams (of beams, the best
+    first). A decoder without an encoder reads the source as a prompt that ends in [SEP].
     """
     config, results, cut = model.config, [[] for _ in examples], 0
     encoder, size = config.arch == 'encdec', config.block_size
@@ -426,14 +426,14 @@ def write_targets(model, tokenizer, examples, settings):
             f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
-    keys = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # floats, of a text
-    most = 1 + min(1024, 2 ** 28 // keys) // settings.num_beams            # 2 GB: keys and values
-    for rows in by_length(sources, most, equal=not encoder):
+    keys = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # floats per text
+    batch_size = 1 + min(1024, 2 ** 28 // keys) // settings.num_beams  # keys and values: 2 GB
+    for rows in by_length(sources, batch_size, same_length=not encoder):
         batch = [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
                    for ids in batch]
-        draws = [row // repeat + (row % repeat << 32) for row in rows]     # source + sample * 2^32
-        for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, draws, settings)):
+        seeds = [row // repeat + (row % repeat << 32) for row in rows]     # source + sample * 2^32
+        for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, seeds, settings)):
             results[row // repeat] += texts
             cut += sum(len(prompts[0]) + len(text.ids) >= size for text in texts)
     if cut and not settings.max_new_tokens:
@@ -441,7 +441,7 @@ def write_targets(model, tokenizer, examples, settings):
     return results
 
 # -----------------------------------------------------------------------------
-# Answers. A row of DECODERS turns the logits of all examples of one row into an answer, a dict.
+# Answers. A function of DECODERS turns the logits of all examples of a row into its answer, a dict.
 
 def decode_label(examples, logits, labels):
     """(L,) -> the likeliest label."""
@@ -451,21 +451,21 @@ def decode_label(examples, logits, labels):
 
 def entities(tags):
     """
-    Tags -> [(kind, first, after the last)]. As in CoNLL's script (Tjong Kim Sang and De Meulder
-    2003) and seqeval, an I-kind that does not continue an entity of its kind begins one. Tags of
-    other people's models may be kinds alone, or say more (BIOES, BILOU, BMES).
+    Tags -> entities [(kind, begin, end)], end excluded. An I-kind that does not continue its kind
+    begins an entity, as in CoNLL's script (Tjong Kim Sang and De Meulder 2003) and seqeval. Tags of
+    other models may be kinds without a prefix, or with more prefixes (BIOES, BILOU, BMES).
 
     >>> entities(['B-person', 'I-person', 'O', 'I-place', 'B-place', 'noun'])
     [('person', 0, 2), ('place', 3, 4), ('place', 4, 5), ('noun', 5, 6)]
     """
-    tags, found, before, begin = [*tags, 'O'], [], '', 0
+    tags, found, previous, begin = [*tags, 'O'], [], '', 0
     for i, tag in enumerate(tags):
         kind = re.sub('^([BIMELSU]-|O$)', '', tag)
-        if kind != before or re.match('[BSU]-', tag) or re.match('[ELSU]-', tags[i - 1]):
-            if before:
-                found.append((before, begin, i))
+        if kind != previous or re.match('[BSU]-', tag) or re.match('[ELSU]-', tags[i - 1]):
+            if previous:
+                found.append((previous, begin, i))
             begin = i
-        before = kind
+        previous = kind
     return found
 
 def cjk_apart(text):
@@ -473,7 +473,7 @@ def cjk_apart(text):
     return CJK.sub(r' \g<0> ', text)
 
 def decode_tags(examples, logits, labels):
-    """(T, L) of each part of a text -> the tags of its tokens, at their first pieces; entities."""
+    """Logits (T, L) of each part of a text -> tags, read at a token's first piece; entities."""
     tokens, tags, ends = [], [], [0]  # ends[i]: where token i - 1 ends in the text
     for example, row in zip(examples, logits):
         best, meta = row.argmax(dim=-1).tolist(), example['meta']
@@ -488,10 +488,10 @@ def decode_tags(examples, logits, labels):
 
 def decode_span(examples, logits, labels):
     """
-    (2, T) of each window of a context -> the span of at most 30 tokens of one window whose first
-    and last token are likeliest together (Devlin et al. 2018, arxiv.org/abs/1810.04805, sections
-    4.2 and 4.3; 30 is the limit of its code). A window without the answer points at [CLS]. Where
-    labels has 'no answer', the answer is '' if [CLS] is likelier than that span in every window.
+    Logits (2, T) of each window of a context -> the span with the largest P(first) P(last), at most
+    30 tokens of one window (Devlin et al. 2018, arxiv.org/abs/1810.04805, sections 4.2 and 4.3; 30
+    is the limit in BERT's code). A window without the answer points at [CLS]. Where labels has
+    'no answer', the answer is '' if in every window [CLS] is likelier than the best span of all.
     """
     best, no_answer = {'answer': '', 'probability': 0.0}, 1.0
     for example, row in zip(examples, logits):
@@ -501,10 +501,10 @@ def decode_span(examples, logits, labels):
         if not offsets:
             continue
         first, last = p[:, place:place + len(offsets)]
-        both = (first[:, None] * last).triu().tril(29)                     # (begin, end)
-        solid = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
-        until = solid.cumsum(0)                                            # solid ones up to each
-        before = until - solid
+        both = (first[:, None] * last).triu().tril(29)  # P(begin, end), begin <= end < begin + 30
+        nonblank = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
+        until = nonblank.cumsum(0)                             # how many up to each token
+        before = until - nonblank
         both = both * (until > before[:, None])                # an answer is not only white space
         begin, end = divmod(int(both.argmax()), len(offsets))
         probability = float(both[begin, end])
@@ -540,7 +540,7 @@ def answer_rows(model, tokenizer, rows, task, labels, settings):
     return [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows], totals
 
 # -----------------------------------------------------------------------------
-# Scores. A row of SCORES takes the answers and the examples of all rows. From 0 to 1, BLEU to 100.
+# Scores from 0 to 1, BLEU to 100. A function of SCORES takes the answers and examples of all rows.
 
 def f1(hits, guessed, true):
     """The harmonic mean of precision hits / guessed and recall hits / true."""
@@ -556,7 +556,7 @@ def label_scores(answers, golds):
 
 def entity_scores(answers, golds):
     """Precision, recall and F1 of whole entities: both ends and the kind must be right."""
-    guesses, right = [], []  # all texts in one row, as in seqeval, with an O behind each
+    guesses, right = [], []  # tags of all texts in one list, an O after each text, as in seqeval
     for answer, gold in zip(answers, golds):
         guesses += [*answer['tags'], 'O']
         right += [tag if first >= 0 else 'O'  # a token without a piece is O
@@ -602,8 +602,8 @@ def bleu_words(text):
 def bleu(guesses, references):
     """
     BLEU of a corpus, 0 to 100 (Papineni et al. 2002; Post 2018, https://arxiv.org/abs/1804.08771):
-    the geometric mean of the shares of its 1- to 4-grams that the reference has (clipped counts),
-    times a brevity penalty where it is shorter. An n without a match has 1/2, 1/4, ... of a match.
+    the geometric mean of the precisions of 1- to 4-grams (clipped counts), times a brevity penalty
+    if the guesses are shorter. The first n without a match has 1/2 match, the next 1/4, ...
     """
     guesses, references = list(map(bleu_words, guesses)), list(map(bleu_words, references))
     mean, smooth = 1.0, 1.0
@@ -630,7 +630,7 @@ def rouge(guess, right):
     return [f1(*count_ngrams(guess, right, 1)), f1(*count_ngrams(guess, right, 2)),
             f1(row[-1], len(guess), len(right))]
 
-# Of text to text, and their digits in print
+# The scores of text to text, and with how many digits each is printed
 TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
 
 def target_scores(answers, golds):
@@ -643,13 +643,13 @@ def target_scores(answers, golds):
 DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}
 SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
           'seq2seq': target_scores}
-BEST_SCORES = {  # what may choose best.pt; the first does, unless --best_by says another
+BEST_SCORES = {  # scores that may choose best.pt: the first one, unless --best_by names another
     'classify': ['accuracy', 'macro_f1'], 'tag': ['f1'], 'qa': ['f1', 'exact_match'],
     'seq2seq': ['loss', *TARGET_SCORES]}
 LOWER_IS_BETTER = ['loss']  # of the others, higher
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
-    """Scores and loss of labelled examples; of text to text no loss, targets written greedily."""
+    """Scores and loss of labelled examples (text to text: no loss). Default: greedy decoding."""
     settings = settings or Settings(temperature=0.0)
     rows = [list(row) for _, row in itertools.groupby(examples, lambda e: e['meta']['row'])]
     answers, totals = answer_rows(model, tokenizer, rows, task, labels, settings)
@@ -659,7 +659,7 @@ def task_scores(model, tokenizer, examples, task, labels, settings=None):
     return scores
 
 def text_scores(nats, predictions, text_bytes):
-    """Nats a token, perplexity = exp(loss), and bits per byte, which compare any tokenizers."""
+    """Loss (nats per token), perplexity = exp(loss), bits per byte to compare across tokenizers."""
     loss = nats / predictions
     return {'loss': loss, 'perplexity': math.exp(min(loss, 700)),
             'bits_per_byte': nats / math.log(2) / text_bytes}
@@ -700,9 +700,9 @@ def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=
     """Scores on rows, read as prepare_data.py reads them. ours: train.py made the model."""
     rows = [*TASKS[task].read(path)]
     require(rows, f"--score {path}: no rows in it")
-    if task == 'qa' and not ours:  # others do not say if they know questions without an answer
+    if task == 'qa' and not ours:  # other models do not say if they were trained with 'no answer'
         labels = [label for row in rows for label in TASKS[task].labels_of(row)]
-    # Without the answers, at whose ends qa might cut a token of the context; so no loss.
+    # Encoded without answers: qa_examples might cut a token at their ends. So there is no loss.
     examples = encode_rows(tokenizer, task, [row | {'answers': []} for row in rows], labels,
                            block_size)
     for example in examples:
@@ -815,14 +815,14 @@ class Settings:
     start: str = flag('', 'the input: a text, FILE:path, or - for standard input')
     out_dir: str = flag('out', 'the folder that train.py wrote')
     init_from: str = flag('', 'instead: a checkpoint, a Hugging Face folder, or a name on the hub')
-    num_samples: int = flag(1, 'how many texts; with beams, that many of the best', low=1)
-    max_new_tokens: int = flag(None, 'tokens in a text, at most [200, or as many as the longest '
-                                     'target that it is scored by]', low=1)
-    temperature: float = flag(0.8, '0 takes the likeliest token, 1 draws as the model says; for '
-                                   'text to text 0 if not given', high=1e6)
-    num_beams: int = flag(1, 'above 1: beam search, with so many beams', low=1, high=4096)
-    length_penalty: float = flag(1.0, 'of beams: divide log P by length^this', high=10)
-    top_k: int = flag(0, 'draw from the k likeliest; 0: all. Of [MASK], how many to show; 0: 5')
+    num_samples: int = flag(1, 'number of texts to write; with beams, the best ones', low=1)
+    max_new_tokens: int = flag(None, 'a text has at most this many tokens [200; with --score, as '
+                                     'many as the longest target]', low=1)
+    temperature: float = flag(0.8, '0: take the likeliest token; 1: draw by the probabilities of '
+                                   'the model; for text to text 0 if not given', high=1e6)
+    num_beams: int = flag(1, 'above 1: beam search with this many beams', low=1, high=4096)
+    length_penalty: float = flag(1.0, 'beam search divides log P by length^length_penalty', high=10)
+    top_k: int = flag(0, 'draw from the k likeliest tokens; 0: all. For [MASK]: show k; 0: 5')
     top_p: float = flag(1.0, 'draw from the fewest tokens that reach this probability', high=1)
     stop: list = flag([], "texts at which to stop; a line end is $'\\n' in most shells")
     seed: int = flag(-1, 'the same seed writes the same text; -1: a new one every time', low=-1)
@@ -840,13 +840,13 @@ class Settings:
             self.seed = int.from_bytes(os.urandom(4))
 
 def lacking(checkpoint, kind):
-    """Weights for a kind of answer (text, masks, a task) that their folder lacks: random ones."""
+    """Weights that a kind (text, masks, a task) needs and its folder lacks: they are random."""
     needed = {'masks': 'output|transform', 'masks and pairs': 'output|transform|pooler|nsp_head',
               'classify': r'trunk\.pooler'}.get(kind, '$^')
     return [name for name in checkpoint.get('new', []) if re.match(needed, name)]
 
 def check_use(given, settings, kind, arch):
-    """The use that the flags ask for. Raises ValueError for a flag that would be ignored."""
+    """'export', 'attention', 'score' or 'start', by the flags. ValueError if a flag has no effect."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
     writing = 'max_new_tokens stop num_beams '  # flags that a model which writes reads
@@ -969,8 +969,8 @@ def read_start(start):
         raise ValueError(f"--start {start!r} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-# As corpora cut texts: U.S., the 's of a word, a word without it and the punctuation after it, ...
-# and --, or another sign, such as an emoji of several characters
+# Tokens as corpora have them: U.S. is one; a word, without its 's and punctuation at its end; 's;
+# ... and --; and every other sign, such as an emoji of several characters
 TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|[\p{L}\p{N}_@#]"
                       rf"(?:(?!['’]s\b|\.\.|--)[^\s—…{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)"
                       r"|\.{2,}|-{2,}|(?!\s)\X")
