@@ -846,7 +846,7 @@ def lacking(checkpoint, kind):
     return [name for name in checkpoint.get('new', []) if re.match(needed, name)]
 
 def check_use(given, settings, kind, arch):
-    """'export', 'attention', 'score' or 'start', by the flags. ValueError if a flag has no effect."""
+    """'export', 'attention', 'score' or 'start'. ValueError for a flag that has no effect."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
     writing = 'max_new_tokens stop num_beams '  # flags that a model which writes reads
