@@ -222,7 +222,8 @@ def run(main):
             if message and not re.search(too_little, message):
                 raise
             message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
-                       "in its place), --block_size, --num_samples or --max_new_tokens")
+                       "in its place), --block_size, --n_embd, --num_samples or "
+                       "--max_new_tokens")
         with contextlib.suppress(OSError):  # the terminal is closed
             to_stderr(f"{os.path.basename(sys.argv[0])}: error: {message}")
         sys.exit(2)

@@ -734,8 +734,8 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     checked = runtime.device != 'cuda' or step % s.log_interval == 0
     if checked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
         raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not "
-                         f"finite: resume from {s.out_dir}/ckpt.pt with a lower --learning_rate, "
-                         "--muon_learning_rate or --adversarial")
+                         f"finite: resume from {s.out_dir}/ckpt.pt, or begin with its best.pt, with "
+                         "a lower --learning_rate, --muon_learning_rate or --adversarial")
     for optimizer in optimizers:
         optimizer.step(learning_rate(step, s) / s.learning_rate, good)
     for optimizer in optimizers:  # when all have moved: two may share a weight
@@ -833,6 +833,8 @@ def stops():
 def on_signal(handler):
     """Let `handler` take Ctrl-C, SIGTERM and SIGHUP, except where nohup ignores them."""
     for number in stops():
+        if number.name == 'SIGHUP' and handler == signal.SIG_DFL:
+            continue  # never ends a run at once: a terminal that is closed may send two
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -870,8 +872,8 @@ class Trainer:
         """Note the first signal; a second ends at once, but not with torchrun, which sends two."""
         self.signal, alone = number, self.runtime.world_size == 1
         on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
-        progress('')
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # the signal came while a line is written
+            progress('')
             to_stderr(f"saving after this step{'; once more to end at once' * alone}")
 
     def save(self, name, **extra):

@@ -6,6 +6,7 @@ Commands run in processes of their own, forked from one that has imported torch 
 """
 
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -172,9 +173,25 @@ def test_a_second_signal_ends_at_once(folders, tmp_path, start):
     wait_for(lambda: Path(tmp_path, 'out/ckpt.pt').exists(), process)
     os.kill(process.pid, signal.SIGTERM)
     wait_for(lambda: 'once more' in text_of(tmp_path, 'stderr'), process)
+    os.kill(process.pid, signal.SIGHUP)  # ends nothing: a terminal that is closed may send two
     os.kill(process.pid, signal.SIGINT)  # of another kind
     assert end_of(process) == -signal.SIGINT
     assert read(tmp_path / 'out')['progress']['step'] == 0
+
+def test_a_signal_while_a_line_is_written_saves(d, tmp_path, monkeypatch):
+    """As on a terminal that stands still: then nothing can be written to standard error."""
+    class Screen(io.StringIO):
+        def write(self, text):
+            if 'iter 2' in text:
+                signal.raise_signal(signal.SIGTERM)
+            if self is sys.stderr:
+                raise RuntimeError('reentrant call')
+
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, Screen())
+    with pytest.raises(SystemExit, match='143'):
+        train.main(as_words({**TINY, 'dataset': d, 'out_dir': tmp_path, 'log_interval': 1}))
+    assert read(tmp_path)['progress']['step'] == 3
 
 def test_a_full_disk_leaves_the_old_checkpoint(folders, tmp_path, start):
     """One line that names the file, status 2, and nothing half written; later the run goes on."""
