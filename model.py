@@ -1259,10 +1259,11 @@ def from_huggingface(folder):
     tensors = read_tensors(folder, family)
     tokens = f"{family.names['tokens']}.weight"
     head = tensors.get(f"{family.names['output']}.weight")
+    table = tensors.get(tokens, tensors.get('decoder.embed_tokens.weight'))
     if config.tied or theirs['model_type'] == 't5':  # tied, unless it has another head
-        config.tied = head is None or head.equal(tensors.get(tokens, head))
-    other = head if config.tied else None  # a file may have the table as lm_head only
-    tensors.setdefault(tokens, tensors.get('decoder.embed_tokens.weight', other))
+        table = head if table is None else table  # a file may have the table as lm_head only
+        config.tied = head is None or head.equal(table)
+    tensors.setdefault(tokens, table)
     model, new = build(config), []
     if 'cls.predictions.bias' in tensors:  # its only name in older files; else a copy, or unused
         tensors.setdefault('cls.predictions.decoder.bias', tensors.pop('cls.predictions.bias'))

@@ -734,8 +734,8 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     checked = runtime.device != 'cuda' or step % s.log_interval == 0
     if checked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
         raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not "
-                         f"finite: resume from {s.out_dir}/ckpt.pt, or begin with its best.pt, with "
-                         "a lower --learning_rate, --muon_learning_rate or --adversarial")
+                         f"finite: resume from {s.out_dir}/ckpt.pt, or begin with best.pt, with a "
+                         "lower --learning_rate, --muon_learning_rate or --adversarial")
     for optimizer in optimizers:
         optimizer.step(learning_rate(step, s) / s.learning_rate, good)
     for optimizer in optimizers:  # when all have moved: two may share a weight

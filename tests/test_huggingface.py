@@ -288,7 +288,8 @@ def test_a_head_in_the_file_counts_although_the_fields_call_it_tied(family, whol
     head = 'cls.predictions.decoder.weight' if family == 'bert' else 'lm_head.weight'
     copy, other = tensors[EMBEDDINGS[family]], {'t5': 'decoder.embed_tokens.weight'}
     heads = [{head: copy}, {head: torch.randn(copy.shape)}, {other.get(family, head): copy}]
-    for i, found in enumerate(heads):  # the last without the table's usual name
+    heads += [heads[1] | heads[2]] * (family == 't5')  # both, as in MADLAD-400
+    for i, found in enumerate(heads):  # from the third on without the table's usual name
         found = found | {name: t for name, t in tensors.items() if i < 2 or t is not copy}
         folder = write(place(), about | {'tie_word_embeddings': True}, found)
         put(folder, 'generation_config.json', {'repetition_penalty': 1.3, 'eos_token_id': None})
