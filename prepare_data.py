@@ -893,8 +893,8 @@ HEADERS = '''abstract answer answers article category chinese class completion c
     prompt query question response review russian sentence sentence1 sentence2 sentiment source
     source_text spanish src src_text summary target target_text targets text text_a text_b texts tgt
     tgt_text title translation trg ar cn cs de en eng es fr fra hi it ja ko nl pt ro ru tr vi zh
-    中文 英文 源 目标 源文本 目标文本 原文 译文 标签 类别 文本 正文 内容 评论 句子 标题 摘要 问题
-    答案'''.split()
+    中文 英文 汉语 英语 日语 韩语 法语 德语 俄语 源 目标 源文本 目标文本 原文 译文 标签 类别
+    文本 正文 内容 评论 句子 标题 摘要 问题 答案'''.split()
 
 def read_columns(path, *names):
     """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""

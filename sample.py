@@ -47,7 +47,8 @@ from model import (IGNORE_INDEX, Attention, KVCache, export_huggingface, load, n
                    require, write_file)
 from prepare_data import (CJK, TASKS, WIDE, Tokenizer, add_special_tokens, check_flags, encode_rows,
                           flag, load_tokenizer, new_folder, pick, progress, read_any, read_flags,
-                          read_pieces, render_token, run, to_stderr, write_ids, write_json)
+                          read_pieces, render_token, run, split_cjk, to_stderr, write_ids,
+                          write_json)
 
 # -----------------------------------------------------------------------------
 # Batches
@@ -637,7 +638,8 @@ def target_scores(answers, golds):
     """BLEU of the corpus; ROUGE and exact match, the means over the texts."""
     guesses, references = [a['target'] for a in answers], [g[0]['meta']['target'] for g in golds]
     rouges = map(fmean, zip(*map(rouge, guesses, references)))             # rouge1, rouge2, rougeL
-    same = [guess.strip() == right.strip() for guess, right in zip(guesses, references)]
+    parts = lambda text: [*filter(None, map(str.strip, split_cjk(text)))]  # BERT writes 你 好
+    same = [parts(guess) == parts(right) for guess, right in zip(guesses, references)]
     return dict(zip(TARGET_SCORES, [bleu(guesses, references), *rouges, fmean(same)], strict=True))
 
 DECODERS = {'classify': decode_label, 'tag': decode_tags, 'qa': decode_span}

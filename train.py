@@ -1198,7 +1198,8 @@ def claim_folder(folder, flags, resumed, runtime):
             old.replace(new)
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     if not resumed:
-        write_file(folder / 'config.toml', lambda f: f.write(write_config(flags).encode()))
+        write_file(folder / 'config.toml', lambda f: f.write(
+            write_config(flags).encode(errors='replace')))  # of a name that is not UTF-8
 
 def main(argv):
     groups = {"training (in brackets: the defaults; RECIPES has others for most presets)": Settings,

@@ -769,6 +769,10 @@ def test_rouge_knows_the_words_of_all_scripts(guess, right, expected):
     assert [found[name] for name in ('rouge1', 'rouge2', 'rougeL')] == pytest.approx(expected)
     assert target_scores([f' {guess}\n', 'x'], [guess, right])['exact_match'] in (0.5, 1)
 
+def test_spaces_beside_cjk_signs_do_not_count():
+    """The tokenizers of BERTs write them; between letters they do."""
+    assert target_scores(['二 一 ， 好 ！', 'a b'], ['二一，好！', 'ab'])['exact_match'] == 0.5
+
 # -----------------------------------------------------------------------------
 # Attention
 
