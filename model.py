@@ -60,8 +60,8 @@ TASKS = ('classify', 'tag', 'qa')  # those with a head; TASKS of prepare_data.py
 @dataclass
 class Config:
     """
-    The architecture of a model. Raises ValueError where it cannot be built. Whatever you add to the
-    computation has to be a field here: an export refuses values that transformers cannot express.
+    The architecture of a model. Raises ValueError if it cannot be built. Whatever you add to the
+    computation must be a field here, so that an export can refuse what transformers cannot express.
     """
     arch: str = flag('gpt', 'kind of model', ('gpt', 'bert', 'encdec', 'lstm'))
     task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
@@ -77,7 +77,7 @@ class Config:
     mlp_dim: int = flag(0, 'width inside the MLP; 0: 4 * n_embd')
     # blocks
     norm: str = flag('layernorm', 'normalisation of a vector', ('layernorm', 'rmsnorm'))
-    norm_eps: float = flag(1e-5, 'added below the root that a norm divides by', low=1e-20, high=1)
+    norm_eps: float = flag(1e-5, 'added under the square root in a norm', low=1e-20, high=1)
     norm_weight: bool = flag(True, 'norms scale each channel by a learned weight')
     norm_first: bool = flag(True, 'True: x + f(norm(x)); False: norm(x + f(x)), as in 2017')
     qk_norm: bool = flag(False, 'normalise queries and keys, which bounds the attention scores')
@@ -105,7 +105,7 @@ class Config:
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
     label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
-    may_change = ('block_size', 'dropout', 'label_smoothing')  # no field: may change once trained
+    may_change = ('block_size', 'dropout', 'label_smoothing')  # not a field: in a trained model
 
     def __post_init__(self):
         for f in fields(self):
@@ -149,7 +149,7 @@ class Config:
     def head_size(self):
         return self.head_dim or self.n_embd // self.n_head
 
-# Each row is a step of history: its choices, at sizes for a laptop. Published sizes stand below.
+# Each row is a model of history, in a size for a laptop. The published sizes are below.
 PRESETS = {
     'transformer': Config(arch='encdec', norm_first=False, positions='sinusoids', activation='relu',
                           scale_embedding=True, init='fan_in', dropout=0.1, label_smoothing=0.1),
@@ -331,8 +331,8 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
-    # training step 1.3 times slower than the formula, and with dropout it is slower still. Long
-    # sequences need it all the same: the formula stores all T x S weights. On mps the kernel is
+    # training step 1.3 times slower than the formula did; with dropout it is slower still. Long
+    # sequences need the kernel anyway: the formula stores all T x S weights. On mps the kernel is
     # wrong for tensors that are not contiguous (pytorch#181133 on GitHub); on CUDA its backward may
     # crash where only the mask has a gradient (pytorch#148476), as in a T5 that is partly frozen.
     mask_only = mask is not None and mask.requires_grad and not q.requires_grad
@@ -368,7 +368,7 @@ class KVCache:
         cross           the KVCache of the source, which the first step of decoding fills
         state           of an LSTM, which has no keys: (h, c), each (n_layer, B, C)
 
-    size is the most tokens it has room for. On a CPU keys and values are float32 whatever the
+    A cache has room for `size` tokens. On a CPU keys and values are float32 whatever the
     dtype of the model: one query then attends to many keys 5 times as fast as in bfloat16.
 
     A CUDA graph (`capture` in sample.py) repeats operations of fixed shapes at fixed places in
@@ -416,7 +416,7 @@ class KVCache:
             self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
 def narrow(x):
-    """Convert x to autocast's 16 bits, if it is on: once, not in each product that reads x."""
+    """Convert x to 16 bits if autocast is on: once here, not in each product that reads x."""
     device = 'cpu' if x.is_cpu else 'cuda'  # torch raises at the name of another, such as meta
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -613,7 +613,7 @@ class Stack(nn.Module):
             raise ValueError(f"a sequence of {end} tokens is longer than block_size="
                              f"{self.config.block_size}: shorten it, or train with a larger one")
         key_positions = torch.arange(end, device=ids.device)               # (S,)
-        positions = past + key_positions[:ids.size(1)]                     # (T,), behind the cache
+        positions = past + key_positions[:ids.size(1)]                     # (T,), after the cached
         x = self.embed(ids, positions, segments)                           # (B, T, C)
         shared, cross = {'cache': cache}, {'cache': cache and cache.cross, 'memory': memory}
         if cache is not None:
@@ -639,7 +639,7 @@ class Stack(nn.Module):
         relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. A single new token needs no mask: it sees the newest
         # keys. T queries on T keys need none where the window hides no key: causal=True is enough.
-        # Several new tokens behind a cache need one, as causal=True aligns query 0 with key 0.
+        # Several new tokens after cached ones need one: causal=True aligns query 0 with key 0.
         if real is None and not (relative or fixed or others):
             if T == 1:
                 return {'newest': window}
@@ -655,7 +655,7 @@ class Stack(nn.Module):
         return {'mask': self.as_numbers(mask, bias)}                       # (1 or B, 1 or H, T, S)
 
     def as_numbers(self, mask, bias=0.0):
-        """What to add to scores: bias where mask is True, else -inf. Made once for all blocks."""
+        """What to add to scores: bias where mask is True, else -inf. Equal windows share it."""
         return torch.where(mask, bias, -math.inf).to(self.embed.tokens.weight.dtype)
 
 # -----------------------------------------------------------------------------
@@ -845,8 +845,8 @@ class EncoderDecoder(LanguageModel):
     def forward(self, ids, attention_mask=None, decoder_ids=None, targets=None, num_targets=None,
                 **inputs):
         """
-        ids and attention_mask (B, S) of the source; decoder_ids (B, T), the target moved behind
-        a start token (teacher forcing) -> logits (B, T, V), and the loss where targets are given.
+        ids and attention_mask (B, S) of the source; decoder_ids (B, T), a start token and
+        the target (teacher forcing) -> logits (B, T, V), and the loss where targets are given.
         """
         memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
         return super().forward(decoder_ids, None, targets, num_targets, memory=memory,
@@ -959,7 +959,7 @@ def reading(path, remedy):
         raise ValueError(f"{path} cannot be read ({type(e).__name__}: {reason}): {remedy}") from e
 
 def find_checkpoint(path):
-    """path -> its checkpoint file or Hugging Face folder; what is not on the disk: from the hub."""
+    """path -> a checkpoint file or a Hugging Face folder, from the hub if it is not on the disk."""
     here = Path(path)
     if here.is_file() and here.suffix in ('.safetensors', '.bin', '.json'):
         here = here.parent
@@ -1162,7 +1162,7 @@ def config_from(theirs):
         ours = known.get(name)
         if ours == 'window':
             value = str(value or 0)                                        # null: no window
-        if value is None or (name, value) == ('type_vocab_size', 0):  # transformers' BERT has some
+        if value is None or (name, value) == ('type_vocab_size', 0):  # a BERT there has segments
             continue
         if ours == 'activation':
             value = family.activations.get(value, f'{name}={value}')
@@ -1280,7 +1280,7 @@ def from_huggingface(folder):
         require(re.fullmatch(family.dropped, name),
                 f"{folder}: the tensor {name} is not part of the model that config.json describes")
     path = Path(folder, 'generation_config.json')
-    if path.exists():  # how their text is chosen: our flags do that here
+    if path.exists():  # how transformers chooses tokens: sample.py has flags for that
         with reading(path, "fetch it again"):
             not_read += [name for name in json.loads(path.read_bytes())
                          if not FAMILIAR.fullmatch(name)]
@@ -1296,8 +1296,8 @@ def spell_out(config):
 
 def export_huggingface(model, folder, vocab_size=None, **fields):
     """
-    Write config.json, with more `fields`, and model.safetensors, with the first vocab_size tokens,
-    by default all. Raises ValueError naming the field of Config that no class of transformers has.
+    Write config.json, with `fields` added, and model.safetensors, with the first vocab_size tokens
+    (default: all). Raises ValueError naming the field of Config that no class of transformers has.
     """
     try:
         from safetensors.torch import save as to_bytes

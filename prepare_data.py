@@ -116,7 +116,7 @@ def normalize_flag(word):
     """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
     name, equals, value = word.partition('=')
     if re.fullmatch(r'--[a-z][\w-]*', name):
-        if value.startswith('~/'):  # shells leave it as it is behind =
+        if value.startswith('~/'):  # shells do not expand it after =
             value = os.path.expanduser(value)
         word = f"--{name[2:].replace('-', '_')}{equals}{value}"
     return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
@@ -251,7 +251,7 @@ APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
 FORMAT = 'plainformer tokenizer 2'
 
 def split_cjk(text):
-    """Each CJK character or sign apart, and the texts between them."""
+    """Cut a text into each CJK character or sign, and the texts between them."""
     return [*filter(None, regex.split(f'({APART})', text))] or ['']
 
 WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
@@ -341,7 +341,7 @@ class Tokenizer:
     def encode_with_offsets(self, text):
         """
         text -> ids (T,) and offsets (T, 2): a token at offsets a, b has bytes of all characters in
-        text[a:b]. CJK characters and signs are encoded alone: an answer may end beside each.
+        text[a:b]. Each CJK character or sign is encoded alone: an answer or entity may end there.
         """
         ids = np.concatenate([self.encode(piece) for piece in split_cjk(text)])
         ends = np.cumsum([0, *map(len, self.encoding.decode_tokens_bytes(ids.tolist()))])
@@ -381,7 +381,7 @@ class Tokenizer:
         """The same tokenizer in the package `tokenizers`, with the tokens of special {text: id}."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
         vocab = {''.join(VISIBLE[b] for b in token): i for token, i in self.ranks.items()}
-        # each token with all pairs of tokens that it can be merged of
+        # all pairs of tokens that can be merged into another token
         merges = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))
                   if token[:i] in vocab and token[i:] in vocab]
         hf = optional('tokenizers')
@@ -415,7 +415,7 @@ class Tokenizer:
                      for text, i in special.items() if text in frames[arch][1]]
             engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
                 *frames[arch], names)
-        more = {'gpt': {'padding_side': 'left'},  # so that the text goes on behind the prompt
+        more = {'gpt': {'padding_side': 'left'},  # so that the text follows the prompt
                 'bert': {'model_input_names': ['input_ids', 'token_type_ids', 'attention_mask']}}
         config = {'tokenizer_class': 'PreTrainedTokenizerFast', **more.get(arch, {})}
         for name, (key, *_) in ROLES.items():
@@ -461,7 +461,7 @@ def train_bpe(piece_counts, n_tokens):
     """
     Byte-pair encoding [1] over bytes [2]: start from the 256 bytes, and again and again merge the
     pair of neighbours that occurs most often; of equally frequent pairs, the one whose bytes sort
-    first. Pairs lie inside a piece of the pattern. {piece: how often} -> {bytes: id} of at most
+    first. Pairs lie inside a piece of the pattern. {piece: how often} -> {bytes: id} of
     n_tokens tokens, or fewer if no pair is left that occurs twice.
 
     To count all pairs again before each merge would be right, but slow. Here each distinct piece is
@@ -583,7 +583,7 @@ class HFTokenizer(Tokenizer):
         self.unknown = special.get('unknown', engine.token_to_id(unknown))
         if self.unknown in end_ids:  # in GPT-2's files the end has this role, too
             self.unknown = None
-        self.marks = [i for i in special.values()  # no words: the end may be a full stop
+        self.marks = [i for i in special.values()  # not words: the end token may be a full stop
                       if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
 
     def encode_with_offsets(self, text):
@@ -765,7 +765,7 @@ def is_json_lines(path):
     return as_rows
 
 def read_rows(path, *names):
-    """Yields (line number, texts) of every row: columns between tabs, or JSON values of names."""
+    """Yields (line number, texts) of each row: columns between tabs, or JSON values for `names`."""
     as_json, unread = is_json_lines(path), set()
     for n, line in read_lines(path):
         if not as_json:
@@ -789,7 +789,7 @@ def read_rows(path, *names):
 def read_pieces(paths):
     """
     Yields the text of files in pieces of about PIECE characters, and '' where a document ends:
-    after each row of JSON lines, at lines that hold only <|endoftext|>, after any other file.
+    after each row of JSON lines, at lines that hold only <|endoftext|>, at the end of other files.
     """
     for path in paths:
         if is_json_lines(path):
@@ -881,8 +881,8 @@ def write_ids(path, dtype, tokenizer, pieces):
     return counts
 
 # -----------------------------------------------------------------------------
-# Tasks. A reader turns a file into rows: dicts of texts, and `where` (file, line). Rows for which
-# sample.py predicts have no label, tags or answers. `..._examples` turns a row into examples: dicts
+# Tasks. A reader turns a file into rows: dicts of texts, and `where` (file, line). Rows from
+# sample.py --start have no label, tags or answers. `..._examples` turns a row into examples: dicts
 # of the arguments of model.forward(), and of `meta`, which only scores and answers need.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
@@ -902,7 +902,7 @@ def read_columns(path, *names):
     is_label, as_json, blank = names[0] == 'label', is_json_lines(path), 0
     for n, texts in read_rows(path, *names):
         where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
-        if not filled:  # an empty line is wrong only before another row
+        if not filled:  # an empty line; in text to text, wrong before another row
             blank = blank or n
             continue
         require(is_label or not blank, f"{path}, line {blank} is empty, and must be {columns}")
@@ -1012,7 +1012,7 @@ def classify_examples(tokenizer, row, labels, block_size):
         targets    1                           of the labels negative, positive
     """
     texts = [tokenizer.encode(text).tolist() for text in pick(row, 'text', 'text_b').values()]
-    by_length = sorted(texts, key=len)  # of equally long texts, max() takes the first
+    by_length = sorted(texts, key=len)  # at a tie max() takes the first: what was shorter
     while sum(map(len, texts)) > block_size - 1 - len(texts):
         max(by_length, key=len).pop()
     ids, segments = add_special_tokens(tokenizer, *texts)
@@ -1026,9 +1026,9 @@ def tag_examples(tokenizer, row, labels, block_size):
     One class for each token (word) of the text, predicted at its first piece (subword) [3, section
     5.3]. A text that is longer than block_size is cut into several examples.
 
-        tokens    Angela       Merkel       spoke
-        ids       Ang  ela     Mer  kel     spoke
-        targets   B-person .   I-person .   O           a dot is IGNORE_INDEX
+        tokens          Angela       Merkel       spoke
+        ids       [CLS] Ang  ela     Mer  kel     spoke [SEP]
+        targets   .     B-person .   I-person .   O     .       a dot is IGNORE_INDEX
 
     meta: `first` is the place of the first piece of each token, or -1 for a token without a piece
     of its own: some tokenizers drop characters such as U+200B.
@@ -1071,7 +1071,7 @@ def encode_parts(tokenizer, text, cuts=()):
         ids, offsets = tokenizer.encode_with_offsets(text[begin:end])
         parts.append((ids, offsets + begin))
     ids, offsets = map(np.concatenate, zip(*parts))
-    gaps = np.append(offsets[1:, 0], len(text)) - offsets[:, 1]            # behind each token
+    gaps = np.append(offsets[1:, 0], len(text)) - offsets[:, 1]            # after each token
     for i in np.flatnonzero(gaps > 0):
         begin = offsets[i, 1]
         offsets[i, 1] += len(regex.match(r'\p{M}*', text[begin:begin + gaps[i]])[0])
@@ -1132,8 +1132,8 @@ def qa_examples(tokenizer, row, labels, block_size):
 def seq2seq_examples(tokenizer, row, labels, block_size):
     """
     A text in, a text out. The decoder reads <|endoftext|> (or <|start|> if a model has it), then
-    the target. After each of them it must predict the next token of the target (teacher forcing),
-    and at last <|endoftext|>. A source begins with <|source|> if a model has it.
+    the target. After each of these it must predict the next token of the target (teacher forcing),
+    and at the end <|endoftext|>. A source begins with <|source|> if a model has it.
 
         ids            twenty one <|endoftext|>
         decoder_ids    <|endoftext|> 2 1
@@ -1164,7 +1164,7 @@ def tag_names(labels):
 class Task(NamedTuple):
     """
     One kind of labelled data. To add one, put its name into TASKS of model.py, if it needs a head,
-    and a row to DECODERS and to SCORES of sample.py. There BEST_SCORES (with LOWER_IS_BETTER) names
+    and a row into DECODERS and SCORES of sample.py. There BEST_SCORES (with LOWER_IS_BETTER) names
     the scores that choose best.pt; examples_of reads what a user writes, if more than a text.
     """
     read: Callable                          # path -> rows
@@ -1403,13 +1403,13 @@ DATASETS = {  # the task, and the function
 # -----------------------------------------------------------------------------
 # The script
 
-BPE_SAMPLE = 5_000_000  # bpe learns from about so many characters, in pieces all over the text
+BPE_SAMPLE = 5_000_000  # bpe learns from at most so many characters, in pieces all over a text
 
 @dataclasses.dataclass
 class Settings:
     """The flags of this script."""
     dataset: str = flag('', 'built in; py*, recall and numbers need no network', ('', *DATASETS))
-    input: list = flag([], 'UTF-8 text, .jsonl with a "text" a row, rows of a task: files, folders')
+    input: list = flag([], 'files, folders: UTF-8 text, .jsonl with a "text" a row, rows of a task')
     val: list = flag([], 'files to validate on, instead of a share of --input')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune '
                          '[lm, or that of the data set]', ('', 'lm', *TASKS))
@@ -1421,7 +1421,7 @@ class Settings:
     block_size: int = flag(64, 'of a task: longest example, in tokens; longer ones are cut, split '
                                'or refused', low=8)
     out_dir: str = flag('', 'folder to write, data/NAME if not given')
-    show: str = flag('', 'a text: only print its tokens, step by step; bpe: of --dataset or pydoc')
+    show: str = flag('', 'only show how text becomes tokens; bpe: of --out_dir, --dataset or pydoc')
     mirror: str = flag('', f'URL or folder to download from, instead of {UPSTREAM}')
     config: str = flag('', 'a TOML file of flags; those of the command line count more')
 
@@ -1460,7 +1460,7 @@ def prepare_text(settings, task, folder, files, val_files):
     if rows:
         print(f"{some_of(rows)} is read as plain text: labelled rows need --task")
     for paths in (files, val_files):
-        cut = size  # after the loop: the size of `files`, behind which val_files begin
+        cut = size  # after the loop: the size of `files`, after which val_files begin
         for text in read_pieces(paths):
             size += len(text)
             characters.update(text)
@@ -1486,7 +1486,7 @@ def prepare_text(settings, task, folder, files, val_files):
     return tokenizer, {'dtype': dtype, 'counts': counts, 'labels': []}
 
 def check_labels(task, rows, labels, path):
-    """Raise ValueError if labels seem to come from a wrong column, or from a header."""
+    """Raise ValueError for fewer than two labels, and for those of a wrong column or a header."""
     most = math.inf
     if task == 'classify':  # a label that is a text or a measurement is in the wrong column
         last_column = {row.get('text_b', row['text']) for row in rows}
@@ -1561,7 +1561,7 @@ def prepare(settings):
         for path in files + val_files:
             require(target not in Path(path).resolve().parents, f"--out_dir {out_dir} holds the "
                     "input, which would be lost: choose another name")
-        if val_files:  # drop them from files, under any name, unless nothing is left
+        if val_files:  # leave copies of them out of files, unless nothing is left
             held_out = {sha256_of([path]) for path in val_files}
             files = [path for path in files if sha256_of([path]) not in held_out] or files
         prepare_files = prepare_text if task == 'lm' else prepare_task

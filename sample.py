@@ -7,7 +7,7 @@ A GPT or LSTM continues the text:
     printf "To be" | python sample.py --start - --stream
 
 Standard output gets only the texts, with a line of three dashes between samples. BERT, translators
-and fine-tuned models answer each line of --start by one line (or by --num_samples translations):
+and fine-tuned models answer each line of --start with one (or with --num_samples translations):
 
     python sample.py --out_dir out-bert --start "The [MASK] statement"          fill each [MASK]
     python sample.py --out_dir out-reviews --start FILE:reviews.txt             label, probability
@@ -19,7 +19,7 @@ The script can also score a model on a file, or write a page that shows the atte
     python sample.py --score FILE
     python sample.py --start "The import statement" --attention page.html
 
-Read sample_token, generate and beam_search first. DECODERS and SCORES have a function per task.
+Read sample_token, generate and beam_search first. For tasks, see DECODERS and SCORES.
 """
 
 import collections
@@ -226,12 +226,12 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
             cache.reorder(rest)
         new = [text[-1:] for text in batch]
 
-capture_stream = functools.cache(torch.cuda.Stream)  # one for all: each has memory of its own
+capture_stream = functools.cache(torch.cuda.Stream)  # shared: each stream has memory of its own
 
 def capture(step, cache, new, uniforms):
     """
-    Record step as a CUDA graph, which launches its hundreds of small kernels all at once: to launch
-    them from Python takes longer than to run them. A graph reads and writes fixed places in memory.
+    Record step() as a CUDA graph, which launches hundreds of small kernels at once: Python takes
+    longer to launch them than they take to run. A graph reads and writes fixed places in memory.
     So cache.length becomes a tensor, to which each launch adds 1, and all else that a step changes
     must be a tensor changed in place. Returns replay(new, i, more): the newest token of each row,
     [[token], ...] -> the next ones, chosen by uniforms[i]; with `more` the GPU begins step i + 1
@@ -332,7 +332,7 @@ class TextStream:
         self.ids, self.text, self.done, self.ends = [], '', False, tokenizer.end_ids
         begin = len(tokenizer.decode(prompt))                              # of the new text
         self.decode = lambda ids: tokenizer.decode([*prompt, *ids])[begin:]
-        # Leave out a stop text that has another one inside, before its end: that is complete first.
+        # Leave out a stop text that contains another one before its end: the other one comes first.
         self.stops = [stop for stop in stops if not any(other in stop[:-1] for other in stops)]
         if score is not None:
             self.score = score
@@ -375,7 +375,7 @@ def suppressed_tokens(model, tokenizer, ends=True):
 @torch.autocast('cpu', enabled=False)  # a product with one token is slow in bfloat16
 def write_batch(model, tokenizer, prompts, sources, rows, settings):
     """
-    Continue prompts, lists of ids of equal length. sources: for text to text the sources, which an
+    Continue prompts, lists of ids of equal length. sources: for text to text, the ids that an
     encoder-decoder reads first; else []. Returns for each prompt a list of TextStream: one drawn by
     (seed, its number in rows), or its best beams. With --stream the first text is printed as it
     grows. Beams and targets must fit into block_size tokens: beams cut the start of long prompts.
@@ -427,8 +427,8 @@ def write_targets(model, tokenizer, examples, settings):
             f"{size}: leave them out")
     settings = replace(settings, max_new_tokens=settings.max_new_tokens or max(lengths, default=0))
     sources = [example['ids'] for example in examples for _ in range(repeat)]
-    keys = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # floats per text
-    batch_size = 1 + min(1024, 2 ** 28 // keys) // settings.num_beams  # keys and values: 2 GB
+    floats = config.n_layer * config.n_embd * (settings.max_new_tokens or 200)  # keys of a text
+    batch_size = 1 + min(1024, 2 ** 28 // floats) // settings.num_beams  # keys and values: 2 GB
     for rows in by_length(sources, batch_size, same_length=not encoder):
         batch = [sources[row] for row in rows]
         prompts = [[tokenizer.start_id] if encoder else [*ids[:-1], tokenizer.id('[SEP]')]
@@ -445,7 +445,7 @@ def write_targets(model, tokenizer, examples, settings):
 # Answers. A function of DECODERS turns the logits of all examples of a row into its answer, a dict.
 
 def decode_label(examples, logits, labels):
-    """(L,) -> the likeliest label."""
+    """Logits (L,) -> the likeliest label."""
     p = logits[0].softmax(dim=-1).tolist()
     best = p.index(max(p))
     return {'label': labels[best], 'probability': p[best], 'probabilities': dict(zip(labels, p))}
@@ -574,7 +574,7 @@ def count_ngrams(guess, right, n):
     return (guess & right).total(), guess.total(), right.total()
 
 def answer_words(text):
-    """As SQuAD's script compares answers: no case, punctuation or articles. CJK by characters."""
+    """The words that SQuAD's script compares: no case, punctuation, articles. CJK by characters."""
     text = ''.join(c for c in text.lower() if c not in string.punctuation)
     return cjk_apart(re.sub(r'\b(a|an|the)\b', ' ', text)).split()
 
@@ -648,7 +648,7 @@ SCORES = {'classify': label_scores, 'tag': entity_scores, 'qa': answer_scores,
 BEST_SCORES = {  # scores that may choose best.pt: the first one, unless --best_by names another
     'classify': ['accuracy', 'macro_f1'], 'tag': ['f1'], 'qa': ['f1', 'exact_match'],
     'seq2seq': ['loss', *TARGET_SCORES]}
-LOWER_IS_BETTER = ['loss']  # of the others, higher
+LOWER_IS_BETTER = ['loss']  # of all other scores, higher is better
 
 def task_scores(model, tokenizer, examples, task, labels, settings=None):
     """Scores and loss of labelled examples (text to text: no loss). Default: greedy decoding."""
@@ -667,7 +667,7 @@ def text_scores(nats, predictions, text_bytes):
             'bits_per_byte': nats / math.log(2) / text_bytes}
 
 def masked_accuracy(model, tokenizer, ids):
-    """How often BERT guesses one of ids (n,), each hidden alone; at most 1024, evenly spaced."""
+    """The share of ids (n,) that BERT guesses, each hidden alone; at most 1024, evenly spaced."""
     room, examples = model.config.block_size - 2, []
     for i in range(0, len(ids), 1 + len(ids) // 1024):
         shown, segments = add_special_tokens(tokenizer, ids[i // room * room:][:room].tolist())
@@ -842,13 +842,13 @@ class Settings:
             self.seed = int.from_bytes(os.urandom(4))
 
 def lacking(checkpoint, kind):
-    """Weights that a kind (text, masks, a task) needs and its folder lacks: they are random."""
+    """Random weights: models of a kind (text, masks, a task) need them, but the folder has none."""
     needed = {'masks': 'output|transform', 'masks and pairs': 'output|transform|pooler|nsp_head',
               'classify': r'trunk\.pooler'}.get(kind, '$^')
     return [name for name in checkpoint.get('new', []) if re.match(needed, name)]
 
 def check_use(given, settings, kind, arch):
-    """'export', 'attention', 'score' or 'start'. ValueError for a flag that has no effect."""
+    """Returns 'export', 'attention', 'score' or 'start'. ValueError for a flag without effect."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
     writing = 'max_new_tokens stop num_beams '  # flags that a model which writes reads
@@ -949,7 +949,7 @@ def join_projections(attention):
 
 @torch.no_grad()
 def arrange_weights(model):
-    """For products with one token. Then the model can only write, on its device, in its dtype."""
+    """Speed up products with one token; then the model only writes, on its device, in its dtype."""
     for p in model.parameters():
         p.data = by_columns(p.data)
     for name, m in model.named_modules():
@@ -971,8 +971,8 @@ def read_start(start):
         raise ValueError(f"--start {start!r} is not UTF-8 at byte {e.start}: convert it") from None
     return start
 
-# Tokens as corpora have them: U.S. is one; a word, without its 's and punctuation at its end; 's;
-# ... and --; and every other sign, such as an emoji of several characters
+# Tokens as in corpora: U.S.; a word without 's and without punctuation at its end; the 's itself;
+# ... and --; any other sign, such as an emoji of several characters
 TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|[\p{L}\p{N}_@#]"
                       rf"(?:(?!['’]s\b|\.\.|--)[^\s—…{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)"
                       r"|\.{2,}|-{2,}|(?!\s)\X")

@@ -15,7 +15,7 @@ The data flow, which is all that the loop knows of a task:
 An example is a dict of arguments of model.forward(), and `meta`, which the model does not get. What
 a step does depends only on the checkpoint and on the number of the step: example i is drawn from
 (seed, i), the order of an epoch from (seed, epoch), dropout from (seed, number of the first
-example). So no data loader is saved, and a resumed run is the unbroken one, on a CPU bit for bit.
+example). So no loader is saved, and a resumed run equals an unbroken one, on a CPU bit for bit.
 
 To read first: the objectives, such as masked_lm; Muon; backward and optimizer_step, which make up a
 step; Trainer.run, the loop. start() turns flags into all that the loop needs.
@@ -113,7 +113,7 @@ class Data:
         return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
 
     def windows(self, T):
-        """Windows in an epoch: of T tokens, and the one after them as the last target."""
+        """The number of windows in an epoch; each has T tokens, and the next as its last target."""
         last = len(self.tokens) - 1
         if last < T:
             raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
@@ -144,8 +144,8 @@ class Data:
     @functools.cached_property
     def sentences(self):
         """
-        (starts, document, followed): where each of n sentences starts, and the end of the text,
-        (n + 1,); its document (n,); those followed by another in it. A sentence ends after . ! ?
+        (starts, document, followed): where each of n sentences starts, and the text ends, (n + 1,);
+        the document of each (n,); which of them precede another in it. A sentence ends after . ! ?
         before white space, after 。！？।۔؟ and at line ends; a document ends at <|endoftext|>.
 
             One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
@@ -173,7 +173,7 @@ class Data:
         return len(followed) > 0 and document[0] != document[-1]
 
 # -----------------------------------------------------------------------------
-# Objectives: what does the model see, and what has it to predict? Each makes one example.
+# Objectives: what does the model see, and what must it predict? Each makes one example.
 
 def causal_lm(data, index, T):
     """
@@ -215,16 +215,16 @@ def masked_lm(data, index, T):
 def sentence_pair(data, rng, room):
     """
     Two texts A and B of at most `room` tokens together, and 1 if B follows A, else 0. In half of
-    the pairs B follows; else B is from another document: one from the same might fit, too. A has at
+    the pairs B follows; else B is from another document: in the same one it might fit. A has at
     most a random share of the room, a quarter to three quarters. If the texts are too long, A
-    loses its beginning and B its end, so that they still meet.
+    loses its beginning and B its end, so that B still begins where A ends.
     """
     starts, document, followed = data.sentences
     first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
     low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
     fitting = np.searchsorted(starts[first + 1:high], starts[first] + length, side='right')
-    after = first + max(1, fitting)                                        # the sentence behind A
+    after = first + max(1, fitting)                                        # the sentence after A
     follows = rng.random() < 0.5
     second = after                                                         # B's first sentence
     if not follows:
@@ -268,7 +268,7 @@ def span_corruption(data, index, T):
     source, target = tokenizer.source_ids, []
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
-    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # with only one, ids would be T + 1 long
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # hiding one would make ids T + 1 long
     spans = max(1, min(100, round(hidden / 3), n - hidden))  # there are 100 sentinels
 
     def cut(total):
@@ -290,7 +290,7 @@ def supervised(data, index, T):
 
 def completion(data, index, T):
     """
-    Text to text with a decoder alone: the source is a prompt, and only the target is predicted.
+    Text to text without an encoder: the source is a prompt, and only the target is predicted.
 
         ids       twenty one [SEP] 2 1
         targets   .      .   2     1 <|endoftext|>        a dot is IGNORE_INDEX
@@ -405,7 +405,7 @@ class Muon(Optimizer):
     """
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: make the gradient (with momentum)
     orthogonal, so that a step is equally large in all directions; the plain gradient is large in a
-    few. Matrices of one shape are computed together, and in bfloat16 if `dtype` is: precise enough.
+    few. Matrices of one shape are computed together. bfloat16, if `dtype` is that, is good enough.
     m: the running mean of the gradient g; scale: sqrt(max(1, rows / columns)), as in their code.
 
         weight -= lr * (scale * orthogonal(momentum * m + (1 - momentum) * g) + decay * weight)
@@ -485,7 +485,7 @@ class Settings:
     patience: int = flag(0, 'stop after so many evaluations without a better one; 0: never')
     target_loss: float = flag(0.0, 'stop when the validation split has this loss; 0: never')
     # how
-    optimizer: str = flag('adamw', 'Muon moves matrices, and AdamW the rest', OPTIMIZERS)
+    optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', OPTIMIZERS)
     learning_rate: float = flag(2e-3, 'of AdamW, at its peak', above=0, high=1e6)
     muon_learning_rate: float = flag(0.02, 'of Muon, at its peak', above=0, high=1e6)
     muon_momentum: float = flag(0.95, 'of Muon: share of the old mean', below=1)
@@ -495,7 +495,7 @@ class Settings:
     lr_schedule: str = flag('cosine', 'how the learning rate falls', SCHEDULES)
     weight_decay: float = flag(0.1, 'of matrices and embeddings', high=1e6)
     beta1: float = flag(0.9, 'AdamW: decay of the mean of the gradient', below=1)
-    beta2: float = flag(0.99, 'AdamW: decay of the mean of its square', below=1)
+    beta2: float = flag(0.99, 'AdamW: decay of the mean of the squared gradient', below=1)
     grad_clip: float = flag(1.0, 'limit of the norm of the whole gradient; 0: none')
     freeze: str = flag('', 'words in names of weights to freeze: trunk, or "tokens blocks.0."')
     adversarial: float = flag(0.0, 'also train on embeddings moved this far up their gradient')
@@ -515,7 +515,7 @@ TEXT_TO_TEXT = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3,
 NEW_HEAD = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
-    """Rows for pre-trained models: few and small steps, but larger than BERT's (appendix A.3)."""
+    """Rows for pre-trained models: few small steps; for tasks larger than BERT's (appendix A.3)."""
     usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
                  beta2=0.999, weight_decay=0.01, dropout=0.1)
     return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
@@ -531,7 +531,7 @@ RECIPES = {
         'nano': dict(MUON, max_iters=132, batch_size=24, eval_interval=66, eval_iters=5,
                      warmup_iters=0, learning_rate=3e-2, muon_learning_rate=0.09, weight_decay=0.0,
                      beta1=0.7, beta2=0.95, muon_momentum=0.75, grad_clip=0.0),
-        # one token in seven has a target, so many steps; and a learning rate post-norm survives
+        # one token in seven has a target, so many steps; and a rate that post-norm survives
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
                      muon_learning_rate=0.01, eval_interval=500, log_interval=100),
     },
@@ -548,7 +548,7 @@ RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, 
 def keep_memory():
     """
     glibc returns large blocks to the system as soon as they are free, and every step gets its
-    activations anew, page by page. Keeping them trains the quick start 1.8 times as fast.
+    activations anew, page by page. If they are kept, the quick start trains 1.8 times as fast.
     """
     with contextlib.suppress(OSError, AttributeError):  # another libc
         libc = ctypes.CDLL('libc.so.6')
@@ -596,14 +596,14 @@ class Runtime:
         return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
 
     def sum(self, values):
-        """A number or an array, added over all processes; none waits for a GPU."""
+        """Add a number or an array over all processes, on the CPU, so that none waits for a GPU."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def average_gradients(self, model):
-        """Over all processes, as one vector. What was averaged before (--adversarial) stays."""
+        """Average over processes, as one vector; what was averaged before (--adversarial) stays."""
         if self.world_size > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             mean = parameters_to_vector(gradients) / self.world_size
@@ -665,8 +665,8 @@ def print_sample(model, tokenizer, s, runtime):
 def micro_batches(step, s, runtime):
     """
     The part of a step that falls to this process: the first example of each of its micro-batches,
-    and how many examples each has. That is batch_size, or the largest divisor of batch_size that
-    also divides the part (then dropout draws other values).
+    and how many examples each has: batch_size, or the largest divisor of batch_size that also
+    divides the part (then dropout draws other values than in one process).
     """
     total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
     require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
@@ -725,7 +725,7 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights. If the loss or the gradient is not finite, no weight
     moves and ValueError is raised; but an overflow in float16 only halves the scale of the loss.
-    To check, the CPU waits for a GPU: there, only bad steps of the log raise, others do nothing.
+    As a check waits for a GPU, a bad step there raises only if it is logged, and else does nothing.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -749,7 +749,7 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
 PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
 
 def tokens_per_step(s, data, config):
-    """Tokens of a step; of labelled data, which are of many lengths, the mean."""
+    """Tokens in a step; for labelled data, whose rows have many lengths, the mean."""
     mean = data.lengths.mean() if data.rows else config.block_size
     return round(s.batch_size * s.gradient_accumulation_steps * mean)
 
@@ -759,15 +759,15 @@ def duration(seconds):
 def flops_per_token(model):
     """
     Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361), but 0 for token tables that are only looked up; for attention
+    https://arxiv.org/abs/2001.08361), but 0 for token tables that multiply nothing; for attention
     12 n_layer C T, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). This
     is too much if a token uses only some weights (one of two stacks; BERT's output: one token in
     seven), or if weights are frozen (2 each, below the first weight that is trained).
     """
     c = model.config
-    looked_up = ((not c.tied) + bool(c.task)) * c.vocab_size * c.n_embd
+    not_multiplied = ((not c.tied) + bool(c.task)) * c.vocab_size * c.n_embd
     attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
-    return 6 * (num_parameters(model) - looked_up) + attention
+    return 6 * (num_parameters(model) - not_multiplied) + attention
 
 def dry_run(model, s, data, runtime):
     """
@@ -834,7 +834,7 @@ def on_signal(handler):
     """Let `handler` take Ctrl-C, SIGTERM and SIGHUP, except where nohup ignores them."""
     for number in stops():
         if number.name == 'SIGHUP' and handler == signal.SIG_DFL:
-            continue  # never ends a run at once: a terminal that is closed may send two
+            continue  # a closed terminal may send SIGHUP twice: the run is saved all the same
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
@@ -869,7 +869,7 @@ class Trainer:
             self.forward = torch.compile(lambda **batch: (None, model(**batch)[1]))
 
     def catch(self, number, frame):
-        """Note the first signal; a second ends at once, but not with torchrun, which sends two."""
+        """Note a signal. A second ends at once, except where two are usual: SIGHUP, torchrun."""
         self.signal, alone = number, self.runtime.world_size == 1
         on_signal(signal.SIG_DFL if alone else signal.SIG_IGN)
         with contextlib.suppress(OSError, RuntimeError):  # the signal came while a line is written
@@ -884,7 +884,7 @@ class Trainer:
                  block_size=data.block_size, progress=asdict(self.at), log=self.log, **extra)
 
     def evaluate(self):
-        """Evaluate; write log.csv, and best.pt if it is a new best. Returns why to stop, or ''."""
+        """Evaluate; write log.csv, best.pt at a new best or target. Returns why to stop, or ''."""
         s, at, runtime, reason = self.s, self.at, self.runtime, ''
         limit = s.eval_iters * s.batch_size
         train_loss = evaluate(self.model, self.data, s, runtime, limit)['loss']
@@ -1170,7 +1170,7 @@ def start(given):
     return model, s, data, val, checkpoint if resume else None, runtime
 
 def lock(folder):
-    """Lock a folder by a file to keep open. Raises ValueError if another process has locked it."""
+    """Lock a folder until the returned file is closed. ValueError if another process did so."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / '.lock'
     f = path.open('a')  # closed with its process, however that ends
@@ -1186,7 +1186,7 @@ def lock(folder):
     return f
 
 def claim_folder(folder, flags, resumed, runtime):
-    """A new run gives the files of an earlier one another name, and writes all of its flags."""
+    """For a new run: rename the files of an earlier one, and write all flags to config.toml."""
     files = [folder / name for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'config.toml')]
     renamed, n = files, 0
     while any(map(Path.exists, renamed)):  # one number for all files of a run
