@@ -1233,7 +1233,8 @@ def read_tensors(folder, family):
             names = json.loads(index.read_bytes())['weight_map'].values()
             paths = [Path(folder, name) for name in {*names}]
     for path in paths:
-        require(path.exists(), f"there is no {path}: fetch it (pytorch_model.bin is not read here)")
+        require(path.exists(), f"there is no {path}: fetch it, or if there is only a "
+                "pytorch_model.bin, save that as safetensors, by save_pretrained of transformers")
         with reading(path, "fetch it again, and pip install safetensors"), open(path, 'rb'):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():

@@ -564,7 +564,8 @@ def optional(package):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(f"one more package is needed: pip install {package}") from None
+        raise ValueError("one more package is needed: pip install "
+                         + package.removeprefix('google.')) from None
 
 class HFTokenizer(Tokenizer):
     """The tokenizer of another model (WordPiece, ...). saved: its JSON of `tokenizers`."""
@@ -627,12 +628,16 @@ ROLES = {
 def open_huggingface(folder):
     """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
     if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
-        optional('sentencepiece')
+        optional('sentencepiece'), optional('google.protobuf')
     config, about = read_any(folder, 'config.json'), read_any(folder, 'tokenizer_config.json')
     kind = (config | about).get('tokenizer_class') or ''  # Japanese words are cut by a program
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
     theirs = optional('transformers').AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False)
+    written = read_any(folder, 'tokenizer.json').get('model', {}).get('type')
+    if written not in (None, type(theirs.backend_tokenizer.model).__name__):
+        # SentencePiece by the name of BertTokenizer: there all words would be unknown
+        theirs = optional('transformers').PreTrainedTokenizerFast.from_pretrained(folder)
     engine = theirs.backend_tokenizer
     require(len(engine.get_vocab()) > 1 + len(engine.get_added_tokens_decoder()),
             f"{type(theirs).__name__} finds no vocabulary")
