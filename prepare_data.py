@@ -750,8 +750,8 @@ def read_text(path, size=None):
             yield from iter(lambda: f.read(size), '') if size else f
         except UnicodeDecodeError as e:
             offset = f.buffer.tell() - len(e.object) + e.start
-            raise ValueError(f"{path} is not UTF-8 (the byte at offset {offset}): convert it, or "
-                             "leave it out") from None
+            raise ValueError(f"{path} is not UTF-8 (the byte at offset {offset}): unpack or "
+                             "convert it, or leave it out") from None
 
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
@@ -786,7 +786,8 @@ def read_rows(path, *names):
                 unread |= row.keys() - names
             except Exception:
                 raise ValueError(f"{path}, line {n}: a row must be JSON with a text for "
-                                 f"{' and '.join(names[:2])}: mend it, or leave it out") from None
+                                 f"{' and '.join(names[:2])}: mend it or rename its keys, or leave "
+                                 "it out") from None
             yield n, texts
     if unread and len(names) > 1:  # plain text may have any others
         to_stderr(f"{path}: not read: {', '.join(sorted(unread))}")
@@ -929,16 +930,17 @@ def read_tagged(path):
     CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
     cut into its characters, as sample.py cuts what a user writes without spaces.
     """
-    row, columns, counted, texts = None, 0, set(), 0
+    row, columns, counted, begins, texts = None, 0, set(), set(), 0
     for n, line in itertools.chain(read_lines(path), [(0, '')]):  # '' ends the last text
         if line.strip(' \t') and not line.startswith('-DOCSTART-'):
             fields = re.split(' *\t' if '\t' in line else ' +', line.strip(' '))
             columns = columns or max(2, len(fields))
             token, tag = fields[0], fields[-1]
+            begins.add(re.match('([a-z]+:)?', token)[0])
             require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),
                     f"{path}, line {n}: {line[:40]!r} must have {columns} columns (no JSON), "
                     "first a token, last its tag: O, B-kind or I-kind (S- is B-, M- and E- are I- "
-                    "here)")
+                    "here: write them so)")
             row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
             parts = split_cjk(token)
             row['tokens'] += parts
@@ -951,6 +953,8 @@ def read_tagged(path):
             row, texts = None, texts + 1
     require(columns <= 2 or counted != {True},  # in all texts
             f"{path}: the first column counts tokens or texts: leave it out")
+    require(len(begins) != 1 or begins == {''},  # WikiANN
+            f"{path}: all tokens begin with {', '.join(begins)}: leave that out")
     if texts > 9 and not counted:
         to_stderr(f"{path}: each of {texts} texts has one token: are there blank lines between "
                   "tokens?")

@@ -607,6 +607,7 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
     'a quoted label': ('classify', {'a.tsv': '"好"\t"a"\n'}, [], 'line 1: "好" is quoted'),
     'quoted on the left': ('seq2seq', {'a.tsv': '"a ""b"" c"\t"d"\n'}, [], 'line 1: "a ""b'),
     'counted tokens': ('tag', {'a.conll': '1 EU B-组织\n2 说 O\n'}, [], 'first column counts'),
+    'as in WikiANN': ('tag', {'a.conll': 'zh:京 B-地\nzh:说 O\n'}, [], 'all tokens begin with zh:'),
     'counted texts': ('tag', {'a.conll': 'S 1\tEU\tO\nS 1\t说\tO\n'}, [], 'first column counts'),
     'columns swapped': (
         'classify', {'a.tsv': ''.join(f'film {i} {i:999}\t1\n' for i in range(20))}, [],
