@@ -190,7 +190,7 @@ def sinusoids(length, channels):
     PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same): section 3.5 of [1].
     They are fixed, not learned. The wavelengths grow from 2 pi to 10000 * 2 pi. Returns (T, C).
     """
-    frequency = 10000.0 ** (-torch.arange(0, channels, 2) / channels)      # (C/2,)
+    frequency = 10000.0 ** (-torch.arange(0, channels, 2).float() / channels)  # (C/2,)
     angle = torch.arange(length)[:, None] * frequency                      # (T, C/2)
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
@@ -234,7 +234,7 @@ def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     else:
         distance = (-distance).clamp(min=0)
     near = buckets // 2
-    log_ratio = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)
+    log_ratio = torch.log(distance.clamp(min=1).float() / near) / math.log(max_distance / near)
     far = near + (log_ratio * (buckets - near)).long()
     return first + torch.where(distance < near, distance, far.clamp(max=buckets - 1))
 
@@ -564,7 +564,7 @@ class Embedding(nn.Module):
         if self.kind == 'learned':
             x = x + self.positions(positions)
         elif self.kind == 'sinusoids':
-            x = x + self.sinusoids[positions]
+            x = x + self.sinusoids[positions].type_as(x)
         if self.segments is not None:
             last = self.segments.num_embeddings - 1  # with one segment, both texts are 0
             segments = torch.zeros_like(ids) if segments is None else segments.clamp(max=last)

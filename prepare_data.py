@@ -180,7 +180,8 @@ def write_config(values):
 
 def to_stderr(text):
     """Print a line on standard error, apart from the results on standard output."""
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr:  # it may be closed
+        print(text, file=sys.stderr, flush=True)
 
 def shell_word(name):
     """A name as shells read it, in double quotes if need be: Windows knows no others."""
@@ -232,8 +233,8 @@ def run(main):
 
 def progress(text):
     """Write text over the last progress line, on a terminal, by one process only. '' clears it."""
-    with contextlib.suppress(OSError):
-        if sys.stderr and sys.stderr.isatty() and os.environ.get('RANK', '0') == '0':
+    with contextlib.suppress(OSError, AttributeError):  # it may be closed, or a class of yours
+        if sys.stderr.isatty() and os.environ.get('RANK', '0') == '0':
             width = shutil.get_terminal_size().columns - 1
             print(text[:width].ljust(width), end='\r', file=sys.stderr, flush=True)
 
@@ -435,9 +436,9 @@ def gpt2_tokenizer():
     """The tokenizer of GPT-2, with our special tokens after its own 50,257."""
     try:
         base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
-    except Exception:
-        raise ValueError("the tokenizer gpt2 cannot be downloaded: go online once, or choose "
-                         "another --tokenizer") from None
+    except Exception as e:
+        raise ValueError(f"the tokenizer gpt2 cannot be downloaded ({e}): go online once, or "
+                         "choose another --tokenizer") from None
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
 def merge(tokens, pair, new):

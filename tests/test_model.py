@@ -201,9 +201,10 @@ def test_rotary_products_depend_on_the_distance_only(pairs, i, j, shift, theta):
     angles, x = rotary_angles(6, 4, 10000.0)[5], torch.tensor([1.0, 2.0, 0.0, 0.0])
     by_hand = [math.cos(5), 2 * math.cos(0.05), math.sin(5), 2 * math.sin(0.05)]
     close(rotate(x, angles.cos(), angles.sin()), torch.tensor(by_hand), 1e-6)
+    waves = sinusoids(500, 8)
     torch.set_default_dtype(torch.bfloat16)  # as some loaders do: angles stay precise
     try:
-        assert rotary_angles(6, 4, 10000.0)[5].equal(angles)
+        assert rotary_angles(6, 4, 10000.0)[5].equal(angles) and sinusoids(500, 8).equal(waves)
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -855,6 +856,10 @@ def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
     with pytest.raises(SystemExit, match='129'):  # an exit, which cleans up
         prepare_data.run(lambda argv: signal.raise_signal(signal.SIGHUP))
     prepare_data.run(print)
+    for stream in (None, types.SimpleNamespace(write=len, flush=list)):  # closed, or a class of somebody's
+        monkeypatch.setattr(sys, 'stderr', stream)
+        prepare_data.progress('x')
+        prepare_data.to_stderr('y')
     assert sys.stdout.getvalue() == "['y']\n"
 
 def test_too_little_memory_is_one_line_with_a_remedy(monkeypatch, capsys):

@@ -976,6 +976,8 @@ def test_the_picture_shows_both_losses_by_name(tmp_path, monkeypatch):
     (x, y), named = figure.Figure().subplots().plot.call_args
     assert (x.tolist(), y.tolist()) == ([0, 9], [[5, 6], [3, 4]])
     assert named == {'label': ['train loss', 'val loss']}
+    figure.Figure.side_effect = ValueError('not a valid value for backend')  # of MPLBACKEND
+    train.plot([[0, 5, 6, 0, 0, 0]], tmp_path / 'loss.png')                # ends no run
 
 def test_a_new_run_moves_the_files_of_an_old_one(d, tmp_path, capsys):
     """Nothing is overwritten, and each move is printed."""
