@@ -856,7 +856,7 @@ def test_ctrl_c_ends_with_its_status_and_no_traceback(monkeypatch):
     with pytest.raises(SystemExit, match='129'):  # an exit, which cleans up
         prepare_data.run(lambda argv: signal.raise_signal(signal.SIGHUP))
     prepare_data.run(print)
-    for stream in (None, types.SimpleNamespace(write=len, flush=list)):  # closed, or a class of somebody's
+    for stream in (None, types.SimpleNamespace(write=len, flush=list)):  # closed, or your own
         monkeypatch.setattr(sys, 'stderr', stream)
         prepare_data.progress('x')
         prepare_data.to_stderr('y')
