@@ -248,8 +248,10 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     those of the queries, key_positions (S,) those of the keys. causal: a query sees keys up to its
     own position. window: a query sees keys less than so many positions away (Beltagy et al. 2020,
     Longformer, https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding. A rule of
-    your own must be a new argument, passed to Stack.forward as one of `others`: without one,
-    Stack.mask_arguments often makes no mask, since a kernel knows the causal rule itself.
+    your own must be a new argument, passed to Stack.forward as one of `others` (a field of Config:
+    put it into `others` there): without one, Stack.mask_arguments often makes no mask, since a
+    kernel knows the causal rule itself. In a CUDA graph S is the size of the cache, so the shapes
+    of q and k do not say where a query stands: derive distances from these positions.
 
     With a cache of three tokens and two new ones, causal=True, window=3:
 
@@ -847,6 +849,7 @@ class EncoderDecoder(LanguageModel):
         """
         ids and attention_mask (B, S) of the source; decoder_ids (B, T), a start token and
         the target (teacher forcing) -> logits (B, T, V), and the loss where targets are given.
+        Other inputs go to the encoder alone.
         """
         memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
         return super().forward(decoder_ids, None, targets, num_targets, memory=memory,

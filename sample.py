@@ -529,13 +529,13 @@ def decode_masks(tokenizer, suppressed, k, example, logits):
 def answer_rows(model, tokenizer, rows, task, labels, settings):
     """Rows, each a list of its examples -> (an answer for each, totals of `predict`)."""
     examples = list(itertools.chain(*rows))
-    if task == 'seq2seq':
-        return [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
-                for texts in write_targets(model, tokenizer, examples, settings)], {}
     if task == 'masks':  # decoded batch by batch: the logits of all would not fit into memory
         suppressed = suppressed_tokens(model, tokenizer, ends=False).cpu()
         decode = functools.partial(decode_masks, tokenizer, suppressed, settings.top_k or 5)
         return predict(model, examples, tokenizer.pad_id, decode)
+    if task not in DECODERS:  # text to text
+        return [{'target': texts[0].text, 'targets': [text.to_dict() for text in texts]}
+                for texts in write_targets(model, tokenizer, examples, settings)], {}
     logits, totals = predict(model, examples, tokenizer.pad_id, lambda example, logits: logits)
     rest = iter(logits)
     return [DECODERS[task](row, [next(rest) for _ in row], labels) for row in rows], totals
@@ -656,7 +656,7 @@ def task_scores(model, tokenizer, examples, task, labels, settings=None):
     rows = [list(row) for _, row in itertools.groupby(examples, lambda e: e['meta']['row'])]
     answers, totals = answer_rows(model, tokenizer, rows, task, labels, settings)
     scores = SCORES[task](answers, rows)
-    for nats, n, _ in totals.values():
+    for nats, n, *_ in totals.values():
         scores = {'loss': nats / max(1, n)} | scores
     return scores
 
@@ -674,7 +674,7 @@ def masked_accuracy(model, tokenizer, ids):
         place, targets = i % room + 1, [IGNORE_INDEX] * len(shown)
         targets[place], shown[place] = shown[place], tokenizer.id('[MASK]')
         examples.append({'ids': shown, 'segments': segments, 'targets': targets})
-    _, n, right = predict(model, examples, tokenizer.pad_id)[1]['targets']
+    _, n, right, *_ = predict(model, examples, tokenizer.pad_id)[1]['targets']
     return {'masked_accuracy': right / n}
 
 def format_scores(scores):
@@ -984,7 +984,7 @@ def examples_of(tokenizer, kind, line, block_size):
         if '<|start|>' in tokenizer.special or not ids:  # an empty text begins a document
             ids.insert(0, tokenizer.start_id)
         return [{'ids': ids[-block_size:]}]
-    if kind == 'tag':
+    if DECODERS.get(kind) == decode_tags:
         tokens = filter(None, map(str.strip, TOKEN.findall(cjk_apart(line))))
         row = {'tokens': [*tokens], 'text': line}
     elif kind == 'seq2seq':
@@ -1117,7 +1117,7 @@ def main(argv):
     require(tokenizer, f"{path} has no tokenizer: it cannot read or write text")
     labels, arch = checkpoint.get('labels', []), model.config.arch
     kind = checkpoint.get('task') or {'bert': 'masks', 'encdec': 'seq2seq'}.get(arch, 'text')
-    if kind == 'seq2seq':
+    if kind != 'text':
         settings.temperature = given.get('temperature', 0.0)
     use = check_use(given, settings, kind, arch)
     if use != 'export' and (arch, model.config.positions) == ('encdec', 'relative'):

@@ -644,11 +644,12 @@ def evaluate(model, data, s, runtime, limit=None):
     for kind in sorted(example(data, 0, T), key=len):  # `targets` before `next_targets`
         if kind.endswith('targets'):  # zeros: this process may have had no example
             nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
-            if 'rows' not in data.counts and count == len(data.tokens) - 1:  # a whole text
-                return sample.text_scores(nats, count, data.counts['bytes'])
-            if count:
+            # a whole text
+            if kind == 'targets' and 'rows' not in data.counts and count == len(data.tokens) - 1:
+                scores |= sample.text_scores(nats, count, data.counts['bytes'])
+            elif count:
                 scores['loss'] += nats / count
-                scores[kind.replace('targets', 'accuracy')] = right / count
+                scores.setdefault(kind.replace('targets', 'accuracy'), right / count)
     return scores
 
 def print_sample(model, tokenizer, s, runtime):
@@ -1162,7 +1163,8 @@ def start(given):
         if not by_rows:
             split.rows = []
     # cuDNN plans 30 ms for each new shape and gives a mask no gradient: use it if neither occurs
-    plain = not by_rows and model.config.window == '0' and model.config.positions != 'relative'
+    plain = (not by_rows and model.config.window == '0'
+             and model.config.positions in ('learned', 'rotary'))          # others may learn a bias
     torch.backends.cuda.enable_cudnn_sdp(plain)
     check(given, s, model.config, data, val, checkpoint, path, resume)
     micro_batches(0, s, runtime)  # raises where the processes cannot share a step
