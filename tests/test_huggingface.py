@@ -363,6 +363,7 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
     put(folder, 'tokenizer.json', pointer)
     refuses(folder, 'tokenizer.json is a git-LFS', opens=prepare_data.load_tokenizer)
     put(folder, 'model.safetensors', pointer)
+    put(folder, 'model.safetensors.index.json', {'weight_map': {'x': 'old_model.safetensors'}})
     refuses(folder, 'model.safetensors is a git-LFS')
     (folder / 'model.safetensors').unlink()
     refuses(folder, 'there is no', 'model.safetensors')
@@ -855,4 +856,5 @@ def test_rows_added_to_gpt2_are_never_sampled_and_never_exported(shared, tmp_pat
         sample.main(['--out_dir', str(tmp_path), '--export', new := str(tmp_path / f'new{task}')])
         assert len(transformers.AutoTokenizer.from_pretrained(new)) == rows
     back = transformers.AutoModelForCausalLM.from_pretrained(new)
+    assert back.config.pad_token_id is None  # it would have no row
     same(back.transformer.wte.weight, gpt2.transformer.wte.weight)

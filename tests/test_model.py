@@ -252,6 +252,7 @@ def test_every_kind_of_positions_tells_the_order_and_none_does_not(positions):
     ids, order = some(2, 9), torch.randperm(9)
     difference = (stack(ids)[:, order] - stack(ids[:, order])).abs().max()
     assert difference < 1e-4 if positions == 'none' else difference > 1e-2
+    one_line(TypeError, stack, ids, rule=1)  # an input of a fork gets to attention_mask
 
 # -----------------------------------------------------------------------------
 # Attention
