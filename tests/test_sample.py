@@ -929,7 +929,7 @@ LINES = {  # of each task, and a pair where that is meant
     'masks': ['人[MASK]初', 'a [MASK]bc [MASK]', '[MASK]', 'ab ||| é[MASK]😀'],
     'classify': ['a good film', '不好', 'x ||| 😀 e\u0301', 'longer than forty tokens' * 2],
     'tag': ['Angela Merkel spoke.', '安 民', '😀', 'one two three four five six seven eight nine'],
-    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', '? ||| 8 9',
+    'qa': ['Who? ||| The dog won.', '谁？ ||| 北京的小狗 😀 赢了。', '? ||| 8\t9',
            'x ||| many' + ' 汉字, many' * 9],
     'seq2seq': ['twenty one', '人之初', 'a ||| b'], }
 ANSWERING = [kind for kind in KINDS if kind not in ('text', 'bytes', 'lstm')]
