@@ -629,7 +629,8 @@ ROLES = {
 def open_huggingface(folder):
     """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
     if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
-        optional('sentencepiece'), optional('google.protobuf')
+        optional('sentencepiece')
+        optional('google.protobuf')
     config, about = read_any(folder, 'config.json'), read_any(folder, 'tokenizer_config.json')
     kind = (config | about).get('tokenizer_class') or ''  # Japanese words are cut by a program
     require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")

@@ -159,9 +159,9 @@ class Data:
             parts = [bytes_of[i] for i in tokens.tolist()]
             begins = [match.end() for match in SENTENCE_END.finditer(b''.join(parts))]  # in bytes
             found = np.searchsorted(np.cumsum([*map(len, parts)]), begins, side='right')
-            starts.append(np.unique(n + found[found < len(tokens)]))       # tokens that hold them
+            starts.append(n + found[found < len(tokens)])                  # tokens that hold them
             n += len(tokens)
-        starts = np.concatenate([*starts, [n]])
+        starts = np.unique(np.concatenate([*starts, [n]]))
         document = np.searchsorted(ends, starts[:-1], side='right')        # how many end before
         followed = np.flatnonzero(document[1:] == document[:-1])
         return starts, document, followed
