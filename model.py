@@ -323,6 +323,19 @@ class Dropout(nn.Dropout):
         kept = draws.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
         return x * kept.to(x.dtype) * (256 / (256 - zeroed))
 
+def formula_is_better(q, k, mask, p):
+    """
+    Whether attention() computes the formula itself. Measured on a CPU with 256 positions: in
+    bfloat16 the backward pass of the fused kernel made a training step 1.3 times slower than the
+    formula did; with dropout p it is slower still. Long sequences need the kernel anyway: the
+    formula stores all T x S weights. On mps the kernel is wrong for tensors that are not contiguous
+    (pytorch#181133 on GitHub); on CUDA its backward pass may crash where only the mask has a
+    gradient (pytorch#148476), as in a T5 that is partly frozen.
+    """
+    trains_on_cpu = q.is_cpu and torch.is_grad_enabled()
+    faster = trains_on_cpu and k.size(2) <= 512 and (q.dtype == torch.bfloat16 or p > 0)
+    return faster or q.is_mps or (mask is not None and mask.requires_grad and not q.requires_grad)
+
 def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     """
     attention_weights(q, k) @ v, by a fused kernel, or by the formula where that is better. Both
@@ -332,20 +345,10 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
     p = drop.p if drop.training else 0.0
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    # Measured on a CPU with 256 positions: in bfloat16 the backward pass of the fused kernel made a
-    # training step 1.3 times slower than the formula did; with dropout it is slower still. Long
-    # sequences need the kernel anyway: the formula stores all T x S weights. On mps the kernel is
-    # wrong for tensors that are not contiguous (pytorch#181133 on GitHub); on CUDA its backward may
-    # crash where only the mask has a gradient (pytorch#148476), as in a T5 that is partly frozen.
-    mask_only = mask is not None and mask.requires_grad and not q.requires_grad
-    if others or mask_only or q.is_mps or (q.is_cpu and torch.is_grad_enabled() and k.size(2) <= 512
-                              and (q.dtype == torch.bfloat16 or p > 0)):
-        weights = drop(attention_weights(q, k, mask, causal, scale, **others))
-        return weights @ repeat_heads(v, q.size(1))
-    if q.is_cuda and mask is not None:  # no kernel takes a mask and fewer key heads
-        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
-    return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale,
-                                          enable_gqa=k.size(1) < q.size(1))
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))          # (B, H, S, D)
+    if others or formula_is_better(q, k, mask, p):
+        return drop(attention_weights(q, k, mask, causal, scale, **others)) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale)
 
 def make_norm(config, channels, wanted=True):
     """
@@ -617,20 +620,21 @@ class Stack(nn.Module):
         key_positions = torch.arange(end, device=ids.device)               # (S,)
         positions = past + key_positions[:ids.size(1)]                     # (T,), after the cached
         x = self.embed(ids, positions, segments)                           # (B, T, C)
-        shared, cross = {'cache': cache}, {'cache': cache and cache.cross, 'memory': memory}
+        # The arguments of the attentions, which are equal in all blocks but for their windows
+        own, cross = {'cache': cache}, {'cache': cache and cache.cross, 'memory': memory}
         if cache is not None:
             cache.positions = positions
         if self.config.positions == 'rotary':
-            shared['rotary'] = self.rotary[:, positions].unbind()          # 2 x (T, D/2)
-        by_window = {window: shared | self.mask_arguments(positions, key_positions, window,
-                                                          attention_mask, fixed, **others)
-                     for window in {*self.windows}}
+            own['rotary'] = self.rotary[:, positions].unbind()             # 2 x (T, D/2)
+        masks = {window: self.mask_arguments(positions, key_positions, window, attention_mask,
+                                             fixed, **others)
+                 for window in {*self.windows}}
         if memory_mask is not None:
             real = memory_mask[:, None, None].bool()                       # (B, 1, 1, S)
             cross['mask'] = real | ~real.any(dim=-1, keepdim=True)         # nothing real: see all
             cross['mask'] = self.as_numbers(cross['mask'])
         for block, window in zip(self.blocks, self.windows):
-            x = block(x, by_window[window], cross)
+            x = block(x, own | masks[window], cross)
         if cache is not None:
             cache.length += ids.size(1)
         return self.norm(x)

@@ -16,8 +16,9 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task seq2seq --input en-de.tsv      source<TAB>target
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
-train.py and sample.py import this file, so it also holds what all three share: flags, errors in one
-line, the progress line. Read merge, train_bpe, Tokenizer, tag_examples and qa_examples first.
+The theory comes first: byte-pair encoding, tokenizers, and how labelled texts become examples. Then
+come files, built-in data sets, the tokenizers of other models, and what train.py and sample.py
+import from here: flags, and errors in one line.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
@@ -68,168 +69,17 @@ import tiktoken
 gc.freeze()  # looking for garbage among all that torch has imported takes 0.4 s a run
 
 # -----------------------------------------------------------------------------
-# Flags. Each field of a dataclass is a flag: --max_iters 10, --max-iters=10, --bias, --no-bias.
+# Small helpers
 
 def require(holds, message):
     """Raise ValueError unless `holds`. (model.py, which imports torch, has its own.)"""
     if not holds:
         raise ValueError(message)
 
-BOUNDS = {'above': ('above', operator.gt), 'below': ('below', operator.lt),
-          'low': ('at least', operator.ge), 'high': ('at most', operator.le)}
-LIMITS = {int: {'low': 0, 'high': 2 ** 63 - 1}, float: {'low': 0}}  # unless a flag has its own
-
-def flag(default, help, choices=(), **bounds):
-    """A field of a dataclass, with its rules. default=None: it is derived, or missing."""
-    rules = dict(help=help, choices=choices, **bounds)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=rules)
-    return dataclasses.field(default=default, metadata=rules)
-
-def check_flags(settings):
-    """
-    Raise ValueError for the first flag whose value breaks its rules. Values are converted to the
-    type of their field: from Python they may be a Path or a number of numpy.
-    """
-    for f in dataclasses.fields(settings):
-        value, rules = getattr(settings, f.name), f.metadata
-        if value is None:
-            continue
-        value = f.type(value)
-        setattr(settings, f.name, value)
-        given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
-        require(value != '' or f.default == '', f"{given}is empty: give a value, or leave it out")
-        require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
-        require(not isinstance(value, float) or math.isfinite(value), f"{given}: must be finite")
-        limits = LIMITS.get(f.type, {}) | rules
-        for bound, (words, holds) in BOUNDS.items():
-            if bound in limits:
-                require(holds(value, limits[bound]), f"{given}: must be {words} {limits[bound]}")
-
-def boolean(text):
-    """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
-    if text.lower() not in ('true', 'false'):
-        raise ValueError
-    return text.lower() == 'true'
-
-def normalize_flag(word):
-    """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
-    name, equals, value = word.partition('=')
-    if re.fullmatch(r'--[a-z][\w-]*', name):
-        if value.startswith('~/'):  # shells do not expand it after =
-            value = os.path.expanduser(value)
-        word = f"--{name[2:].replace('-', '_')}{equals}{value}"
-    return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
-
-class Parser(argparse.ArgumentParser):  # raises where argparse ends the program
-    def error(self, message):
-        raise ValueError(message.removeprefix('argument '))
-
-def read_flags(argv, description, groups):
-    """
-    argv -> {name: value} of the flags that were given. groups: {title in --help: dataclass}. Flags
-    that only --config FILE.toml gives are added. Raises ValueError or OSError.
-    """
-    parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    kinds, options = {}, {bool: dict(type=boolean, nargs='?', const=True),
-                          list: dict(nargs='+', action='extend')}
-    for title, cls in groups.items():
-        group = parser.add_argument_group(title)
-        for f in dataclasses.fields(cls):
-            kind, about = f.type, f.metadata['help']
-            if f.metadata['choices']:
-                about += ': ' + ' | '.join(filter(None, f.metadata['choices']))
-            if f.default not in (None, '', dataclasses.MISSING):
-                about += f' [{f.default}]'
-            kinds[f'--{f.name}'] = kind
-            group.add_argument(f'--{f.name}', help=about.replace('%', '%%'), metavar=kind.__name__,
-                               **options.get(kind, dict(type=kind)))
-
-    def parse(words):
-        given, extra = parser.parse_known_args(map(normalize_flag, words))
-        if extra:
-            near = difflib.get_close_matches(extra[0].partition('=')[0], kinds, 1, 0.76)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            raise ValueError(f"{extra[0]} belongs to no flag: {hint}")
-        return vars(given)
-
-    given = parse(argv)
-    if not given.get('config'):
-        return given
-    try:
-        values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
-        if given.get('eval_only'):  # score out_dir, not the model that the run began with
-            values.pop('init_from', None)
-        preset = values.get('preset')
-        require('arch' not in values or not preset or given.get('preset', preset) == preset,
-                f"it has all choices of {preset}: leave --preset out")
-        words = []
-        for name, found in values.items():
-            several = isinstance(found, list) and kinds.get(f'--{name}') is list
-            words += [f'--{name}={value}' for value in (found if several else [found])]
-        return parse(words) | given
-    except ValueError as e:
-        raise ValueError(f"--config {given['config']}: {e}") from None
-
-def write_config(values):
-    """{name: value} as TOML that --config reads. None, which stands for derived, is left out."""
-    return ''.join(f'{name} = {json.dumps(value, ensure_ascii=False)}\n'
-                   for name, value in values.items() if value is not None)
-
 def to_stderr(text):
     """Print a line on standard error, apart from the results on standard output."""
     if sys.stderr:  # it may be closed
         print(text, file=sys.stderr, flush=True)
-
-def shell_word(name):
-    """A name as shells read it, in double quotes if need be: Windows knows no others."""
-    return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
-
-def mute_stdout():
-    """After a broken pipe: what is printed from now on is lost, without an error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-# those that this system has: Windows has no SIGHUP
-STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
-
-def run(main):
-    """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # neither closed nor a notebook's
-            stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
-    for number in STOPS:
-        if signal.getsignal(number) == signal.SIG_DFL:  # not Ctrl-C, nor what nohup ignores
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # clean up, end
-    try:
-        main(sys.argv[1:])
-        print(end='', flush=True)  # sys.stdout.flush(), where it is not closed
-    except BrokenPipeError:  # as in `python sample.py | head`
-        mute_stdout()
-    except (ValueError, OSError, MemoryError, RuntimeError, IndexError) as e:
-        if sys.flags.dev_mode:  # python -X dev train.py shows where it happened
-            raise
-        progress('')
-        message = ' '.join(str(e).split())
-        if isinstance(e, OSError) and e.strerror:
-            message = (f"{e.filename}: {e.strerror}: choose another file or folder" if e.filename
-                       else f"{e.strerror}: make room, or choose another folder")
-        elif 'out of range in self' in message:  # how an embedding says so
-            message = ("the tokenizer has a token for which the model has no row: add one to the "
-                       "model (resize_token_embeddings)")
-        elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
-            too_little = '(?i)(to|not) allocate|out of memory|alloc_failed|new thread'
-            if message and not re.search(too_little, message):
-                raise
-            message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
-                       "in its place), --block_size, --n_embd, --num_samples or "
-                       "--max_new_tokens")
-        with contextlib.suppress(OSError):  # the terminal is closed
-            to_stderr(f"{os.path.basename(sys.argv[0])}: error: {message}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 def progress(text):
     """Write text over the last progress line, on a terminal, by one process only. '' clears it."""
@@ -238,14 +88,102 @@ def progress(text):
             width = shutil.get_terminal_size().columns - 1
             print(text[:width].ljust(width), end='\r', file=sys.stderr, flush=True)
 
+def pick(row, *names):
+    """The part of a dict with these keys, as far as it has them."""
+    return {name: row[name] for name in names if name in row}
+
+def some_of(names):
+    return ', '.join(map(str, names[:10])) + ', ...' * (len(names) > 10)
+
+def optional(package):
+    """A package that only some folders need."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError("one more package is needed: pip install "
+                         + package.removeprefix('google.')) from None
+
+# -----------------------------------------------------------------------------
+# Byte-pair encoding: how a tokenizer is learned from text
+
+# GPT-2's pattern [2]: letters, digits, or other signs, with the space before them; white space
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+def merge(tokens, pair, new):
+    """
+    Put the token `new` in place of each pair, from left to right.
+
+    >>> merge([1, 2, 3, 1, 2], (1, 2), 4)
+    [4, 3, 4]
+    >>> merge([1, 1, 1], (1, 1), 2)
+    [2, 1]
+    """
+    merged = []
+    for token in tokens:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
+        else:
+            merged.append(token)
+    return merged
+
+def train_bpe(piece_counts, n_tokens):
+    """
+    Byte-pair encoding [1] over bytes [2]: start from the 256 bytes, and again and again merge the
+    pair of neighbours that occurs most often; of equally frequent pairs, the one whose bytes sort
+    first. Pairs lie inside a piece of the pattern. {piece: how often} -> {bytes: id} of
+    n_tokens tokens, or fewer if no pair is left that occurs twice.
+
+    To count all pairs again before each merge would be right, but slow. Here each distinct piece is
+    stored once, and a merge changes only pieces that hold the pair: from its first place to its
+    last, the old pairs are subtracted from the counts, and the new ones are added.
+    """
+    tokens = [bytes([b]) for b in range(256)]
+    pieces = [[tokens[b] for b in piece.encode()] for piece in piece_counts]
+    weights = [*piece_counts.values()]      # how often each piece occurs
+    counts = collections.defaultdict(int)   # pair -> how often it occurs
+    holders = collections.defaultdict(set)  # pair -> the numbers of the pieces that hold it
+    for i, piece in enumerate(pieces):
+        for pair in itertools.pairwise(piece):
+            counts[pair] += weights[i]
+            holders[pair].add(i)
+
+    # The least entry of a heap is on top: with minus the count, the most frequent pair. If a
+    # count has become smaller since its pair was pushed, the pair is pushed again.
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    while len(tokens) < n_tokens and heap and heap[0][0] < -1:
+        count, pair = heapq.heappop(heap)
+        changed = {pair}
+        if counts[pair] == -count:  # up to date: the most frequent pair
+            new = b''.join(pair)
+            tokens.append(new)
+            for i in holders.pop(pair):
+                piece = pieces[i]
+                places = [at for at, p in enumerate(itertools.pairwise(piece)) if p == pair]
+                if not places:  # earlier merges have taken its tokens
+                    continue
+                here = slice(max(0, places[0] - 1), places[-1] + 3)        # and its neighbours
+                merged = merge(piece[here], pair, new)
+                for p in itertools.pairwise(piece[here]):
+                    counts[p] -= weights[i]
+                piece[here] = merged
+                for p in itertools.pairwise(merged):
+                    counts[p] += weights[i]
+                    if new in p:
+                        changed.add(p)
+                        holders[p].add(i)
+        for p in changed:
+            heapq.heappush(heap, (-counts[p], p))
+        progress(f"learning tokens: {len(tokens):,} of {n_tokens:,}")
+    progress('')
+    return {token: i for i, token in enumerate(tokens)}
+
 # -----------------------------------------------------------------------------
 # Tokenizers: how text becomes ids and back
 
 SPECIALS = ['<|endoftext|>', '[PAD]', '[CLS]', '[SEP]', '[MASK]',
             *(f'<extra_{i}>' for i in range(100))]
 EACH = r'(?s:.)'  # each character is a piece
-# GPT-2's pattern [2]: letters, digits, or other signs, with the space before them; white space
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
 WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
 APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
@@ -432,84 +370,6 @@ def byte_tokenizer():
     """256 tokens, which can write any text."""
     return Tokenizer('byte', EACH, {bytes([b]): b for b in range(256)})
 
-def gpt2_tokenizer():
-    """The tokenizer of GPT-2, with our special tokens after its own 50,257."""
-    try:
-        base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
-    except Exception as e:
-        raise ValueError(f"the tokenizer gpt2 cannot be downloaded ({e}): go online once, or "
-                         "choose another --tokenizer") from None
-    return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
-
-def merge(tokens, pair, new):
-    """
-    Put the token `new` in place of each pair, from left to right.
-
-    >>> merge([1, 2, 3, 1, 2], (1, 2), 4)
-    [4, 3, 4]
-    >>> merge([1, 1, 1], (1, 1), 2)
-    [2, 1]
-    """
-    merged = []
-    for token in tokens:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] = new
-        else:
-            merged.append(token)
-    return merged
-
-def train_bpe(piece_counts, n_tokens):
-    """
-    Byte-pair encoding [1] over bytes [2]: start from the 256 bytes, and again and again merge the
-    pair of neighbours that occurs most often; of equally frequent pairs, the one whose bytes sort
-    first. Pairs lie inside a piece of the pattern. {piece: how often} -> {bytes: id} of
-    n_tokens tokens, or fewer if no pair is left that occurs twice.
-
-    To count all pairs again before each merge would be right, but slow. Here each distinct piece is
-    stored once, and a merge changes only pieces that hold the pair: from its first place to its
-    last, the old pairs are subtracted from the counts, and the new ones are added.
-    """
-    tokens = [bytes([b]) for b in range(256)]
-    pieces = [[tokens[b] for b in piece.encode()] for piece in piece_counts]
-    weights = [*piece_counts.values()]      # how often each piece occurs
-    counts = collections.defaultdict(int)   # pair -> how often it occurs
-    holders = collections.defaultdict(set)  # pair -> the numbers of the pieces that hold it
-    for i, piece in enumerate(pieces):
-        for pair in itertools.pairwise(piece):
-            counts[pair] += weights[i]
-            holders[pair].add(i)
-
-    # The least entry of a heap is on top: with minus the count, the most frequent pair. If a
-    # count has become smaller since its pair was pushed, the pair is pushed again.
-    heap = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(heap)
-    while len(tokens) < n_tokens and heap and heap[0][0] < -1:
-        count, pair = heapq.heappop(heap)
-        changed = {pair}
-        if counts[pair] == -count:  # up to date: the most frequent pair
-            new = b''.join(pair)
-            tokens.append(new)
-            for i in holders.pop(pair):
-                piece = pieces[i]
-                places = [at for at, p in enumerate(itertools.pairwise(piece)) if p == pair]
-                if not places:  # earlier merges have taken its tokens
-                    continue
-                here = slice(max(0, places[0] - 1), places[-1] + 3)        # and its neighbours
-                merged = merge(piece[here], pair, new)
-                for p in itertools.pairwise(piece[here]):
-                    counts[p] -= weights[i]
-                piece[here] = merged
-                for p in itertools.pairwise(merged):
-                    counts[p] += weights[i]
-                    if new in p:
-                        changed.add(p)
-                        holders[p].add(i)
-        for p in changed:
-            heapq.heappush(heap, (-counts[p], p))
-        progress(f"learning tokens: {len(tokens):,} of {n_tokens:,}")
-    progress('')
-    return {token: i for i, token in enumerate(tokens)}
-
 def bpe_tokenizer(texts, vocab_size):
     """A byte-level BPE learned from texts. vocab_size counts the special tokens too."""
     least = 256 + len(SPECIALS)
@@ -520,6 +380,15 @@ def bpe_tokenizer(texts, vocab_size):
         for piece in regex.findall(WORDS, text):
             counts.update(piece[i:i + 100] for i in range(0, len(piece), 100))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
+
+def gpt2_tokenizer():
+    """The tokenizer of GPT-2, with our special tokens after its own 50,257."""
+    try:
+        base = tiktoken.get_encoding('gpt2')  # a download the first time, to TIKTOKEN_CACHE_DIR
+    except Exception as e:
+        raise ValueError(f"the tokenizer gpt2 cannot be downloaded ({e}): go online once, or "
+                         "choose another --tokenizer") from None
+    return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
 def explain(tokenizer, text):
     """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
@@ -554,440 +423,11 @@ def render_token(tokenizer, i):
     return render_bytes(tokenizer.token_bytes(i))
 
 # -----------------------------------------------------------------------------
-# The tokenizers of other models, as the package `transformers` reads them
-
-# GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
-free = itertools.count(256)
-VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(free)) for b in range(256)]
-
-def optional(package):
-    """A package that only some folders need."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError("one more package is needed: pip install "
-                         + package.removeprefix('google.')) from None
-
-class HFTokenizer(Tokenizer):
-    """The tokenizer of another model (WordPiece, ...). saved: its JSON of `tokenizers`."""
-    name = 'huggingface'
-
-    def __init__(self, saved, special, end_ids):
-        engine = optional('tokenizers').Tokenizer.from_str(saved)
-        engine.no_truncation()  # the file may hold both
-        engine.no_padding()
-        engine.encode_special_tokens = True  # where they are written in a text, they are text
-        self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
-        self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
-        mask = engine.get_added_tokens_decoder().get(special.get('[MASK]'))
-        self.mask_takes_space = getattr(mask, 'lstrip', False)
-        unknown = getattr(engine.model, 'unk_token', None) or '<unk>'
-        self.unknown = special.get('unknown', engine.token_to_id(unknown))
-        if self.unknown in end_ids:  # in GPT-2's files the end has this role, too
-            self.unknown = None
-        self.marks = [i for i in special.values()  # not words: the end token may be a full stop
-                      if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
-
-    def encode_with_offsets(self, text):
-        try:  # encode_batch, which is not encode, releases Python's lock
-            [encoded] = self.engine.encode_batch([text], add_special_tokens=False)
-        except Exception as e:  # half of a surrogate pair, or a word that has no token
-            raise ValueError(f"{text[:40]!r} cannot be encoded: {e}") from None
-        ids = np.array(encoded.ids, np.uint32)
-        if self.unknown is not None:  # SentencePiece finds its special tokens in a text
-            ids[np.isin(ids, self.marks)] = self.unknown
-        return ids, np.array(encoded.offsets, np.int64).reshape(-1, 2)
-
-    def encode(self, text):
-        return self.encode_with_offsets(text)[0]
-
-    def decode(self, ids):
-        return self.engine.decode(list(ids), skip_special_tokens=False)
-
-    def token_bytes(self, i):
-        """What a token adds after another one: for a word of WordPiece, also the space."""
-        return self.decode([i, i])[len(self.decode([i])):].encode()
-
-    def to_dict(self):
-        return {'format': FORMAT, 'name': self.name, 'special': self.special,
-                'end_ids': self.end_ids, 'engine': self.saved}
-
-    def hf_engine(self, special, task):
-        saved = json.loads(self.saved)
-        for token in saved['added_tokens']:
-            token['special'] = token.get('was_special', token['special'])
-        return HFTokenizer(json.dumps(saved), special, self.end_ids).engine
-
-# Our special tokens, and what each may be in a folder: a role (eos_token) or a text (</s>)
-ROLES = {
-    '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
-    '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
-    '[SEP]': ('sep_token', '[SEP]', '</s>'), '[MASK]': ('mask_token', '[MASK]'),
-    '<|bos|>': ('bos_token', '<s>'), 'unknown': ('unk_token',),
-}
-
-def open_huggingface(folder):
-    """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
-    if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
-        optional('sentencepiece')
-        optional('google.protobuf')
-    config, about = read_any(folder, 'config.json'), read_any(folder, 'tokenizer_config.json')
-    kind = (config | about).get('tokenizer_class') or ''  # Japanese words are cut by a program
-    require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
-    theirs = optional('transformers').AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False)
-    written = read_any(folder, 'tokenizer.json').get('model', {}).get('type')
-    if written not in (None, type(theirs.backend_tokenizer.model).__name__):
-        # SentencePiece by the name of BertTokenizer: there all words would be unknown
-        theirs = optional('transformers').PreTrainedTokenizerFast.from_pretrained(folder)
-    engine = theirs.backend_tokenizer
-    require(len(engine.get_vocab()) > 1 + len(engine.get_added_tokens_decoder()),
-            f"{type(theirs).__name__} finds no vocabulary")
-    if getattr(engine.normalizer, 'lowercase', False) and not about:
-        to_stderr(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
-                  "transformers")
-    family = config.get('model_type', 'bert')  # a tokenizer alone may be a BERT's
-    cleans = theirs.clean_up_tokenization_spaces and type(engine.model).__name__ != 'BPE'
-    if cleans and family != 'bert':
-        to_stderr(f"{folder}: not read: clean_up_tokenization_spaces")
-    rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack rows for some tokens
-    vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
-    special = {f'<extra_{i}>': vocab[text] for i in range(100)
-               for text in (f'<extra_id_{i}>', f'<extra_{i}>') if text in vocab}
-    for name, keys in ROLES.items():
-        for key in keys:
-            text = theirs.special_tokens_map.get(key, key)
-            if text in vocab:
-                special.setdefault(name, vocab[text])
-    ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
-    # What stands before a text: <s> of a Llama, or [CLS] of a BERT (some GPT-2s have it, too)
-    engine.no_padding()  # the file may ask for padding, even on the left
-    frame = engine.encode('a')
-    start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
-    if family == 'bert' and start != special.get('<|bos|>'):
-        start = None  # add_special_tokens puts [CLS] there
-    elif start is not None:
-        special['<|source|>'] = start  # a Llama reads <s> text, CodeT5 <s> source </s>
-    for settings in (config, read_any(folder, 'generation_config.json')):
-        found = settings.get('eos_token_id')
-        ends += found if isinstance(found, list) else [found]
-        if family == 't5' and settings.get('decoder_start_token_id') is not None:
-            start = settings['decoder_start_token_id']  # its decoder begins with another token
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
-    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
-    for name in SPECIALS[:4]:  # not [MASK]
-        special.setdefault(name, ends[0])
-    if start is not None:
-        require(start in rows, f"texts begin with token {start}, for which the model has no row")
-        special['<|start|>'] = start
-    # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
-    # export marks them as they were. Tokens for which the model has no row are left out.
-    saved, roles = json.loads(engine.to_str()), {*special.values(), *ends}
-    added = [token for token in saved['added_tokens'] if token['id'] in rows]
-    for token in added:
-        token['was_special'], token['special'] = token['special'], token['id'] in roles
-    saved['added_tokens'] = added
-    return HFTokenizer(json.dumps(saved), special, ends)
-
-def refuse_pointer(path, f):
-    """Raise ValueError where f, open as bytes, is a pointer that git-LFS left in its place."""
-    require(not f.peek(19).startswith(b'version https://git'),
-            f"{path} is a git-LFS pointer: fetch the file itself")
-
-def load_tokenizer(folder):
-    """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
-    known = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model', 'spiece.model'}
-    if known.isdisjoint(os.listdir(folder)):
-        raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
-    for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):
-        with path.open('rb') as f:
-            refuse_pointer(path, f)
-    try:
-        saved = read_any(folder, 'tokenizer.json')
-        return Tokenizer.from_dict(saved) if 'format' in saved else open_huggingface(folder)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
-        why = ' '.join(f'{type(e).__name__}: {e}'.split())
-        raise ValueError(f"{folder}: its tokenizer is damaged or cannot be read here ({why}): "
-                         "fetch its tokenizer.json, name its tokenizer_class in "
-                         "tokenizer_config.json, or prepare the data, again") from None
-
-# -----------------------------------------------------------------------------
-# Text from files is read a piece at a time, so a corpus may be larger than memory
-
-MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line it ends a document
-
-def find_files(paths):
-    """paths -> files, each once. A folder stands for its files, sorted, without hidden ones."""
-    found, seen = [], set()
-
-    def visit(path):
-        real = os.path.realpath(path)
-        if real not in seen:  # links may lead in circles
-            seen.add(real)
-            if os.path.isdir(path):
-                for name in sorted(os.listdir(path)):
-                    if not name.startswith('.'):
-                        visit(os.path.join(path, name))
-            else:
-                found.append(str(path))
-
-    for path in paths:
-        visit(path)
-    wrong = [path for path in found or paths if not os.path.isfile(path)]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is no file (save a pipe as one), nor a folder of files: give "
-                         "another, or leave it out")
-    return found
-
-def read_text(path, size=None):
-    """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
-    with open(path, encoding='utf-8-sig') as f:  # -sig: skip a byte order mark
-        refuse_pointer(path, f.buffer)
-        begin = f.buffer.peek()
-        require(4 * begin.count(0) <= len(begin) or not begin[:1].isascii(), f"{path} has too many "
-                "zero bytes to be UTF-8, as UTF-16 or .bin has: convert it, or leave it out")
-        try:
-            yield from iter(lambda: f.read(size), '') if size else f
-        except UnicodeDecodeError as e:
-            offset = f.buffer.tell() - len(e.object) + e.start
-            raise ValueError(f"{path} is not UTF-8 (the byte at offset {offset}): unpack or "
-                             "convert it, or leave it out") from None
-
-def read_lines(path):
-    """(number, line) of every line of a text file, counted from 1."""
-    for n, line in enumerate(read_text(path), 1):
-        yield n, line.removesuffix('\n').lstrip('\ufeff')  # byte order marks of joined files
-
-def is_json_lines(path):
-    """
-    Whether the first line of a file is a JSON object. Raises ValueError at other JSON in a .json
-    file: as text, its keys and quotes would be learned, too.
-    """
-    begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
-    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin)  # a tab: columns
-    require(as_rows or begin[:1] not in ('[', '{', '"') or 'json' not in Path(path).suffix.lower(),
-            f"{path} is no text: write it as JSON lines, an object a line, or leave it out")
-    return as_rows
-
-def read_rows(path, *names):
-    """Yields (line number, texts) of each row: columns between tabs, or JSON values for `names`."""
-    as_json, unread = is_json_lines(path), set()
-    for n, line in read_lines(path):
-        if not as_json:
-            yield n, line.split('\t')
-        elif line.strip():
-            try:
-                row = json.loads(line, parse_constant=lambda name: None)  # NaN is null
-                if isinstance(row.get('label'), (int, float)):
-                    row['label'] = json.dumps(row['label'])
-                texts = [row[name] for name in names
-                         if name in names[:2] or row.get(name) is not None]
-                ''.join(texts).encode()  # each a text, and no half of a surrogate pair
-                unread |= row.keys() - names
-            except Exception:
-                raise ValueError(f"{path}, line {n}: a row must be JSON with a text for "
-                                 f"{' and '.join(names[:2])}: mend it or rename its keys, or leave "
-                                 "it out") from None
-            yield n, texts
-    if unread and len(names) > 1:  # plain text may have any others
-        to_stderr(f"{path}: not read: {', '.join(sorted(unread))}")
-
-def read_pieces(paths):
-    """
-    Yields the text of files in pieces of about PIECE characters, and '' where a document ends:
-    after each row of JSON lines, at lines that hold only <|endoftext|>, at the end of other files.
-    """
-    for path in paths:
-        if is_json_lines(path):
-            for _, (text,) in read_rows(path, 'text'):
-                yield from (text, '')
-            continue
-        for piece in safe_pieces(read_text(path, PIECE)):
-            text, *others = MARKER.split(piece)
-            yield text
-            for text in others:
-                yield from ('', text)
-        yield ''
-
-def part(pieces, begin, end):
-    """Yields characters begin to end of the joined pieces; keeps '', the ends of documents."""
-    at = 0
-    for piece in pieces:
-        if at > end:
-            break
-        text = piece[max(0, begin - at):end - at]
-        if text or not piece:
-            yield text
-        at += len(piece)
-
-# -----------------------------------------------------------------------------
-# Writing a folder
-
-def write_json(path, data):
-    text = json.dumps(data, ensure_ascii=False, indent=1)
-    Path(path).write_text(text, encoding='utf-8', errors='replace')  # of a file's name
-
-def read_any(folder, name):
-    """The JSON of a file; {} where the folder lacks it."""
-    path = Path(folder, name)
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-@contextlib.contextmanager
-def new_folder(path):
-    """
-    with new_folder(path) as temporary: ... The folder gets its name when all of it is written, in
-    the place of an older data folder that holds nothing else; after an error all is as before.
-    """
-    path = Path(path).resolve()  # a link stays a link
-    meta = path / 'meta.json'
-    is_data = meta.exists() and b'plainformer data' in meta.read_bytes()
-    ours = r'(meta|tokenizer)\.json|(train|val)\.jsonl|.*\.bin|source(\.val)?\.txt|\.DS_Store'
-    for old in path.iterdir() if path.exists() else ():
-        require(is_data and re.fullmatch(ours, old.name),
-                f"--out_dir {path} holds {old.name}, which is no data: choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:
-        new, old = Path(temporary, 'new'), Path(temporary, 'old')
-        new.mkdir()
-        yield new
-        try:
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        finally:  # Windows refuses while a virus scanner reads what is new
-            if not path.exists() and old.exists():
-                old.rename(path)
-
-def sha256_of(paths):
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, 'rb') as f:
-            hashlib.file_digest(f, lambda: digest)  # goes on with this one, over all files
-    return digest.hexdigest()
-
-def write_ids(path, dtype, tokenizer, pieces):
-    """Write the ids of pieces, as read_pieces yields them. Returns the counts for meta.json."""
-    counts = collections.Counter()
-    is_open = False  # True: inside of a document
-    pieces = iter(pieces)
-    with open(path, 'wb') as f:
-        while batch := [*itertools.islice(pieces, 100)]:
-            encoded = iter(tokenizer.encode_batch(filter(None, batch)))
-            for text in batch:
-                ids = next(encoded) if text else []
-                opens = len(ids) > 0 and not is_open
-                if opens:
-                    ids, is_open = np.append(tokenizer.source_ids, ids), True
-                elif is_open and not text:
-                    ids, is_open = np.append(ids, tokenizer.end_id), False
-                f.write(np.array(ids, dtype).tobytes())
-                counts.update(tokens=len(ids), characters=len(text), documents=int(opens),
-                              bytes=len(text.encode()))
-            progress(f"encoding: {counts['characters'] / 1e6:,.1f} M characters")
-    return counts
-
-# -----------------------------------------------------------------------------
-# Tasks. A reader turns a file into rows: dicts of texts, and `where` (file, line). Rows from
-# sample.py --start have no label, tags or answers. `..._examples` turns a row into examples: dicts
-# of the arguments of model.forward(), and of `meta`, which only scores and answers need.
+# Examples of tasks. `..._examples` turns a row, a dict of texts, into examples: dicts of the
+# arguments of model.forward(), and of `meta`, which only scores and answers need. Rows from
+# sample.py --start have no label, tags or answers.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
-# names of columns: if the first line has only these, it is a header
-HEADERS = '''abstract answer answers article category chinese class completion content context
-    description dialogue document english french german gold_label headline highlights hypothesis
-    input input_text inputs instruction italian japanese label labels output portuguese premise
-    prompt query question response review russian sentence sentence1 sentence2 sentiment source
-    source_text spanish src src_text summary target target_text targets text text_a text_b texts tgt
-    tgt_text title translation trg ar cn cs de en eng es fr fra hi it ja ko nl pt ro ru tr vi zh
-    中文 英文 汉语 英语 日语 韩语 法语 德语 俄语 源 目标 源文本 目标文本 原文 译文 标签 类别
-    文本 正文 内容 评论 句子 标题 摘要 问题 答案'''.split()
-
-def read_columns(path, *names):
-    """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
-    columns = '<TAB>'.join(names[:2]) + ''.join(f'[<TAB>{name}]' for name in names[2:])
-    is_label, as_json, blank = names[0] == 'label', is_json_lines(path), 0
-    for n, texts in read_rows(path, *names):
-        where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
-        if not filled:  # an empty line; in text to text, wrong before another row
-            blank = blank or n
-            continue
-        require(is_label or not blank, f"{path}, line {blank} is empty, and must be {columns}")
-        is_header = n == 1 and all(text.strip(' "').lower() in HEADERS for text in texts)
-        require(not is_header, f"{where} looks like a header: leave it out")
-        require(filled == texts and 2 <= len(texts) <= len(names),
-                f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
-        for name, text in zip(names, texts):  # a text may be a quotation: "" in it shows CSV
-            quoted = '(?s)".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
-            require(as_json or not re.fullmatch(quoted, text),
-                    f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
-        if is_label:  # as sample.py strips what it labels
-            label = unicodedata.normalize('NFC', ' '.join(texts[0].split()))  # é as one sign
-            texts = [label, *map(str.strip, texts[1:])]
-        yield dict(zip(names, texts), where=where)
-
-def read_tagged(path):
-    """
-    CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
-    cut into its characters, as sample.py cuts what a user writes without spaces.
-    """
-    row, columns, counted, begins, texts = None, 0, set(), set(), 0
-    for n, line in itertools.chain(read_lines(path), [(0, '')]):  # '' ends the last text
-        if line.strip(' \t') and not line.startswith('-DOCSTART-'):
-            fields = re.split(' *\t' if '\t' in line else ' +', line.strip(' '))
-            columns = columns or max(2, len(fields))
-            token, tag = fields[0], fields[-1]
-            begins.add(re.match('([a-z]+:)?', token)[0])
-            require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),
-                    f"{path}, line {n}: {line[:40]!r} must have {columns} columns (no JSON), "
-                    "first a token, last its tag: O, B-kind or I-kind (S- is B-, M- and E- are I- "
-                    "here: write them so)")
-            row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
-            parts = split_cjk(token)
-            row['tokens'] += parts
-            row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
-        elif row:
-            tokens = row['tokens']
-            if len(tokens) > 1:  # is this column 1 2 3, a count, or 7 7 7, the number of a text?
-                counted.add(''.join(tokens).isdecimal() or len({*tokens}) == 1)
-            yield row
-            row, texts = None, texts + 1
-    require(columns <= 2 or counted != {True},  # in all texts
-            f"{path}: the first column counts tokens or texts: leave it out")
-    require(len(begins) != 1 or begins == {''},  # WikiANN
-            f"{path}: all tokens begin with {', '.join(begins)}: leave that out")
-    if texts > 9 and not counted:
-        to_stderr(f"{path}: each of {texts} texts has one token: are there blank lines between "
-                  "tokens?")
-
-def read_questions(path):
-    """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
-    rows, wrong, where, text = [], [], path, ''.join(read_text(path))
-    lines = (n for n, line in enumerate(text.split('\n'), 1)
-             for _ in re.findall(r'"question"\s*:', line))
-    try:
-        for article in json.loads(text)['data']:
-            for paragraph in article['paragraphs']:
-                context = paragraph['context']
-                for question in paragraph['qas']:
-                    where = f"{path}, line {next(lines, 1)} (question {question['id']})"
-                    require(isinstance(question.get('answers'), list), "it has no answers")
-                    answers = [(a['answer_start'], a['text']) for a in question['answers']
-                               if not question.get('is_impossible')]  # else only plausible
-                    rows.append({'where': where, 'id': question['id'], 'context': context,
-                                 'question': question['question'].strip(), 'answers': answers})
-                    (context + question['question']).encode()  # no half of a surrogate pair
-                    for start, answer in answers[:1]:  # the others only score
-                        if start < 0 or not (context.startswith(answer, start) and answer.strip()):
-                            wrong.append(f"{answer[:40]!r} of {where}")
-    except Exception as e:
-        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}): an object, data > paragraphs > "
-                         "context and qas, each with a list of answers, maybe empty") from None
-    if wrong:
-        raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}: "
-                         "count characters from 0; without an answer, the list is empty")
-    return rows
 
 def add_special_tokens(tokenizer, *texts):
     """
@@ -1001,13 +441,6 @@ def add_special_tokens(tokenizer, *texts):
         ids += [*text, tokenizer.id('[SEP]')]
         segments += [segment] * (len(text) + 1)
     return ids, segments
-
-def pick(row, *names):
-    """The part of a dict with these keys, as far as it has them."""
-    return {name: row[name] for name in names if name in row}
-
-def some_of(names):
-    return ', '.join(map(str, names[:10])) + ', ...' * (len(names) > 10)
 
 def class_of(label, labels):
     """The number of a label. Raises ValueError where the model does not know it."""
@@ -1162,6 +595,218 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
                 "one")
     return [example]
 
+# -----------------------------------------------------------------------------
+# Text from files is read a piece at a time, so a corpus may be larger than memory
+
+MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line it ends a document
+
+def find_files(paths):
+    """paths -> files, each once. A folder stands for its files, sorted, without hidden ones."""
+    found, seen = [], set()
+
+    def visit(path):
+        real = os.path.realpath(path)
+        if real not in seen:  # links may lead in circles
+            seen.add(real)
+            if os.path.isdir(path):
+                for name in sorted(os.listdir(path)):
+                    if not name.startswith('.'):
+                        visit(os.path.join(path, name))
+            else:
+                found.append(str(path))
+
+    for path in paths:
+        visit(path)
+    wrong = [path for path in found or paths if not os.path.isfile(path)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is no file (save a pipe as one), nor a folder of files: give "
+                         "another, or leave it out")
+    return found
+
+def refuse_pointer(path, f):
+    """Raise ValueError where f, open as bytes, is a pointer that git-LFS left in its place."""
+    require(not f.peek(19).startswith(b'version https://git'),
+            f"{path} is a git-LFS pointer: fetch the file itself")
+
+def read_text(path, size=None):
+    """The lines of a text file, or pieces of `size` characters. Raises ValueError at a bad byte."""
+    with open(path, encoding='utf-8-sig') as f:  # -sig: skip a byte order mark
+        refuse_pointer(path, f.buffer)
+        begin = f.buffer.peek()
+        require(4 * begin.count(0) <= len(begin) or not begin[:1].isascii(), f"{path} has too many "
+                "zero bytes to be UTF-8, as UTF-16 or .bin has: convert it, or leave it out")
+        try:
+            yield from iter(lambda: f.read(size), '') if size else f
+        except UnicodeDecodeError as e:
+            offset = f.buffer.tell() - len(e.object) + e.start
+            raise ValueError(f"{path} is not UTF-8 (the byte at offset {offset}): unpack or "
+                             "convert it, or leave it out") from None
+
+def read_lines(path):
+    """(number, line) of every line of a text file, counted from 1."""
+    for n, line in enumerate(read_text(path), 1):
+        yield n, line.removesuffix('\n').lstrip('\ufeff')  # byte order marks of joined files
+
+def is_json_lines(path):
+    """
+    Whether the first line of a file is a JSON object. Raises ValueError at other JSON in a .json
+    file: as text, its keys and quotes would be learned, too.
+    """
+    begin = next(read_text(path, 1000), '').lstrip() if os.path.isfile(path) else ''  # no pipe
+    as_rows = re.match(r'\{[ \t]*"[^"\n]*"\s*:[^\t\n]*(\n|$)', begin)  # a tab: columns
+    require(as_rows or begin[:1] not in ('[', '{', '"') or 'json' not in Path(path).suffix.lower(),
+            f"{path} is no text: write it as JSON lines, an object a line, or leave it out")
+    return as_rows
+
+def read_rows(path, *names):
+    """Yields (line number, texts) of each row: columns between tabs, or JSON values for `names`."""
+    as_json, unread = is_json_lines(path), set()
+    for n, line in read_lines(path):
+        if not as_json:
+            yield n, line.split('\t')
+        elif line.strip():
+            try:
+                row = json.loads(line, parse_constant=lambda name: None)  # NaN is null
+                if isinstance(row.get('label'), (int, float)):
+                    row['label'] = json.dumps(row['label'])
+                texts = [row[name] for name in names
+                         if name in names[:2] or row.get(name) is not None]
+                ''.join(texts).encode()  # each a text, and no half of a surrogate pair
+                unread |= row.keys() - names
+            except Exception:
+                raise ValueError(f"{path}, line {n}: a row must be JSON with a text for "
+                                 f"{' and '.join(names[:2])}: mend it or rename its keys, or leave "
+                                 "it out") from None
+            yield n, texts
+    if unread and len(names) > 1:  # plain text may have any others
+        to_stderr(f"{path}: not read: {', '.join(sorted(unread))}")
+
+def read_pieces(paths):
+    """
+    Yields the text of files in pieces of about PIECE characters, and '' where a document ends:
+    after each row of JSON lines, at lines that hold only <|endoftext|>, at the end of other files.
+    """
+    for path in paths:
+        if is_json_lines(path):
+            for _, (text,) in read_rows(path, 'text'):
+                yield from (text, '')
+            continue
+        for piece in safe_pieces(read_text(path, PIECE)):
+            text, *others = MARKER.split(piece)
+            yield text
+            for text in others:
+                yield from ('', text)
+        yield ''
+
+def part(pieces, begin, end):
+    """Yields characters begin to end of the joined pieces; keeps '', the ends of documents."""
+    at = 0
+    for piece in pieces:
+        if at > end:
+            break
+        text = piece[max(0, begin - at):end - at]
+        if text or not piece:
+            yield text
+        at += len(piece)
+
+# -----------------------------------------------------------------------------
+# Rows from files: dicts of texts, and `where` (file, line)
+
+# names of columns: if the first line has only these, it is a header
+HEADERS = '''abstract answer answers article category chinese class completion content context
+    description dialogue document english french german gold_label headline highlights hypothesis
+    input input_text inputs instruction italian japanese label labels output portuguese premise
+    prompt query question response review russian sentence sentence1 sentence2 sentiment source
+    source_text spanish src src_text summary target target_text targets text text_a text_b texts tgt
+    tgt_text title translation trg ar cn cs de en eng es fr fra hi it ja ko nl pt ro ru tr vi zh
+    中文 英文 汉语 英语 日语 韩语 法语 德语 俄语 源 目标 源文本 目标文本 原文 译文 标签 类别
+    文本 正文 内容 评论 句子 标题 摘要 问题 答案'''.split()
+
+def read_columns(path, *names):
+    """Rows of columns with these names, of which the third may be missing: tabs, or JSON lines."""
+    columns = '<TAB>'.join(names[:2]) + ''.join(f'[<TAB>{name}]' for name in names[2:])
+    is_label, as_json, blank = names[0] == 'label', is_json_lines(path), 0
+    for n, texts in read_rows(path, *names):
+        where, filled = f'{path}, line {n}', [*filter(str.strip, texts)]
+        if not filled:  # an empty line; in text to text, wrong before another row
+            blank = blank or n
+            continue
+        require(is_label or not blank, f"{path}, line {blank} is empty, and must be {columns}")
+        is_header = n == 1 and all(text.strip(' "').lower() in HEADERS for text in texts)
+        require(not is_header, f"{where} looks like a header: leave it out")
+        require(filled == texts and 2 <= len(texts) <= len(names),
+                f"{where}: {filled[0][:40]!r} ... must be {columns}, none of them empty")
+        for name, text in zip(names, texts):  # a text may be a quotation: "" in it shows CSV
+            quoted = '(?s)".+"' if name == 'label' else r'"([^"]|"")*""([^"]|"")*"'
+            require(as_json or not re.fullmatch(quoted, text),
+                    f"{where}: {text[:40]} is quoted, as in CSV: write it unquoted")
+        if is_label:  # as sample.py strips what it labels
+            label = unicodedata.normalize('NFC', ' '.join(texts[0].split()))  # é as one sign
+            texts = [label, *map(str.strip, texts[1:])]
+        yield dict(zip(names, texts), where=where)
+
+def read_tagged(path):
+    """
+    CoNLL: a token a line, its tag in the last column, and a blank line between texts. A CJK word is
+    cut into its characters, as sample.py cuts what a user writes without spaces.
+    """
+    row, columns, counted, begins, texts = None, 0, set(), set(), 0
+    for n, line in itertools.chain(read_lines(path), [(0, '')]):  # '' ends the last text
+        if line.strip(' \t') and not line.startswith('-DOCSTART-'):
+            fields = re.split(' *\t' if '\t' in line else ' +', line.strip(' '))
+            columns = columns or max(2, len(fields))
+            token, tag = fields[0], fields[-1]
+            begins.add(re.match('([a-z]+:)?', token)[0])
+            require(len(fields) == columns and token and re.fullmatch(r'O|[BI]-\S+', tag),
+                    f"{path}, line {n}: {line[:40]!r} must have {columns} columns (no JSON), "
+                    "first a token, last its tag: O, B-kind or I-kind (S- is B-, M- and E- are I- "
+                    "here: write them so)")
+            row = row or {'where': f'{path}, line {n}', 'tokens': [], 'tags': []}
+            parts = split_cjk(token)
+            row['tokens'] += parts
+            row['tags'] += [tag, *[re.sub('^B', 'I', tag)] * (len(parts) - 1)]
+        elif row:
+            tokens = row['tokens']
+            if len(tokens) > 1:  # is this column 1 2 3, a count, or 7 7 7, the number of a text?
+                counted.add(''.join(tokens).isdecimal() or len({*tokens}) == 1)
+            yield row
+            row, texts = None, texts + 1
+    require(columns <= 2 or counted != {True},  # in all texts
+            f"{path}: the first column counts tokens or texts: leave it out")
+    require(len(begins) != 1 or begins == {''},  # WikiANN
+            f"{path}: all tokens begin with {', '.join(begins)}: leave that out")
+    if texts > 9 and not counted:
+        to_stderr(f"{path}: each of {texts} texts has one token: are there blank lines between "
+                  "tokens?")
+
+def read_questions(path):
+    """SQuAD's JSON [4]: data > paragraphs > context, qas > question, answers > answer_start."""
+    rows, wrong, where, text = [], [], path, ''.join(read_text(path))
+    lines = (n for n, line in enumerate(text.split('\n'), 1)
+             for _ in re.findall(r'"question"\s*:', line))
+    try:
+        for article in json.loads(text)['data']:
+            for paragraph in article['paragraphs']:
+                context = paragraph['context']
+                for question in paragraph['qas']:
+                    where = f"{path}, line {next(lines, 1)} (question {question['id']})"
+                    require(isinstance(question.get('answers'), list), "it has no answers")
+                    answers = [(a['answer_start'], a['text']) for a in question['answers']
+                               if not question.get('is_impossible')]  # else only plausible
+                    rows.append({'where': where, 'id': question['id'], 'context': context,
+                                 'question': question['question'].strip(), 'answers': answers})
+                    (context + question['question']).encode()  # no half of a surrogate pair
+                    for start, answer in answers[:1]:  # the others only score
+                        if start < 0 or not (context.startswith(answer, start) and answer.strip()):
+                            wrong.append(f"{answer[:40]!r} of {where}")
+    except Exception as e:
+        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}): an object, data > paragraphs > "
+                         "context and qas, each with a list of answers, maybe empty") from None
+    if wrong:
+        raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}: "
+                         "count characters from 0; without an answer, the list is empty")
+    return rows
+
 def texts_of(row):
     """The texts of a row, from which a tokenizer may learn."""
     texts = [v for k, v in row.items() if isinstance(v, str) and k not in ('where', 'label', 'id')]
@@ -1225,6 +870,72 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
     if wrong:
         raise ValueError(wrong[0] + f" (one of {len(wrong):,} such rows)" * (len(wrong) > 1))
     return examples
+
+# -----------------------------------------------------------------------------
+# Writing a folder
+
+def write_json(path, data):
+    text = json.dumps(data, ensure_ascii=False, indent=1)
+    Path(path).write_text(text, encoding='utf-8', errors='replace')  # of a file's name
+
+def read_any(folder, name):
+    """The JSON of a file; {} where the folder lacks it."""
+    path = Path(folder, name)
+    return json.loads(path.read_bytes()) if path.exists() else {}
+
+@contextlib.contextmanager
+def new_folder(path):
+    """
+    with new_folder(path) as temporary: ... The folder gets its name when all of it is written, in
+    the place of an older data folder that holds nothing else; after an error all is as before.
+    """
+    path = Path(path).resolve()  # a link stays a link
+    meta = path / 'meta.json'
+    is_data = meta.exists() and b'plainformer data' in meta.read_bytes()
+    ours = r'(meta|tokenizer)\.json|(train|val)\.jsonl|.*\.bin|source(\.val)?\.txt|\.DS_Store'
+    for old in path.iterdir() if path.exists() else ():
+        require(is_data and re.fullmatch(ours, old.name),
+                f"--out_dir {path} holds {old.name}, which is no data: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:
+        new, old = Path(temporary, 'new'), Path(temporary, 'old')
+        new.mkdir()
+        yield new
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        finally:  # Windows refuses while a virus scanner reads what is new
+            if not path.exists() and old.exists():
+                old.rename(path)
+
+def sha256_of(paths):
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, 'rb') as f:
+            hashlib.file_digest(f, lambda: digest)  # goes on with this one, over all files
+    return digest.hexdigest()
+
+def write_ids(path, dtype, tokenizer, pieces):
+    """Write the ids of pieces, as read_pieces yields them. Returns the counts for meta.json."""
+    counts = collections.Counter()
+    is_open = False  # True: inside of a document
+    pieces = iter(pieces)
+    with open(path, 'wb') as f:
+        while batch := [*itertools.islice(pieces, 100)]:
+            encoded = iter(tokenizer.encode_batch(filter(None, batch)))
+            for text in batch:
+                ids = next(encoded) if text else []
+                opens = len(ids) > 0 and not is_open
+                if opens:
+                    ids, is_open = np.append(tokenizer.source_ids, ids), True
+                elif is_open and not text:
+                    ids, is_open = np.append(ids, tokenizer.end_id), False
+                f.write(np.array(ids, dtype).tobytes())
+                counts.update(tokens=len(ids), characters=len(text), documents=int(opens),
+                              bytes=len(text.encode()))
+            progress(f"encoding: {counts['characters'] / 1e6:,.1f} M characters")
+    return counts
 
 # -----------------------------------------------------------------------------
 # Built-in data sets. A function takes the downloaded files, if there are any, and returns one text,
@@ -1410,6 +1121,310 @@ DATASETS = {  # the task, and the function
     'pytokens': ('tag', pytokens), 'wnut17': ('tag', as_they_are),
     'numbers': ('seq2seq', numbers), 'multi30k': ('seq2seq', multi30k),
 }
+
+# -----------------------------------------------------------------------------
+# The tokenizers of other models, as the package `transformers` reads them
+
+# GPT-2's files write each byte as a visible character: most as themselves, others from U+0100 on.
+free = itertools.count(256)
+VISIBLE = [chr(b if chr(b).isprintable() and b != 32 else next(free)) for b in range(256)]
+
+class HFTokenizer(Tokenizer):
+    """The tokenizer of another model (WordPiece, ...). saved: its JSON of `tokenizers`."""
+    name = 'huggingface'
+
+    def __init__(self, saved, special, end_ids):
+        engine = optional('tokenizers').Tokenizer.from_str(saved)
+        engine.no_truncation()  # the file may hold both
+        engine.no_padding()
+        engine.encode_special_tokens = True  # where they are written in a text, they are text
+        self.engine, self.saved, self.special, self.end_ids = engine, saved, special, end_ids
+        self.n_vocab = 1 + max(*engine.get_vocab().values(), special.get('<|start|>', 0))
+        mask = engine.get_added_tokens_decoder().get(special.get('[MASK]'))
+        self.mask_takes_space = getattr(mask, 'lstrip', False)
+        unknown = getattr(engine.model, 'unk_token', None) or '<unk>'
+        self.unknown = special.get('unknown', engine.token_to_id(unknown))
+        if self.unknown in end_ids:  # in GPT-2's files the end has this role, too
+            self.unknown = None
+        self.marks = [i for i in special.values()  # not words: the end token may be a full stop
+                      if re.fullmatch(r'<.+>|\[.+\]', engine.id_to_token(i) or '')]
+
+    def encode_with_offsets(self, text):
+        try:  # encode_batch, which is not encode, releases Python's lock
+            [encoded] = self.engine.encode_batch([text], add_special_tokens=False)
+        except Exception as e:  # half of a surrogate pair, or a word that has no token
+            raise ValueError(f"{text[:40]!r} cannot be encoded: {e}") from None
+        ids = np.array(encoded.ids, np.uint32)
+        if self.unknown is not None:  # SentencePiece finds its special tokens in a text
+            ids[np.isin(ids, self.marks)] = self.unknown
+        return ids, np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+    def encode(self, text):
+        return self.encode_with_offsets(text)[0]
+
+    def decode(self, ids):
+        return self.engine.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self, i):
+        """What a token adds after another one: for a word of WordPiece, also the space."""
+        return self.decode([i, i])[len(self.decode([i])):].encode()
+
+    def to_dict(self):
+        return {'format': FORMAT, 'name': self.name, 'special': self.special,
+                'end_ids': self.end_ids, 'engine': self.saved}
+
+    def hf_engine(self, special, task):
+        saved = json.loads(self.saved)
+        for token in saved['added_tokens']:
+            token['special'] = token.get('was_special', token['special'])
+        return HFTokenizer(json.dumps(saved), special, self.end_ids).engine
+
+# Our special tokens, and what each may be in a folder: a role (eos_token) or a text (</s>)
+ROLES = {
+    '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
+    '[PAD]': ('pad_token', '[PAD]', '<pad>'), '[CLS]': ('cls_token', '[CLS]', 'bos_token', '<s>'),
+    '[SEP]': ('sep_token', '[SEP]', '</s>'), '[MASK]': ('mask_token', '[MASK]'),
+    '<|bos|>': ('bos_token', '<s>'), 'unknown': ('unk_token',),
+}
+
+def open_huggingface(folder):
+    """The tokenizer of a Hugging Face folder. Raises ValueError where it has no end of a text."""
+    if not Path(folder, 'tokenizer.json').exists() and any(Path(folder).glob('*.model')):
+        optional('sentencepiece')
+        optional('google.protobuf')
+    config, about = read_any(folder, 'config.json'), read_any(folder, 'tokenizer_config.json')
+    kind = (config | about).get('tokenizer_class') or ''  # Japanese words are cut by a program
+    require('Japanese' not in kind, f"tokenizer_class={kind} is not supported here")
+    theirs = optional('transformers').AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False)
+    written = read_any(folder, 'tokenizer.json').get('model', {}).get('type')
+    if written not in (None, type(theirs.backend_tokenizer.model).__name__):
+        # SentencePiece by the name of BertTokenizer: there all words would be unknown
+        theirs = optional('transformers').PreTrainedTokenizerFast.from_pretrained(folder)
+    engine = theirs.backend_tokenizer
+    require(len(engine.get_vocab()) > 1 + len(engine.get_added_tokens_decoder()),
+            f"{type(theirs).__name__} finds no vocabulary")
+    if getattr(engine.normalizer, 'lowercase', False) and not about:
+        to_stderr(f"{folder} has no tokenizer_config.json: a BERT becomes lower case, as in "
+                  "transformers")
+    family = config.get('model_type', 'bert')  # a tokenizer alone may be a BERT's
+    cleans = theirs.clean_up_tokenization_spaces and type(engine.model).__name__ != 'BPE'
+    if cleans and family != 'bert':
+        to_stderr(f"{folder}: not read: clean_up_tokenization_spaces")
+    rows = range(config.get('vocab_size', 2 ** 31))  # a model may lack rows for some tokens
+    vocab = {text: i for text, i in engine.get_vocab().items() if i in rows}
+    special = {f'<extra_{i}>': vocab[text] for i in range(100)
+               for text in (f'<extra_id_{i}>', f'<extra_{i}>') if text in vocab}
+    for name, keys in ROLES.items():
+        for key in keys:
+            text = theirs.special_tokens_map.get(key, key)
+            if text in vocab:
+                special.setdefault(name, vocab[text])
+    ends = [special.get('<|endoftext|>')]  # a text ends at each token that a file calls its end
+    # What stands before a text: <s> of a Llama, or [CLS] of a BERT (some GPT-2s have it, too)
+    engine.no_padding()  # the file may ask for padding, even on the left
+    frame = engine.encode('a')
+    start = frame.ids[0] if frame.special_tokens_mask[:1] == [1] else None
+    if family == 'bert' and start != special.get('<|bos|>'):
+        start = None  # add_special_tokens puts [CLS] there
+    elif start is not None:
+        special['<|source|>'] = start  # a Llama reads <s> text, CodeT5 <s> source </s>
+    for settings in (config, read_any(folder, 'generation_config.json')):
+        found = settings.get('eos_token_id')
+        ends += found if isinstance(found, list) else [found]
+        if family == 't5' and settings.get('decoder_start_token_id') is not None:
+            start = settings['decoder_start_token_id']  # its decoder begins with another token
+    ends = [i for i in dict.fromkeys(ends) if i is not None]
+    require(ends, "no token ends a text: it needs a tokenizer_config.json with eos_token")
+    for name in SPECIALS[:4]:  # not [MASK]
+        special.setdefault(name, ends[0])
+    if start is not None:
+        require(start in rows, f"texts begin with token {start}, for which the model has no row")
+        special['<|start|>'] = start
+    # Added tokens without a role, such as [E1] or <|user|>, are not special but ordinary text; an
+    # export marks them as they were. Tokens for which the model has no row are left out.
+    saved, roles = json.loads(engine.to_str()), {*special.values(), *ends}
+    added = [token for token in saved['added_tokens'] if token['id'] in rows]
+    for token in added:
+        token['was_special'], token['special'] = token['special'], token['id'] in roles
+    saved['added_tokens'] = added
+    return HFTokenizer(json.dumps(saved), special, ends)
+
+def load_tokenizer(folder):
+    """The tokenizer of a data folder, or of a Hugging Face folder. Raises ValueError or OSError."""
+    known = {'tokenizer.json', 'vocab.txt', 'vocab.json', 'tokenizer.model', 'spiece.model'}
+    if known.isdisjoint(os.listdir(folder)):
+        raise FileNotFoundError(f"{folder} has no tokenizer.json: prepare_data.py makes one")
+    for path in filter(Path.is_file, Path(folder).glob('*.[jt]*')):
+        with path.open('rb') as f:
+            refuse_pointer(path, f)
+    try:
+        saved = read_any(folder, 'tokenizer.json')
+        return Tokenizer.from_dict(saved) if 'format' in saved else open_huggingface(folder)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the file may be damaged, and what panics in Rust is no Exception
+        why = ' '.join(f'{type(e).__name__}: {e}'.split())
+        raise ValueError(f"{folder}: its tokenizer is damaged or cannot be read here ({why}): "
+                         "fetch its tokenizer.json, name its tokenizer_class in "
+                         "tokenizer_config.json, or prepare the data, again") from None
+
+# -----------------------------------------------------------------------------
+# Flags. Each field of a dataclass is a flag: --max_iters 10, --max-iters=10, --bias, --no-bias.
+
+BOUNDS = {'above': ('above', operator.gt), 'below': ('below', operator.lt),
+          'low': ('at least', operator.ge), 'high': ('at most', operator.le)}
+LIMITS = {int: {'low': 0, 'high': 2 ** 63 - 1}, float: {'low': 0}}  # unless a flag has its own
+
+def flag(default, help, choices=(), **bounds):
+    """A field of a dataclass, with its rules. default=None: it is derived, or missing."""
+    rules = dict(help=help, choices=choices, **bounds)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=rules)
+    return dataclasses.field(default=default, metadata=rules)
+
+def check_flags(settings):
+    """
+    Raise ValueError for the first flag whose value breaks its rules. Values are converted to the
+    type of their field: from Python they may be a Path or a number of numpy.
+    """
+    for f in dataclasses.fields(settings):
+        value, rules = getattr(settings, f.name), f.metadata
+        if value is None:
+            continue
+        value = f.type(value)
+        setattr(settings, f.name, value)
+        given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
+        require(value != '' or f.default == '', f"{given}is empty: give a value, or leave it out")
+        require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
+        require(not isinstance(value, float) or math.isfinite(value), f"{given}: must be finite")
+        limits = LIMITS.get(f.type, {}) | rules
+        for bound, (words, holds) in BOUNDS.items():
+            if bound in limits:
+                require(holds(value, limits[bound]), f"{given}: must be {words} {limits[bound]}")
+
+def boolean(text):
+    """'False' -> False, where bool('False') is True. Raises ValueError at any other word."""
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
+
+def normalize_flag(word):
+    """--max-iters=10 -> --max_iters=10, --no-compile -> --compile=False; no change to others."""
+    name, equals, value = word.partition('=')
+    if re.fullmatch(r'--[a-z][\w-]*', name):
+        if value.startswith('~/'):  # shells do not expand it after =
+            value = os.path.expanduser(value)
+        word = f"--{name[2:].replace('-', '_')}{equals}{value}"
+    return re.sub(r'^--no_(\w+)\Z', r'--\1=False', word)
+
+class Parser(argparse.ArgumentParser):  # raises where argparse ends the program
+    def error(self, message):
+        raise ValueError(message.removeprefix('argument '))
+
+def read_flags(argv, description, groups):
+    """
+    argv -> {name: value} of the flags that were given. groups: {title in --help: dataclass}. Flags
+    that only --config FILE.toml gives are added. Raises ValueError or OSError.
+    """
+    parser = Parser(description=description, usage='%(prog)s [--flag value ...]',
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    kinds, options = {}, {bool: dict(type=boolean, nargs='?', const=True),
+                          list: dict(nargs='+', action='extend')}
+    for title, cls in groups.items():
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(cls):
+            kind, about = f.type, f.metadata['help']
+            if f.metadata['choices']:
+                about += ': ' + ' | '.join(filter(None, f.metadata['choices']))
+            if f.default not in (None, '', dataclasses.MISSING):
+                about += f' [{f.default}]'
+            kinds[f'--{f.name}'] = kind
+            group.add_argument(f'--{f.name}', help=about.replace('%', '%%'), metavar=kind.__name__,
+                               **options.get(kind, dict(type=kind)))
+
+    def parse(words):
+        given, extra = parser.parse_known_args(map(normalize_flag, words))
+        if extra:
+            near = difflib.get_close_matches(extra[0].partition('=')[0], kinds, 1, 0.76)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise ValueError(f"{extra[0]} belongs to no flag: {hint}")
+        return vars(given)
+
+    given = parse(argv)
+    if not given.get('config'):
+        return given
+    try:
+        values = tomllib.loads(Path(given['config']).read_text(encoding='utf-8-sig'))
+        if given.get('eval_only'):  # score out_dir, not the model that the run began with
+            values.pop('init_from', None)
+        preset = values.get('preset')
+        require('arch' not in values or not preset or given.get('preset', preset) == preset,
+                f"it has all choices of {preset}: leave --preset out")
+        words = []
+        for name, found in values.items():
+            several = isinstance(found, list) and kinds.get(f'--{name}') is list
+            words += [f'--{name}={value}' for value in (found if several else [found])]
+        return parse(words) | given
+    except ValueError as e:
+        raise ValueError(f"--config {given['config']}: {e}") from None
+
+def write_config(values):
+    """{name: value} as TOML that --config reads. None, which stands for derived, is left out."""
+    return ''.join(f'{name} = {json.dumps(value, ensure_ascii=False)}\n'
+                   for name, value in values.items() if value is not None)
+
+def shell_word(name):
+    """A name as shells read it, in double quotes if need be: Windows knows no others."""
+    return name if re.fullmatch(r'[\w./\\:-]+', name) else f'"{name}"'
+
+# -----------------------------------------------------------------------------
+# Errors in one line, and signals
+
+def mute_stdout():
+    """After a broken pipe: what is printed from now on is lost, without an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# those that this system has: Windows has no SIGHUP
+STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
+
+def run(main):
+    """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # neither closed nor a notebook's
+            stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
+    for number in STOPS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # not Ctrl-C, nor what nohup ignores
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # clean up, end
+    try:
+        main(sys.argv[1:])
+        print(end='', flush=True)  # sys.stdout.flush(), where it is not closed
+    except BrokenPipeError:  # as in `python sample.py | head`
+        mute_stdout()
+    except (ValueError, OSError, MemoryError, RuntimeError, IndexError) as e:
+        if sys.flags.dev_mode:  # python -X dev train.py shows where it happened
+            raise
+        progress('')
+        message = ' '.join(str(e).split())
+        if isinstance(e, OSError) and e.strerror:
+            message = (f"{e.filename}: {e.strerror}: choose another file or folder" if e.filename
+                       else f"{e.strerror}: make room, or choose another folder")
+        elif 'out of range in self' in message:  # how an embedding says so
+            message = ("the tokenizer has a token for which the model has no row: add one to the "
+                       "model (resize_token_embeddings)")
+        elif isinstance(e, (MemoryError, RuntimeError, IndexError)):
+            too_little = '(?i)(to|not) allocate|out of memory|alloc_failed|new thread'
+            if message and not re.search(too_little, message):
+                raise
+            message = ("not enough memory: lower --batch_size (raise --gradient_accumulation_steps "
+                       "in its place), --block_size, --n_embd, --num_samples or "
+                       "--max_new_tokens")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            to_stderr(f"{os.path.basename(sys.argv[0])}: error: {message}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 # -----------------------------------------------------------------------------
 # The script

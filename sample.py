@@ -279,6 +279,11 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     log P(tokens) / length^length_penalty, the end token counted (Wu et al. 2016, section 7, earlier
     form, https://arxiv.org/abs/1609.08144). A row is done when no unfinished text, if it ended now,
     would beat the worst of `beams` finished ones. After max_new_tokens all texts count as finished.
+    With two beams, the best texts after "a", and their log P:
+
+        step 1    cat -0.9        dog -1.1
+        step 2    cat sat -1.5    dog <end> -1.8: finished, score -1.8 / 2    cat ran -2.0
+        step 3    of all that begins with "cat sat" or "cat ran"
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
     # Each row begins with one empty text; later all rows have equally many texts, at most `beams`.
@@ -506,7 +511,7 @@ def decode_span(examples, logits, labels):
         nonblank = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
         until = nonblank.cumsum(0)                             # how many up to each token
         before = until - nonblank
-        both = both * (until > before[:, None])                # an answer is not only white space
+        both = both * (until > before[:, None])                # one from begin to end, or more
         begin, end = divmod(int(both.argmax()), len(offsets))
         probability = float(both[begin, end])
         if probability > best['probability']:

@@ -66,11 +66,17 @@ def epoch_order(n, *key):
 
 @functools.lru_cache(maxsize=4)
 def row_order(data, epoch):
-    """A random order of all rows (n,), in which each whole batch has rows of about one length."""
+    """
+    A random order of all rows (n,), in which a batch has rows of about one length, to need little
+    padding. Batches go on over the end of an epoch; of those, the rows are in no order:
+
+        epoch 0    [9 7 1 2] [6 5 8 0] 4 3          10 rows, in batches of 4
+        epoch 1    6 2 [0 3 7 4] [9 1 5 8]
+    """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
-    begin = -epoch * n % size  # rows that complete the last batch of the epoch before
-    middle = order[begin:begin + (n - begin) // size * size]               # whole batches; a view
+    begin = -epoch * n % size  # rows that complete the last batch of the epoch before: 0, 2
+    middle = order[begin:begin + (n - begin) // size * size]               # the brackets; a view
     noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # new batches each epoch
     batches = middle[noisy.argsort()].reshape(-1, size)
     middle[:] = rng.permutation(batches).flatten()                         # a view: changes `order`
