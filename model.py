@@ -105,7 +105,7 @@ class Config:
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
     label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
-    may_change = ('block_size', 'dropout', 'label_smoothing')  # not a field: in a trained model
+    may_change = ('block_size', 'dropout', 'label_smoothing')  # in a trained model; not a field
 
     def __post_init__(self):
         for f in fields(self):
@@ -227,7 +227,7 @@ def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     to max_distance, and the last bucket all beyond, too. both_sides=True (an encoder) gives half of
     all buckets to keys on the right; in a decoder, keys on the right count as distance 0.
     """
-    first = 0  # bucket of the key's side
+    first = 0  # the first bucket of the key's side
     if both_sides:
         buckets //= 2
         first, distance = (distance > 0) * buckets, distance.abs()
@@ -247,16 +247,18 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     F.scaled_dot_product_attention (nn.MultiheadAttention means the opposite). positions (T,) are
     those of the queries, key_positions (S,) those of the keys. causal: a query sees keys up to its
     own position. window: a query sees keys less than so many positions away (Beltagy et al. 2020,
-    Longformer, https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding. A rule of
-    your own must be a new argument, passed to Stack.forward as one of `others` (a field of Config:
-    put it into `others` there): without one, Stack.mask_arguments often makes no mask, since a
-    kernel knows the causal rule itself. In a CUDA graph S is the size of the cache, so the shapes
-    of q and k do not say where a query stands: derive distances from these positions.
+    Longformer, https://arxiv.org/abs/2004.05150); 0: all. real (B, S): False at padding.
 
     With a cache of three tokens and two new ones, causal=True, window=3:
 
     >>> attention_mask(torch.arange(3, 5), torch.arange(5), True, window=3)[0, 0].int().tolist()
     [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+
+    A rule of your own must be a new argument, passed to Stack.forward as one of `others` (if it is
+    a field of Config, add it to `others` inside of Stack.forward): without one, mask_arguments
+    there often makes no mask, since a kernel knows the causal rule itself. In a CUDA graph (see
+    KVCache) S is the size of the cache, so the shapes of q and k do not say where a query stands:
+    derive distances from these positions.
     """
     distance = key_positions - positions[None, :, None]                    # (1, T, S), past: < 0
     mask = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -446,7 +448,7 @@ class Attention(nn.Module):
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
-        """All heads: q (B, T, H D), k and v (B, S, G D). See join_projections in sample.py."""
+        """All heads: q (B, T, H D), k, v (B, S, G D). join_projections of sample.py joins them."""
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
@@ -456,7 +458,7 @@ class Attention(nn.Module):
         """
         x (B, T, C) -> (B, T, C). rotary: (cos, sin) of the positions of x. With a cache, x holds
         only the new tokens, which see the last `newest` of all keys (0: all). With a memory, the
-        first call fills the cache. scoring: mask, causal, ... as in attention_weights.
+        first call fills the cache, later ones read it. scoring: mask, ... as in attention_weights.
         """
         x = narrow(x)
         if memory is not None and cache is not None and self.layer in cache.layers:
@@ -691,7 +693,7 @@ def init_weights(model):
 
     gpt2     0.02; / sqrt(2 n_layer) where a layer writes to the residual stream: section 2.3 of [2]
     normal   0.02 everywhere (BERT; LLaMA as in Hugging Face's code)
-    fan_in   1 / sqrt(columns); token embeddings enter the first block with 1: section 5 of [5]
+    fan_in   1 / sqrt(columns); token embeddings 1 if not scale_embedding: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: at first,
              blocks add nothing
     """
@@ -1135,8 +1137,8 @@ FAMILIES['mistral'] = replace(  # Jiang et al. 2023: a Llama with a window
 ROPE = ('rope_type', 'factor', 'low_freq_factor', 'high_freq_factor',
         'original_max_position_embeddings')  # the words of Config.rope_scaling
 
-# Fields that change what a model computes, and that are not supported here. Unless its family reads
-# such a field, it must be null or have the value below; None below: it must be false or empty.
+# Fields that change what a model computes, and that at most some families read. For the others such
+# a field must be null or have the value below; where that is None: null, false, 0 or empty.
 UNSUPPORTED = dict.fromkeys("""
     add_cross_attention attention_bias attention_sinks final_logit_softcapping is_decoder
     layer_types mlp_bias num_experts num_local_experts pruned_heads quantization_config

@@ -17,8 +17,8 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
 The theory comes first: byte-pair encoding, tokenizers, and how labelled texts become examples. Then
-come files, built-in data sets, the tokenizers of other models, and what train.py and sample.py
-import from here: flags, and errors in one line.
+come files, built-in data sets, the tokenizers of other models, flags, errors in one line, and the
+script. What train.py and sample.py share with it, they import from here.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
@@ -66,7 +66,7 @@ import numpy as np
 import regex
 import tiktoken
 
-gc.freeze()  # looking for garbage among all that torch has imported takes 0.4 s a run
+gc.freeze()  # train.py has imported torch: looking for garbage in all of it takes 0.4 s a run
 
 # -----------------------------------------------------------------------------
 # Small helpers
@@ -130,12 +130,12 @@ def train_bpe(piece_counts, n_tokens):
     """
     Byte-pair encoding [1] over bytes [2]: start from the 256 bytes, and again and again merge the
     pair of neighbours that occurs most often; of equally frequent pairs, the one whose bytes sort
-    first. Pairs lie inside a piece of the pattern. {piece: how often} -> {bytes: id} of
-    n_tokens tokens, or fewer if no pair is left that occurs twice.
+    first. {piece: how often it occurs} -> {bytes: id} of n_tokens tokens, or fewer if no pair is
+    left that occurs twice. A piece is a match of WORDS, or a part of one; no token crosses its end.
 
     To count all pairs again before each merge would be right, but slow. Here each distinct piece is
-    stored once, and a merge changes only pieces that hold the pair: from its first place to its
-    last, the old pairs are subtracted from the counts, and the new ones are added.
+    stored once, as a list of tokens, and a merge changes only pieces that hold the pair: of the
+    part around its places, the old pairs are subtracted from the counts, and the new ones added.
     """
     tokens = [bytes([b]) for b in range(256)]
     pieces = [[tokens[b] for b in piece.encode()] for piece in piece_counts]
@@ -181,49 +181,22 @@ def train_bpe(piece_counts, n_tokens):
 # -----------------------------------------------------------------------------
 # Tokenizers: how text becomes ids and back
 
+# the end of a document, four of BERT's, and T5's sentinels (see span_corruption in train.py)
 SPECIALS = ['<|endoftext|>', '[PAD]', '[CLS]', '[SEP]', '[MASK]',
             *(f'<extra_{i}>' for i in range(100))]
+
 EACH = r'(?s:.)'  # each character is a piece
-CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
-WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
-APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
 FORMAT = 'plainformer tokenizer 2'
-
-def split_cjk(text):
-    """Cut a text into each CJK character or sign, and the texts between them."""
-    return [*filter(None, regex.split(f'({APART})', text))] or ['']
-
-WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
-
-# Where a long text may be cut, since no piece of WORDS crosses these places: after a line end, or
-# before the last of several line ends, if no white space follows; before a space, but not after >,
-# as a piece that ends in <|endoftext|> would end a document. (?r) searches from the end.
-CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
-PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
-
-def safe_pieces(texts, size=PIECE):
-    """
-    Join texts, each of at most `size` characters, and cut the whole into pieces of about `size`
-    characters at places of CUT, where no token is cut. If there is no such place, a piece ends
-    anywhere after 2 * size characters.
-    """
-    rest = ''
-    for text in texts:
-        rest += text
-        found = len(rest) >= size and CUT.search(rest)
-        if found or len(rest) >= 2 * size:
-            cut = found.start() if found else len(rest)
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
 
 class Tokenizer:
     """
     A pattern cuts text into pieces, and a table {bytes: id} says which bytes of a piece are one
-    token. char, byte, bpe and gpt2 differ in pattern and table. Special tokens, such as
-    <|endoftext|> and [MASK], have ids of their own: where a text says [MASK], it is text.
+    token. char, byte, bpe and gpt2 differ in pattern and table. bpe and gpt2 start from the bytes
+    of a piece and merge, again and again, the pair of neighbours that was learned first, whose
+    token has the smallest id: explain() shows each step. Special tokens, such as <|endoftext|> and
+    [MASK], have ids of their own: where a text says [MASK], it is text.
     """
-    unknown = None  # no text is unknown
+    unknown = None  # the id of the unknown token: there is none (char raises ValueError)
 
     def __init__(self, name, pattern, ranks, special=()):
         """special {text: id}; those of SPECIALS that it lacks get the ids after all others."""
@@ -253,6 +226,7 @@ class Tokenizer:
     @property
     def start_id(self):
         """The first input of a decoder: what stands before a target, or before an empty prompt."""
+        # open_huggingface names tokens of other models <|start|>, <|bos|> and <|source|>
         return self.special.get('<|start|>', self.special.get('<|bos|>', self.end_id))
 
     @property
@@ -316,6 +290,7 @@ class Tokenizer:
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
+    # The next two are for exports. VISIBLE and ROLES: below, at the tokenizers of other models.
     def hf_engine(self, special, task):
         """The same tokenizer in the package `tokenizers`, with the tokens of special {text: id}."""
         require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
@@ -390,6 +365,39 @@ def gpt2_tokenizer():
                          "choose another --tokenizer") from None
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
+CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
+WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
+APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
+
+def split_cjk(text):
+    """Cut a text into each CJK character or sign, and the texts between them."""
+    return [*filter(None, regex.split(f'({APART})', text))] or ['']
+
+WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
+
+# Where a long text may be cut, since no match of WORDS crosses these places: after a line end, or
+# before the last of several line ends, if no white space follows; before a space, but not after >:
+# if a cut followed <|endoftext|>, MARKER (below) would take it for a whole line, which ends a
+# document. (?r) searches from the end.
+CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
+PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
+
+def safe_pieces(texts, size=PIECE):
+    """
+    Join texts, each of at most `size` characters, and cut the whole into pieces of about `size`
+    characters at places of CUT, where no token is cut. If there is no such place, a piece ends
+    anywhere after 2 * size characters.
+    """
+    rest = ''
+    for text in texts:
+        rest += text
+        found = len(rest) >= size and CUT.search(rest)
+        if found or len(rest) >= 2 * size:
+            cut = found.start() if found else len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
 def explain(tokenizer, text):
     """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
     ids = tokenizer.encode(text).tolist()
@@ -423,9 +431,10 @@ def render_token(tokenizer, i):
     return render_bytes(tokenizer.token_bytes(i))
 
 # -----------------------------------------------------------------------------
-# Examples of tasks. `..._examples` turns a row, a dict of texts, into examples: dicts of the
-# arguments of model.forward(), and of `meta`, which only scores and answers need. Rows from
-# sample.py --start have no label, tags or answers.
+# Examples of tasks. `..._examples` turns a row, a dict of texts that functions below read, into
+# examples: dicts of the arguments of model.forward(), and of `meta`, which only scores and answers
+# need. All four take the same arguments, as encode_rows gives them. Rows from sample.py --start
+# have no label, tags or answers.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
 
@@ -467,34 +476,34 @@ def classify_examples(tokenizer, row, labels, block_size):
 
 def tag_examples(tokenizer, row, labels, block_size):
     """
-    One class for each token (word) of the text, predicted at its first piece (subword) [3, section
-    5.3]. A text that is longer than block_size is cut into several examples.
+    One class for each word, predicted at its first token [3, section 5.3]. Row and meta call words
+    `tokens`, as CoNLL does. A text longer than block_size is cut into several examples.
 
-        tokens          Angela       Merkel       spoke
+        words           Angela       Merkel       spoke
         ids       [CLS] Ang  ela     Mer  kel     spoke [SEP]
         targets   .     B-person .   I-person .   O     .       a dot is IGNORE_INDEX
 
-    meta: `first` is the place of the first piece of each token, or -1 for a token without a piece
-    of its own: some tokenizers drop characters such as U+200B.
+    meta: `first` is the place in ids of the first token of each word, or -1 for a word without a
+    token of its own: some tokenizers drop characters such as U+200B.
     """
-    tokens, room, examples = row['tokens'], block_size - 2, []
+    words, room, examples = row['tokens'], block_size - 2, []
     gap = ' ' * (tokenizer.name != 'char' or b' ' in tokenizer.ranks)  # char may know no space
-    ids, offsets = tokenizer.encode_with_offsets(gap.join(tokens))
-    ends = np.cumsum([len(token + gap) for token in tokens])  # of each token and its space
-    pieces = [[] for _ in tokens]
+    ids, offsets = tokenizer.encode_with_offsets(gap.join(words))
+    ends = np.cumsum([len(word + gap) for word in words])  # of each word and its space
+    ids_of = [[] for _ in words]
     for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
-        pieces[owner].append(i)                             # the token in which it ends
-    windows, window = [], []  # windows: (number of the first token, ids, places of first pieces)
-    for i, piece in enumerate(pieces):
-        if not windows or len(window) + len(piece) > room:
+        ids_of[owner].append(i)                             # the word in which it ends
+    windows, window = [], []  # windows: (number of the first word, ids, places of first tokens)
+    for i, word_ids in enumerate(ids_of):
+        if not windows or len(window) + len(word_ids) > room:
             window, first = [], []
             windows.append((i, window, first))
-        first.append(len(window) + 1 if piece else -1)
-        window += piece[:room]
+        first.append(len(window) + 1 if word_ids else -1)
+        window += word_ids[:room]
     for begin, window, first in windows:
         here = slice(begin, begin + len(first))
         framed, _ = add_special_tokens(tokenizer, window)
-        meta = pick(row, 'text') | {'tokens': tokens[here], 'first': first}
+        meta = pick(row, 'text') | {'tokens': words[here], 'first': first}
         example = {'ids': framed, 'meta': meta}
         if 'tags' in row:
             meta['tags'] = row['tags'][here]
@@ -536,6 +545,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     place of its first token in ids, and `offsets` the place of each of its tokens in `context`.
     """
     question = tokenizer.encode_with_offsets(row['question'])[0].tolist()[:block_size // 2]
+    # size: tokens of a window; place: where they begin in ids; left, right: the answer's tokens
     context, size, place = row['context'], block_size - 3 - len(question), len(question) + 2
     if row.get('answers'):
         start, answer = row['answers'][0]
@@ -575,9 +585,9 @@ def qa_examples(tokenizer, row, labels, block_size):
 
 def seq2seq_examples(tokenizer, row, labels, block_size):
     """
-    A text in, a text out. The decoder reads <|endoftext|> (or <|start|> if a model has it), then
+    A text in, a text out. The decoder reads <|endoftext|> (or the start_id of another model), then
     the target. After each of these it must predict the next token of the target (teacher forcing),
-    and at the end <|endoftext|>. A source begins with <|source|> if a model has it.
+    and at the end <|endoftext|>. A source begins with the source_ids of another model, if any.
 
         ids            twenty one <|endoftext|>
         decoder_ids    <|endoftext|> 2 1
@@ -806,6 +816,9 @@ def read_questions(path):
         raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}: "
                          "count characters from 0; without an answer, the list is empty")
     return rows
+
+# -----------------------------------------------------------------------------
+# Tasks: from the rows of a file to examples
 
 def texts_of(row):
     """The texts of a row, from which a tokenizer may learn."""

@@ -19,7 +19,8 @@ The script can also score a model on a file, or write a page that shows the atte
     python sample.py --score FILE
     python sample.py --start "The import statement" --attention page.html
 
-Read sample_token, generate and beam_search first. For tasks, see DECODERS and SCORES.
+The file goes from batches and the choice of tokens over text, answers (DECODERS), scores (SCORES)
+and attention to what makes decoding faster, and the script.
 """
 
 import collections
@@ -102,45 +103,14 @@ def by_length(texts, batch_size, same_length=False):
         yield chosen
     progress('')
 
-def predict(model, examples, pad_id, postprocess=None, batch_size=64):
-    """
-    Returns (results, totals). results[i] is postprocess(examples[i], its logits), or None without
-    postprocess. totals[kind], for each kind of targets that the examples have, is an array (sum of
-    the losses in nats, number of targets, number guessed right).
-    """
-    results, totals, config = [None] * len(examples), collections.defaultdict(float), model.config
-    if not config.task:  # a batch has B T V logits, which have to fit into memory
-        max_logits = 2 ** 28 if device_of(model).type == 'cuda' else 2 ** 26
-        batch_size = min(batch_size, 1 + max_logits // (config.block_size * config.vocab_size))
-    for chosen in by_length([example['ids'] for example in examples], batch_size):
-        batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
-        kinds = [key for key in batch if key.endswith('targets')]
-        for kind in kinds or ['targets']:  # BERT returns the logits of one kind a call
-            inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
-            with evaluating(model):
-                logits, loss = model(**inputs, **{f'num_{kind}': 1})       # the sum, not a mean
-            check_finite(logits)
-            if kinds:
-                guesses, targets = logits.argmax(dim=-1), batch[kind]
-                real = targets != IGNORE_INDEX
-                if guesses.shape != targets.shape:  # BERT: logits only where there is a target
-                    targets = targets[real]
-                same = guesses.shape == targets.shape                      # else no accuracy
-                right = (guesses == targets).sum().item() if same else math.nan
-                totals[kind] += np.array([loss.item(), real.sum().item(), right])
-        if postprocess:
-            for i, row in zip(chosen, logits.float().cpu()):
-                results[i] = postprocess(examples[i], row)
-    return results, totals
+# -----------------------------------------------------------------------------
+# Choosing tokens
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged, or too large for --dtype"
 
 def check_finite(*tensors):
     """Raise ValueError unless all values are finite: argmax returns an index even for NaN."""
     require(all(t.isfinite().all() for t in tensors), NOT_FINITE)
-
-# -----------------------------------------------------------------------------
-# Choosing tokens
 
 def next_logits(model, ids, cache, suppressed):
     """Newest tokens (B, T) -> logits of the next one (B, V), -inf where suppressed (V,) is true."""
@@ -198,7 +168,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
-    texts = batch = ids.tolist()                             # batch: rows that are still read
+    texts = batch = ids.tolist()                             # batch: of these, those still read
     new, read = ids[:, -block_size:].tolist(), 0             # new: to read; read: now in cache
     size = (len(new[0]) + max_new_tokens + 15) // 16 * 16    # kernels are fast at multiples of 16
     cache = cache or KVCache(min(block_size, size))
@@ -226,49 +196,6 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
             cache.reorder(rest)
         new = [text[-1:] for text in batch]
 
-capture_stream = functools.cache(torch.cuda.Stream)  # shared: each stream has memory of its own
-
-def capture(step, cache, new, uniforms):
-    """
-    Record step() as a CUDA graph, which launches hundreds of small kernels at once: Python takes
-    longer to launch them than they take to run. A graph reads and writes fixed places in memory.
-    So cache.length becomes a tensor, to which each launch adds 1, and all else that a step changes
-    must be a tensor changed in place. Returns replay(new, i, more): the newest token of each row,
-    [[token], ...] -> the next ones, chosen by uniforms[i]; with `more` the GPU begins step i + 1
-    while Python reads them. Capturing costs the time of one more step.
-    """
-    ids, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
-    length, stream, graph = ids.new_tensor(cache.length), capture_stream(), torch.cuda.CUDAGraph()
-    cache.length = length  # until now an int: a prompt needs no mask
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(ids, uniform)  # libraries set themselves up in the first call
-        length.sub_(1)  # undo this step: the next one overwrites its keys
-    with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
-        chosen = step(ids, uniform)
-    launched = False  # True: the graph already computes the next tokens
-
-    def launch(new, i):
-        ids.copy_(new)
-        uniform.copy_(uniforms[i])
-        graph.replay()  # fills chosen
-
-    def replay(new, i, more):
-        nonlocal launched
-        if cache.length is not length:
-            cache.length = length.fill_(cache.length)
-        if not launched:
-            launch(torch.tensor(new), i)
-        tokens = chosen.to('cpu', non_blocking=True)
-        copied = torch.cuda.current_stream().record_event()
-        if more:
-            launch(chosen[:, None].clamp(min=0), i + 1)                    # -1 is no row
-        launched = more
-        copied.synchronize()
-        return tokens.tolist()
-
-    return replay
-
 @torch.no_grad()
 def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppressed=None, end_ids=(),
                 cache=None):
@@ -286,7 +213,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
         step 3    of all that begins with "cat sat" or "cat ran"
     """
     cache, rows, newest = cache or KVCache(ids.size(1) + max_new_tokens), [*range(len(ids))], ids
-    # Each row begins with one empty text; later all rows have equally many texts, at most `beams`.
+    # rows: those not done. Each begins with one empty text; later all have equally many, <= beams.
     texts, log_ps, finished = [[] for _ in rows], [0.0] * len(rows), [[] for _ in rows]
     for length in range(1, max_new_tokens + 1):
         logits = next_logits(model, newest, cache, suppressed)  # (B width, V), width: texts per row
@@ -380,10 +307,11 @@ def suppressed_tokens(model, tokenizer, ends=True):
 @torch.autocast('cpu', enabled=False)  # a product with one token is slow in bfloat16
 def write_batch(model, tokenizer, prompts, sources, rows, settings):
     """
-    Continue prompts, lists of ids of equal length. sources: for text to text, the ids that an
-    encoder-decoder reads first; else []. Returns for each prompt a list of TextStream: one drawn by
-    (seed, its number in rows), or its best beams. With --stream the first text is printed as it
-    grows. Beams and targets must fit into block_size tokens: beams cut the start of long prompts.
+    Continue prompts, lists of ids of equal length. sources: for text to text, the ids of the source
+    of each (an encoder reads them; without one they are in the prompt, too); else []. Returns for
+    each prompt a list of TextStream: one drawn by (seed, its number in rows), or its best beams.
+    With --stream the first text is printed as it grows. Beams and targets must fit into block_size
+    tokens: beams cut the start of long prompts.
     """
     ids, cache = torch.tensor(prompts, device=device_of(model)), None
     beams, block_size = settings.num_beams, model.config.block_size
@@ -447,7 +375,39 @@ def write_targets(model, tokenizer, examples, settings):
     return results
 
 # -----------------------------------------------------------------------------
-# Answers. A function of DECODERS turns the logits of all examples of a row into its answer, a dict.
+# Answers. A row (of a file, or a line of --start) that is long may be cut into several examples. A
+# function of DECODERS turns the logits of all examples of a row into its answer, a dict.
+
+def predict(model, examples, pad_id, postprocess=None, batch_size=64):
+    """
+    Returns (results, totals). results[i] is postprocess(examples[i], its logits), or None without
+    postprocess. totals[kind], for each kind of targets that the examples have, is an array (sum of
+    the losses in nats, number of targets, number guessed right).
+    """
+    results, totals, config = [None] * len(examples), collections.defaultdict(float), model.config
+    if not config.task:  # a batch has B T V logits, which have to fit into memory
+        max_logits = 2 ** 28 if device_of(model).type == 'cuda' else 2 ** 26
+        batch_size = min(batch_size, 1 + max_logits // (config.block_size * config.vocab_size))
+    for chosen in by_length([example['ids'] for example in examples], batch_size):
+        batch = collate([examples[i] for i in chosen], pad_id, device_of(model))
+        kinds = [key for key in batch if key.endswith('targets')]
+        for kind in kinds or ['targets']:  # BERT returns the logits of one kind a call
+            inputs = {key: batch[key] for key in batch if key == kind or key not in kinds}
+            with evaluating(model):
+                logits, loss = model(**inputs, **{f'num_{kind}': 1})       # the sum, not a mean
+            check_finite(logits)
+            if kinds:
+                guesses, targets = logits.argmax(dim=-1), batch[kind]
+                real = targets != IGNORE_INDEX
+                if guesses.shape != targets.shape:  # BERT: logits only where there is a target
+                    targets = targets[real]
+                same = guesses.shape == targets.shape                      # else no accuracy
+                right = (guesses == targets).sum().item() if same else math.nan
+                totals[kind] += np.array([loss.item(), real.sum().item(), right])
+        if postprocess:
+            for i, row in zip(chosen, logits.float().cpu()):
+                results[i] = postprocess(examples[i], row)
+    return results, totals
 
 def decode_label(examples, logits, labels):
     """Logits (L,) -> the likeliest label."""
@@ -479,7 +439,7 @@ def cjk_apart(text):
     return CJK.sub(r' \g<0> ', text)
 
 def decode_tags(examples, logits, labels):
-    """Logits (T, L) of each part of a text -> tags, read at a token's first piece; entities."""
+    """Logits (T, L) of each part of a text -> tags, read at a word's first token; entities."""
     tokens, tags, ends = [], [], [0]  # ends[i]: where token i - 1 ends in the text
     for example, row in zip(examples, logits):
         best, meta = row.argmax(dim=-1).tolist(), example['meta']
@@ -511,7 +471,7 @@ def decode_span(examples, logits, labels):
         nonblank = torch.tensor([not meta['context'][a:b].isspace() for a, b in offsets]).int()
         until = nonblank.cumsum(0)                             # how many up to each token
         before = until - nonblank
-        both = both * (until > before[:, None])                # one from begin to end, or more
+        both = both * (until > before[:, None])                # not all blank from begin to end
         begin, end = divmod(int(both.argmax()), len(offsets))
         probability = float(both[begin, end])
         if probability > best['probability']:
@@ -565,7 +525,7 @@ def entity_scores(answers, golds):
     guesses, right = [], []  # tags of all texts in one list, an O after each text, as in seqeval
     for answer, gold in zip(answers, golds):
         guesses += [*answer['tags'], 'O']
-        right += [tag if first >= 0 else 'O'  # a token without a piece is O
+        right += [tag if first >= 0 else 'O'  # a word without a token is O
                   for example in gold
                   for tag, first in zip(example['meta']['tags'], example['meta']['first'])] + ['O']
     hits, found, true = count_ngrams(entities(guesses), entities(right), 1)
@@ -814,6 +774,83 @@ draw()
 """
 
 # -----------------------------------------------------------------------------
+# Faster decoding: a step as a CUDA graph; weights as products with one token read them best
+
+capture_stream = functools.cache(torch.cuda.Stream)  # shared: each stream has memory of its own
+
+def capture(step, cache, new, uniforms):
+    """
+    Record step() as a CUDA graph, which launches hundreds of small kernels at once: Python takes
+    longer to launch them than they take to run. A graph reads and writes fixed places in memory.
+    So cache.length becomes a tensor, to which each launch adds 1, and all else that a step changes
+    must be a tensor changed in place. Returns replay(new, i, more): the newest token of each row,
+    [[token], ...] -> the next ones, chosen by uniforms[i]; with `more` the GPU begins step i + 1
+    while Python reads them. Capturing costs the time of one more step.
+    """
+    ids, uniform = torch.tensor(new, device=uniforms.device), uniforms[0].clone()
+    length, stream, graph = ids.new_tensor(cache.length), capture_stream(), torch.cuda.CUDAGraph()
+    cache.length = length  # until now an int: a prompt needs no mask
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(ids, uniform)  # libraries set themselves up in the first call
+        length.sub_(1)  # undo this step: the next one overwrites its keys
+    with torch.cuda.graph(graph, stream=stream):  # waits for all streams; records, runs nothing
+        chosen = step(ids, uniform)
+    launched = False  # True: the graph already computes the next tokens
+
+    def launch(new, i):
+        ids.copy_(new)
+        uniform.copy_(uniforms[i])
+        graph.replay()  # fills chosen
+
+    def replay(new, i, more):
+        nonlocal launched
+        if cache.length is not length:
+            cache.length = length.fill_(cache.length)
+        if not launched:
+            launch(torch.tensor(new), i)
+        tokens = chosen.to('cpu', non_blocking=True)
+        copied = torch.cuda.current_stream().record_event()
+        if more:
+            launch(chosen[:, None].clamp(min=0), i + 1)                    # -1 is no row
+        launched = more
+        copied.synchronize()
+        return tokens.tolist()
+
+    return replay
+
+def by_columns(t):
+    """On a CPU: a float32 matrix by columns, which a product with one token reads 1/4 faster."""
+    gains = t.is_cpu and t.dtype == torch.float32 and t.ndim == 2
+    return t.t().contiguous().t() if gains else t
+
+def join_projections(attention):
+    """q, k, v of self-attention in one product: starting three takes longer than multiplying."""
+    layers = [attention.q, attention.k, attention.v]
+    if {*map(type, layers)} != {torch.nn.Linear}:
+        return                                                             # such as LoRA
+    weight = by_columns(torch.cat([layer.weight for layer in layers]))
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    sizes = [layer.out_features for layer in layers]
+    for layer, rows in zip(layers, weight.split(sizes)):
+        layer.weight.data = rows                                           # no memory of its own
+    joined = lambda x, source: torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
+    x = weight[None, :1]  # any input, (1, 1, C), shows whether you have changed `project`
+    old, new = (torch.cat(project(x, x), dim=-1) for project in (attention.project, joined))
+    if (new - old).norm() <= torch.finfo(new.dtype).eps ** 0.75 * old.norm():
+        attention.project = joined
+
+@torch.no_grad()
+def arrange_weights(model):
+    """Speed up products with one token. Afterwards do not train, move or convert the model."""
+    for p in model.parameters():
+        p.data = by_columns(p.data)
+    for name, m in model.named_modules():
+        if isinstance(m, Attention) and not name.endswith('cross'):
+            join_projections(m)
+    return model
+
+# -----------------------------------------------------------------------------
 # The script
 
 @dataclass
@@ -847,7 +884,7 @@ class Settings:
             self.seed = int.from_bytes(os.urandom(4))
 
 def lacking(checkpoint, kind):
-    """Random weights: models of a kind (text, masks, a task) need them, but the folder has none."""
+    """Names of weights that a model of this kind needs and its folder lacks, so they are random."""
     needed = {'masks': 'output|transform', 'masks and pairs': 'output|transform|pooler|nsp_head',
               'classify': r'trunk\.pooler'}.get(kind, '$^')
     return [name for name in checkpoint.get('new', []) if re.match(needed, name)]
@@ -856,7 +893,7 @@ def check_use(given, settings, kind, arch):
     """Returns 'export', 'attention', 'score' or 'start'. ValueError for a flag without effect."""
     use = next(filter(given.get, ('export', 'attention', 'score')), 'start')
     beams, n = settings.num_beams, settings.num_samples
-    writing = 'max_new_tokens stop num_beams '  # flags that a model which writes reads
+    writing = 'max_new_tokens stop num_beams '  # flags that are read where text is generated
     if beams > 1:
         writing += 'length_penalty num_samples'
     elif settings.temperature > 0:
@@ -931,37 +968,6 @@ def find_device(name):
             return device
     raise ValueError(f"--device {name}: this machine or this torch has none: use --device auto")
 
-def by_columns(t):
-    """On a CPU: a float32 matrix by columns, which a product with one token reads 1/4 faster."""
-    gains = t.is_cpu and t.dtype == torch.float32 and t.ndim == 2
-    return t.t().contiguous().t() if gains else t
-
-def join_projections(attention):
-    """q, k, v of self-attention in one product: starting three takes longer than multiplying."""
-    layers = [attention.q, attention.k, attention.v]
-    if {*map(type, layers)} != {torch.nn.Linear}:
-        return                                                             # such as LoRA
-    weight = by_columns(torch.cat([layer.weight for layer in layers]))
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    sizes = [layer.out_features for layer in layers]
-    for layer, rows in zip(layers, weight.split(sizes)):
-        layer.weight.data = rows                                           # no memory of its own
-    joined = lambda x, source: torch.nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
-    x = weight[None, :1]  # any input, (1, 1, C), shows whether you have changed `project`
-    old, new = (torch.cat(project(x, x), dim=-1) for project in (attention.project, joined))
-    if (new - old).norm() <= torch.finfo(new.dtype).eps ** 0.75 * old.norm():
-        attention.project = joined
-
-@torch.no_grad()
-def arrange_weights(model):
-    """Speed up products with one token; then the model only writes, on its device, in its dtype."""
-    for p in model.parameters():
-        p.data = by_columns(p.data)
-    for name, m in model.named_modules():
-        if isinstance(m, Attention) and not name.endswith('cross'):
-            join_projections(m)
-    return model
-
 def read_start(start):
     """The text that --start names."""
     try:
@@ -983,7 +989,7 @@ TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|[\p{L}\p{N}_@#]"
                       r"|\.{2,}|-{2,}|(?!\s)\X")
 
 def examples_of(tokenizer, kind, line, block_size):
-    """A line that a user wrote -> the examples that the model reads."""
+    """--start, or a line of it -> the examples for the model. kind: 'text', 'masks' or a task."""
     if kind == 'text':
         ids = tokenizer.encode(line).tolist()
         if '<|start|>' in tokenizer.special or not ids:  # an empty text begins a document

@@ -17,8 +17,9 @@ a step does depends only on the checkpoint and on the number of the step: exampl
 (seed, i), the order of an epoch from (seed, epoch), dropout from (seed, number of the first
 example). So no loader is saved, and a resumed run equals an unbroken one, on a CPU bit for bit.
 
-To read first: the objectives, such as masked_lm; Muon; backward and optimizer_step, which make up a
-step; Trainer.run, the loop. start() turns flags into all that the loop needs.
+The file goes from objectives and data over optimizers and settings to a step, its evaluation and
+the loop, Trainer.run. Then come precision and processes, the cost of a run, and start(), which
+turns flags into all that the loop needs.
 """
 
 import contextlib
@@ -50,136 +51,9 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
                           progress, read_flags, run, shell_word, to_stderr, write_config)
 
 # -----------------------------------------------------------------------------
-# Data
-
-SPLITS = {'train': 0, 'val': 1}
-# The end of a sentence and all up to the next one: white space (U+3000 is CJK's), closing marks.
-# It is a pattern of bytes, since a character may be several tokens.
-ENDS, CLOSING = '。|！|？|।|۔|؟', '”|’|）|」|』|】|》|\u3000'
-SENTENCE_END = re.compile(
-    rf'(\A|\n|[.!?](?=\s)|({ENDS})["\']*)(\s|{ENDS}|{CLOSING})*'.encode())
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(n, *key):
-    """The order of the windows of an epoch (n,)."""
-    return np.random.default_rng(key).permutation(n)
-
-@functools.lru_cache(maxsize=4)
-def row_order(data, epoch):
-    """
-    A random order of all rows (n,), in which a batch has rows of about one length, to need little
-    padding. Batches go on over the end of an epoch; of those, the rows are in no order:
-
-        epoch 0    [9 7 1 2] [6 5 8 0] 4 3          10 rows, in batches of 4
-        epoch 1    6 2 [0 3 7 4] [9 1 5 8]
-    """
-    n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
-    order = rng.permutation(n)
-    begin = -epoch * n % size  # rows that complete the last batch of the epoch before: 0, 2
-    middle = order[begin:begin + (n - begin) // size * size]               # the brackets; a view
-    noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # new batches each epoch
-    batches = middle[noisy.argsort()].reshape(-1, size)
-    middle[:] = rng.permutation(batches).flatten()                         # a view: changes `order`
-    return order
-
-class Data:
-    """
-    One split of a folder that prepare_data.py wrote. tokens: all ids, one after another. rows: the
-    examples of labelled data, else []. batch_size: of a whole step, for row_order.
-    """
-
-    def __init__(self, folder, split, seed=0, batch_size=1):
-        self.folder, self.split, self.seed, self.batch_size = folder, split, seed, batch_size
-        self.tokenizer, self.rows = load_tokenizer(folder), []
-        with reading(folder, "prepare the data again"):
-            meta = json.loads(Path(folder, 'meta.json').read_bytes())
-            require(meta['format'] == 'plainformer data 2', "its format is that of another version")
-            self.task = '' if meta['task'] == 'lm' else meta['task']
-            self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
-            self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
-            self.fingerprint = [meta['sha256'], meta['counts']]            # differs for other data
-            self.is_text = np.ones(self.vocab_size, bool)                  # no special token
-            self.is_text[[*self.tokenizer.special.values()]] = False
-            if self.task:
-                with open(f'{folder}/{split}.jsonl', encoding='utf-8') as f:
-                    self.rows = [json.loads(line) for line in f]
-                sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
-                self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
-                self.tokens = np.concatenate([row['ids'] for row in self.rows])
-            else:
-                ids = np.memmap(f'{folder}/{split}.bin', meta['dtype'], mode='r')
-                self.tokens = np.asarray(ids)
-            self.highest, total = self.tokens[:10 ** 8].max(), self.counts['tokens']  # all: slow
-            n = sum(self.lengths) if self.task else len(self.tokens)
-            require(self.highest < self.vocab_size and n == total, f"{split} holds {n} ids up to "
-                    f"{self.highest}, and should hold {total} below {self.vocab_size}")
-
-    def rng(self, *numbers):
-        """The generator of this key: rows (0, epoch), examples (1, index), offsets (2, epoch)."""
-        return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
-
-    def windows(self, T):
-        """The number of windows in an epoch; each has T tokens, and the next as its last target."""
-        last = len(self.tokens) - 1
-        if last < T:
-            raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
-                             f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
-        if self.split == 'val':
-            return -(-last // T)                                           # the last may be shorter
-        return max(1, last // T - 1)                                       # room for an offset
-
-    def window(self, index, T):
-        """
-        The T + 1 tokens of window `index`. Training takes all windows of an epoch once, in random
-        order and with a random offset; validation takes them in the order of the text.
-        """
-        n, start = self.windows(T), index * T
-        if self.split == 'train':
-            epoch, k = divmod(index, n)
-            offset = self.rng(2, epoch).integers(len(self.tokens) - n * T)
-            start = offset + epoch_order(n, self.seed, epoch)[k] * T
-        return self.tokens[start:start + T + 1].astype(np.int64)
-
-    def row(self, index):
-        """Row `index` of labelled data; training takes each once an epoch, as row_order says."""
-        if self.split == 'val':
-            return self.rows[index]
-        epoch, k = divmod(index, len(self.rows))
-        return self.rows[row_order(self, epoch)[k]]
-
-    @functools.cached_property
-    def sentences(self):
-        """
-        (starts, document, followed): where each of n sentences starts, and the text ends, (n + 1,);
-        the document of each (n,); which of them precede another in it. A sentence ends after . ! ?
-        before white space, after 。！？।۔؟ and at line ends; a document ends at <|endoftext|>.
-
-            One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
-            ^     ^      ^         ^                  ^
-        """
-        bytes_of = [self.tokenizer.token_bytes(i) for i in range(self.vocab_size)]
-        bytes_of[self.tokenizer.end_id] = b'\n'
-        ends = np.flatnonzero(self.tokens == self.tokenizer.end_id) + 1    # of documents
-        starts, n = [], 0
-        for tokens in np.split(self.tokens, ends):
-            parts = [bytes_of[i] for i in tokens.tolist()]
-            begins = [match.end() for match in SENTENCE_END.finditer(b''.join(parts))]  # in bytes
-            found = np.searchsorted(np.cumsum([*map(len, parts)]), begins, side='right')
-            starts.append(n + found[found < len(tokens)])                  # tokens that hold them
-            n += len(tokens)
-        starts = np.unique(np.concatenate([*starts, [n]]))
-        document = np.searchsorted(ends, starts[:-1], side='right')        # how many end before
-        followed = np.flatnonzero(document[1:] == document[:-1])
-        return starts, document, followed
-
-    @functools.cached_property
-    def has_pairs(self):
-        """Whether there are two documents, and sentences that follow each other."""
-        _, document, followed = self.sentences
-        return len(followed) > 0 and document[0] != document[-1]
-
-# -----------------------------------------------------------------------------
-# Objectives: what does the model see, and what must it predict? Each makes one example.
+# Objectives: what does the model see, and what must it predict? Each makes one example. Of `data`,
+# a Data (below), window(index, T) is T + 1 tokens of a text, row(index) a row of labelled data, and
+# rng(1, index) the random numbers of example `index`.
 
 def causal_lm(data, index, T):
     """
@@ -245,8 +119,8 @@ def sentence_pair(data, rng, room):
 def hide_tokens(ids, data, rng):
     """
     ids (T,) -> (what the model sees, targets). 15 % of the text tokens are to be predicted, at
-    least one. Of those, 80 % are shown as [MASK], 10 % as a random token, and 10 % as they are: the
-    texts of a task have no [MASK], so the model must use what it sees, which may be wrong.
+    least one. Of those, 80 % are shown as [MASK], 10 % as a random token, and 10 % as they are:
+    fine-tuning has no [MASK], so outputs at other tokens, right or wrong, must be trained, too.
     """
     places = np.flatnonzero(data.is_text[ids])                             # no special token
     shown, targets = ids.copy(), np.full_like(ids, IGNORE_INDEX)
@@ -271,7 +145,7 @@ def span_corruption(data, index, T):
         targets        <extra_0> for inviting <extra_1> last week <|endoftext|>
     """
     rng, tokenizer = data.rng(1, index), data.tokenizer
-    source, target = tokenizer.source_ids, []
+    source, target = tokenizer.source_ids, []  # most tokenizers have no source_ids
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
     hidden = max(1 if n < 3 else 2, round(0.15 * n))  # hiding one would make ids T + 1 long
@@ -302,7 +176,7 @@ def completion(data, index, T):
         targets   .      .   2     1 <|endoftext|>        a dot is IGNORE_INDEX
     """
     row = data.row(index)
-    prompt, target = row['ids'][:-1], row['targets']
+    prompt, target = row['ids'][:-1], row['targets']  # [SEP] replaces its end token
     return {'ids': [*prompt, data.tokenizer.id('[SEP]'), *target[:-1]],
             'targets': [IGNORE_INDEX] * len(prompt) + target}
 
@@ -310,7 +184,7 @@ def completion(data, index, T):
 class Objective:
     example: object      # (data, index, T) -> example, of at most T tokens if it is cut from text
     archs: tuple         # the models that can learn it
-    tasks: tuple = ('',)  # of the data; '': text, also the text of labelled data
+    tasks: tuple = ('',)  # of the data; '': text, or labelled data without its labels
     by_rows: bool = True  # takes labelled data row by row, not as one text
     shortest: int = 1    # block_size that has room for an example
 
@@ -322,6 +196,139 @@ OBJECTIVES = {  # the first row that fits is the default: put yours last
     'text_to_text': Objective(supervised, ('encdec',), ('seq2seq',)),
     'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',)),
 }
+
+# -----------------------------------------------------------------------------
+# Data
+
+SPLITS = {'train': 0, 'val': 1}
+# The end of a sentence and all up to the next one: white space (U+3000 is CJK's), closing marks.
+# It is a pattern of bytes, since a character may be several tokens.
+ENDS, CLOSING = '。|！|？|।|۔|؟', '”|’|）|」|』|】|》|\u3000'
+SENTENCE_END = re.compile(
+    rf'(\A|\n|[.!?](?=\s)|({ENDS})["\']*)(\s|{ENDS}|{CLOSING})*'.encode())
+
+class Data:
+    """
+    One split of a folder that prepare_data.py wrote. tokens: all ids, one after another. rows: the
+    examples of labelled data, each a line of its .jsonl file; [] for text, or if start() takes the
+    data as one text. batch_size: examples in a whole step, for row_order.
+    """
+
+    def __init__(self, folder, split, seed=0, batch_size=1):
+        self.folder, self.split, self.seed, self.batch_size = folder, split, seed, batch_size
+        self.tokenizer, self.rows = load_tokenizer(folder), []
+        with reading(folder, "prepare the data again"):
+            meta = json.loads(Path(folder, 'meta.json').read_bytes())
+            require(meta['format'] == 'plainformer data 2', "its format is that of another version")
+            self.task = '' if meta['task'] == 'lm' else meta['task']
+            self.labels, self.vocab_size = meta['labels'], meta['vocab_size']
+            self.counts, self.block_size = meta['counts'][split], meta.get('block_size')
+            self.fingerprint = [meta['sha256'], meta['counts']]            # differs for other data
+            self.is_text = np.ones(self.vocab_size, bool)                  # no special token
+            self.is_text[[*self.tokenizer.special.values()]] = False
+            if self.task:
+                with open(f'{folder}/{split}.jsonl', encoding='utf-8') as f:
+                    self.rows = [json.loads(line) for line in f]
+                sizes = [(len(row['ids']), len(row.get('decoder_ids', []))) for row in self.rows]
+                self.longest, self.lengths = np.max(sizes), np.sum(sizes, axis=1)
+                self.tokens = np.concatenate([row['ids'] for row in self.rows])
+            else:
+                ids = np.memmap(f'{folder}/{split}.bin', meta['dtype'], mode='r')
+                self.tokens = np.asarray(ids)
+            self.highest, total = self.tokens[:10 ** 8].max(), self.counts['tokens']  # all: slow
+            n = sum(self.lengths) if self.task else len(self.tokens)
+            require(self.highest < self.vocab_size and n == total, f"{split} holds {n} ids up to "
+                    f"{self.highest}, and should hold {total} below {self.vocab_size}")
+
+    def rng(self, *numbers):
+        """The generator of this key: rows (0, epoch), examples (1, index), offsets (2, epoch)."""
+        return np.random.default_rng((self.seed, SPLITS[self.split], *numbers))
+
+    def windows(self, T):
+        """The number of windows in an epoch; each has T tokens, and the next as its last target."""
+        last = len(self.tokens) - 1
+        if last < T:
+            raise ValueError(f"{self.folder} has {last + 1} tokens in {self.split}, fewer than "
+                             f"block_size + 1 = {T + 1}: lower --block_size, or prepare more text")
+        if self.split == 'val':
+            return -(-last // T)                                           # the last may be shorter
+        return max(1, last // T - 1)                                       # room for an offset
+
+    def window(self, index, T):
+        """
+        The T + 1 tokens of window `index`. Training takes all windows of an epoch once, in random
+        order and with a random offset; validation takes them in the order of the text.
+        """
+        n, start = self.windows(T), index * T
+        if self.split == 'train':
+            epoch, k = divmod(index, n)
+            offset = self.rng(2, epoch).integers(len(self.tokens) - n * T)
+            start = offset + epoch_order(n, self.seed, epoch)[k] * T
+        return self.tokens[start:start + T + 1].astype(np.int64)
+
+    def row(self, index):
+        """Row `index` of labelled data; training takes each once an epoch, as row_order says."""
+        if self.split == 'val':
+            return self.rows[index]
+        epoch, k = divmod(index, len(self.rows))
+        return self.rows[row_order(self, epoch)[k]]
+
+    @functools.cached_property
+    def sentences(self):
+        """
+        (starts, document, followed). A sentence ends after . ! ? before white space, after
+        。！？।۔؟ and at line ends; a document ends at <|endoftext|>.
+
+            starts      the first token of each of n sentences, then the end of the text, (n + 1,)
+            document    the number of the document of each sentence, (n,)
+            followed    the sentences that are followed by another one of their document
+
+            One . ␣Two ? ␣3 . 14 ⏎ Four <|endoftext|> Five
+            ^     ^      ^         ^                  ^
+        """
+        bytes_of = [self.tokenizer.token_bytes(i) for i in range(self.vocab_size)]
+        bytes_of[self.tokenizer.end_id] = b'\n'
+        ends = np.flatnonzero(self.tokens == self.tokenizer.end_id) + 1    # of documents
+        starts, n = [], 0
+        for tokens in np.split(self.tokens, ends):
+            parts = [bytes_of[i] for i in tokens.tolist()]
+            begins = [match.end() for match in SENTENCE_END.finditer(b''.join(parts))]  # in bytes
+            found = np.searchsorted(np.cumsum([*map(len, parts)]), begins, side='right')
+            starts.append(n + found[found < len(tokens)])                  # tokens that hold them
+            n += len(tokens)
+        starts = np.unique(np.concatenate([*starts, [n]]))
+        document = np.searchsorted(ends, starts[:-1], side='right')        # how many end before
+        followed = np.flatnonzero(document[1:] == document[:-1])
+        return starts, document, followed
+
+    @functools.cached_property
+    def has_pairs(self):
+        """Whether there are two documents, and sentences that follow each other."""
+        _, document, followed = self.sentences
+        return len(followed) > 0 and document[0] != document[-1]
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n, *key):
+    """The order of the windows of an epoch (n,)."""
+    return np.random.default_rng(key).permutation(n)
+
+@functools.lru_cache(maxsize=4)
+def row_order(data, epoch):
+    """
+    A random order of all rows of a Data (n,), in which a batch (in brackets) has rows of about one
+    length, to need little padding. Only a batch that spans two epochs has rows of any length:
+
+        epoch 0    [9 7 1 2] [6 5 8 0] 4 3          10 rows, in batches of 4
+        epoch 1    6 2 [0 3 7 4] [9 1 5 8]
+    """
+    n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
+    order = rng.permutation(n)
+    begin = -epoch * n % size  # rows that complete the last batch of the epoch before: 0, 2
+    middle = order[begin:begin + (n - begin) // size * size]               # the brackets; a view
+    noisy = data.lengths[middle] * rng.uniform(1, 1.1, len(middle))        # new batches each epoch
+    batches = middle[noisy.argsort()].reshape(-1, size)
+    middle[:] = rng.permutation(batches).flatten()                         # a view: changes `order`
+    return order
 
 def get_batch(data, objective, T, first, n):
     """The examples first, first + 1, ..., first + n - 1 since the start of training, as a batch."""
@@ -521,7 +528,7 @@ TEXT_TO_TEXT = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3,
 NEW_HEAD = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
-    """Rows for pre-trained models: few small steps; for tasks larger than BERT's (appendix A.3)."""
+    """Rows for pre-trained models: few steps at low rates (BERT's tasks: lower ones, its A.3)."""
     usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
                  beta2=0.999, weight_decay=0.01, dropout=0.1)
     return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
@@ -549,90 +556,100 @@ RECIPES = {
 RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
 
 # -----------------------------------------------------------------------------
-# Runtime: device, precision, processes
+# A step
 
-def keep_memory():
+def micro_batches(step, s, runtime):
     """
-    glibc returns large blocks to the system as soon as they are free, and every step gets its
-    activations anew, page by page. If they are kept, the quick start trains 1.8 times as fast.
+    The share of this process in the examples of a step: the first example of each micro-batch, and
+    how many examples each has: batch_size, or its largest divisor that also divides the share (then
+    dropout draws other values than in one process).
     """
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: take blocks from the heap, however large
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+    total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
+    require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
+            f"which cannot be shared by {world} processes: make it a multiple of {world}")
+    share = total // world
+    begin, n = step * total + runtime.rank * share, math.gcd(share, s.batch_size)
+    return range(begin, begin + share, n), n
 
-class Runtime:
-    """Where and how a run computes: its device and precision, and which of several processes."""
+def fgm_perturbation(gradient, distance):
+    """
+    Fast gradient method: distance * g / |g|. backward() moves the table of token embeddings so far
+    up its gradient g, and adds the gradient found there. (Miyato et al. 2017,
+    https://arxiv.org/abs/1605.07725, move the embeddings of each example.)
+    """
+    return distance * gradient / gradient.norm().clamp(min=1e-12)
 
-    def __init__(self, s):
-        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
-        self.rank = int(os.environ.get('RANK', 0)) % self.world_size       # it may be set alone
-        self.is_main = self.rank == 0
-        self.device = sample.find_device(s.device)
-        if self.world_size > 1:
-            if self.device == 'cuda':
-                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # what `cuda` means
-            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
-        if self.device == 'cpu':
-            keep_memory()
-        # Warnings to ignore: that the next call is an old one, that autocast on mps has no float32
-        # (even if it is off), that RMSNorm in 16 bits is slow with float32 weights (--qk_norm).
-        warnings.filterwarnings('ignore', '.*to control TF32|In MPS autocast|Mismatch dtype')
-        tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
-        torch.set_float32_matmul_precision('high' if tf32 else 'highest')
-        self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
-        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
+def backward(step, model, forward, data, s, runtime):
+    """
+    Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. All
+    batches are made first, since the loss of each is divided by the number of targets in all of
+    them. forward: the model, or its compiled form.
+    """
+    firsts, n = micro_batches(step, s, runtime)
+    batches = [get_batch(data, s.objective, model.config.block_size, first, n) for first in firsts]
+    numbers = {}
+    for kind in batches[0]:
+        if kind.endswith('targets'):
+            number = sum(int((batch[kind] != IGNORE_INDEX).sum()) for batch in batches)
+            numbers[f'num_{kind}'] = max(1, int(runtime.sum(number)))
 
-    def best_dtype(self):
-        """bfloat16 where the hardware multiplies in it; float16 on older GPUs; else float32."""
-        if self.device == 'cuda':
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.bfloat16 if native else torch.float16
-        # With AVX512-BF16 a step takes half of the time of float32 at 4 x 128, a third at 6 x 384.
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    def add_gradients():
+        total = 0.0
+        for first, batch in zip(firsts, batches):
+            batch = {key: runtime.move(t) for key, t in batch.items()}
+            seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
+            torch.manual_seed(int(seed))  # of dropout
+            with runtime.precision():
+                _, loss = forward(**batch, **numbers)
+            del _  # the logits, which may be the largest tensor, before gradients are made
+            runtime.scaler.scale(loss * runtime.world_size).backward()
+            total += loss.detach()
+        runtime.average_gradients(model)  # a sum, since the losses had the factor world_size
+        return total
 
-    def precision(self):
-        """Inside, products are in self.dtype; an LSTM, the residual stream and the loss are not."""
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+    loss = add_gradients()
+    if s.adversarial:
+        weight = getattr(model, 'trunk', model).tokens.weight
+        before = weight.data.clone()
+        weight.data += fgm_perturbation(weight.grad, s.adversarial)
+        add_gradients()
+        weight.data.copy_(before)
+    if runtime.world_size > 1:
+        dist.all_reduce(loss)
+    return loss
 
-    def move(self, t):
-        """A tensor of the CPU on the device; a GPU copies it while it works on something else."""
-        if self.device == 'cuda':
-            return t.pin_memory().to(self.device, non_blocking=True)
-        return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
-
-    def sum(self, values):
-        """Add a number or an array over all processes, on the CPU, so that none waits for a GPU."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def average_gradients(self, model):
-        """Average over processes, as one vector; what was averaged before (--adversarial) stays."""
-        if self.world_size > 1:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            mean = parameters_to_vector(gradients) / self.world_size
-            dist.all_reduce(mean)                                          # a sum
-            vector_to_parameters(mean, gradients)
-
-    def print0(self, text):
-        """Print in the main process. If the output is closed, the run goes on without it."""
-        if self.is_main:
-            progress('')
-            try:
-                print(text, flush=True)
-            except OSError:
-                prepare_data.mute_stdout()
+def optimizer_step(step, loss, model, optimizers, s, runtime):
+    """
+    Clip the gradient and move the weights. If the loss or the gradient is not finite, no weight
+    moves and ValueError is raised; but an overflow in float16 only halves the scale of the loss.
+    A check waits for the GPU, so on CUDA a bad step raises only if it is logged, else is left out.
+    """
+    for optimizer in optimizers:
+        runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    good = (loss + norm).isfinite().float()
+    checked = runtime.device != 'cuda' or step % s.log_interval == 0
+    if checked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
+        raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not "
+                         f"finite: resume from {s.out_dir}/ckpt.pt, or begin with best.pt, with a "
+                         "lower --learning_rate, --muon_learning_rate or --adversarial")
+    for optimizer in optimizers:
+        optimizer.step(learning_rate(step, s) / s.learning_rate, good)
+    for optimizer in optimizers:  # when all have moved: two may share a weight
+        optimizer.zero_grad()
+    runtime.scaler.update()
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
 def evaluate(model, data, s, runtime, limit=None):
     """
-    Returns {name: score}. For labelled data of val: the scores of the task over all rows (for
-    seq2seq only if one of them chooses best.pt, or limit is None). Unless these have a loss: also
-    loss and accuracy of `limit` examples (None: all). For a whole text: text_scores instead.
+    Returns {name: score}:
+
+        labelled data of val      the scores of the task over all rows; for seq2seq only if one of
+                                  them chooses best.pt, or limit is None
+        else, or if these have    loss and accuracy of `limit` examples (None: all); for a whole
+        no loss                   text, text_scores in place of accuracy
     """
     scores, T, example = {}, model.config.block_size, OBJECTIVES[s.objective].example
     writes = limit is None or s.best_by in sample.TARGET_SCORES            # generating is slow
@@ -667,151 +684,6 @@ def print_sample(model, tokenizer, s, runtime):
         runtime.print0(f'    | {line}')
 
 # -----------------------------------------------------------------------------
-# A step
-
-def micro_batches(step, s, runtime):
-    """
-    The part of a step that falls to this process: the first example of each of its micro-batches,
-    and how many examples each has: batch_size, or the largest divisor of batch_size that also
-    divides the part (then dropout draws other values than in one process).
-    """
-    total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
-    require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
-            f"which cannot be shared by {world} processes: make it a multiple of {world}")
-    share = total // world
-    begin, n = step * total + runtime.rank * share, math.gcd(share, s.batch_size)
-    return range(begin, begin + share, n), n
-
-def fgm_perturbation(gradient, distance):
-    """
-    distance * g / |g|: how far the table of token embeddings moves up its gradient g (Miyato et al.
-    2017, https://arxiv.org/abs/1605.07725, move the embeddings of each example).
-    """
-    return distance * gradient / gradient.norm().clamp(min=1e-12)
-
-def backward(step, model, forward, data, s, runtime):
-    """
-    Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. All
-    batches are made first, since the loss of each is divided by the number of targets in all of
-    them. forward: the model, or its compiled form.
-    """
-    firsts, n = micro_batches(step, s, runtime)
-    batches = [get_batch(data, s.objective, model.config.block_size, first, n) for first in firsts]
-    numbers = {}
-    for kind in batches[0]:
-        if kind.endswith('targets'):
-            number = sum(int((batch[kind] != IGNORE_INDEX).sum()) for batch in batches)
-            numbers[f'num_{kind}'] = max(1, int(runtime.sum(number)))
-
-    def add_gradients():
-        total = 0.0
-        for first, batch in zip(firsts, batches):
-            batch = {key: runtime.move(t) for key, t in batch.items()}
-            seed = np.random.SeedSequence((s.seed, first)).generate_state(1)[0]
-            torch.manual_seed(int(seed))  # of dropout
-            with runtime.precision():
-                _, loss = forward(**batch, **numbers)
-            del _  # the logits, which may be the largest tensor, before gradients are made
-            runtime.scaler.scale(loss * runtime.world_size).backward()
-            total += loss.detach()
-        runtime.average_gradients(model)  # of losses times world_size: a sum
-        return total
-
-    loss = add_gradients()
-    if s.adversarial:
-        weight = getattr(model, 'trunk', model).tokens.weight
-        before = weight.data.clone()
-        weight.data += fgm_perturbation(weight.grad, s.adversarial)
-        add_gradients()
-        weight.data.copy_(before)
-    if runtime.world_size > 1:
-        dist.all_reduce(loss)
-    return loss
-
-def optimizer_step(step, loss, model, optimizers, s, runtime):
-    """
-    Clip the gradient and move the weights. If the loss or the gradient is not finite, no weight
-    moves and ValueError is raised; but an overflow in float16 only halves the scale of the loss.
-    As a check waits for a GPU, a bad step there raises only if it is logged, and else does nothing.
-    """
-    for optimizer in optimizers:
-        runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    good = (loss + norm).isfinite().float()
-    checked = runtime.device != 'cuda' or step % s.log_interval == 0
-    if checked and not (loss.isfinite() and (norm.isfinite() or runtime.scaler.is_enabled())):
-        raise ValueError(f"step {step}: the {'gradient' if loss.isfinite() else 'loss'} is not "
-                         f"finite: resume from {s.out_dir}/ckpt.pt, or begin with best.pt, with a "
-                         "lower --learning_rate, --muon_learning_rate or --adversarial")
-    for optimizer in optimizers:
-        optimizer.step(learning_rate(step, s) / s.learning_rate, good)
-    for optimizer in optimizers:  # when all have moved: two may share a weight
-        optimizer.zero_grad()
-    runtime.scaler.update()
-
-# -----------------------------------------------------------------------------
-# What a run costs
-
-# FLOP/s that the makers of cards promise for dense bfloat16 products
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
-
-def tokens_per_step(s, data, config):
-    """Tokens in a step; for labelled data, whose rows have many lengths, the mean."""
-    mean = data.lengths.mean() if data.rows else config.block_size
-    return round(s.batch_size * s.gradient_accumulation_steps * mean)
-
-def duration(seconds):
-    return datetime.timedelta(seconds=round(seconds))
-
-def flops_per_token(model):
-    """
-    Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
-    https://arxiv.org/abs/2001.08361), but 0 for token tables that multiply nothing; for attention
-    12 n_layer C T, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). This
-    is too much if a token uses only some weights (one of two stacks; BERT's output: one token in
-    seven), or if weights are frozen (2 each, below the first weight that is trained).
-    """
-    c = model.config
-    not_multiplied = ((not c.tied) + bool(c.task)) * c.vocab_size * c.n_embd
-    attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
-    return 6 * (num_parameters(model) - not_multiplied) + attention
-
-def dry_run(model, s, data, runtime):
-    """
-    Estimate what a run needs before it is spent. Memory: 0.4 GB for Python and torch; 16 bytes a
-    parameter for weights, gradients and two moments (Muon has one); activations by equation 1 of
-    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198; the logits with their gradients. This
-    is too much for BERT, encoder-decoders, models with a head, and frozen weights (4 bytes each).
-    """
-    from torch.utils.benchmark import Timer  # slow to import
-    config = model.config
-    T, C, V = config.block_size, config.n_embd, config.vocab_size
-    blocks = config.n_layer * (2 if config.arch == 'encdec' else 1)        # of all stacks
-    parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
-             for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
-    n, tokens = num_parameters(model), tokens_per_step(s, data, config)
-    flops = flops_per_token(model) * (2 if s.adversarial else 1)
-    width = runtime.dtype.itemsize // 2                                    # times 16 bits
-    # equation 1 counts T x S weights, which attention() stores only if it uses the formula
-    fused = runtime.device == 'cuda' or T > 512 or (width == 2 and not config.dropout)
-    scores = 0 if fused else 5 * config.n_head * T
-    activations = s.batch_size * T * (width * blocks * (34 * C + scores) + 12 * V)
-    x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
-    timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
-    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
-    total = tokens * s.max_iters
-    runtime.print0(
-        f"parameters {n:,}: {', '.join(parts)}\n"
-        f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
-        f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (for a "
-        "GPT on new text about 20 make the best of compute: Hoffmann et al. 2022)\n"
-        f"compute    {flops / 1e6:,.1f} MFLOPs a token, {flops * total / 1e12:,.1f} TFLOPs in all\n"
-        f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
-        f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
-        f"time       {duration(flops * total / speed / runtime.world_size)} at "
-        f"{speed / 1e9:,.0f} GFLOP/s, half of what a large product reaches")
-
-# -----------------------------------------------------------------------------
 # The loop
 
 @dataclass
@@ -823,27 +695,6 @@ class Progress:
     best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
     best_step: int = 0
     evals_since_best: int = 0
-
-def plot(log, path):
-    """The losses as a picture, where matplotlib is installed."""
-    with contextlib.suppress(Exception):  # the run counts, not its picture
-        from matplotlib.figure import Figure
-        rows, axes = np.array(log), Figure().subplots()
-        axes.plot(rows[:, 0], rows[:, 1:3], label=['train loss', 'val loss'])
-        axes.set(xlabel='step', ylabel='nats per token')
-        axes.legend()
-        axes.figure.savefig(path)
-
-def stops():
-    return STOPS if threading.current_thread() is threading.main_thread() else []  # gets signals
-
-def on_signal(handler):
-    """Let `handler` take Ctrl-C, SIGTERM and SIGHUP, except where nohup ignores them."""
-    for number in stops():
-        if number.name == 'SIGHUP' and handler == signal.SIG_DFL:
-            continue  # a closed terminal may send SIGHUP twice: the run is saved all the same
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
 
 class Trainer:
     """A run. at: its Progress; log: a row per evaluation. checkpoint: that of a run to resume."""
@@ -969,6 +820,166 @@ class Trainer:
         if runtime.is_main and len(self.log) > 2:  # two points are no picture
             plot(self.log, Path(s.out_dir, 'loss.png'))
         return 128 + self.signal if self.signal else 0
+
+def stops():
+    return STOPS if threading.current_thread() is threading.main_thread() else []  # gets signals
+
+def on_signal(handler):
+    """Let `handler` take Ctrl-C, SIGTERM and SIGHUP, except where nohup ignores them."""
+    for number in stops():
+        if number.name == 'SIGHUP' and handler == signal.SIG_DFL:
+            continue  # a closed terminal may send SIGHUP twice: the run is saved all the same
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+def plot(log, path):
+    """The losses as a picture, where matplotlib is installed."""
+    with contextlib.suppress(Exception):  # the run counts, not its picture
+        from matplotlib.figure import Figure
+        rows, axes = np.array(log), Figure().subplots()
+        axes.plot(rows[:, 0], rows[:, 1:3], label=['train loss', 'val loss'])
+        axes.set(xlabel='step', ylabel='nats per token')
+        axes.legend()
+        axes.figure.savefig(path)
+
+# -----------------------------------------------------------------------------
+# Runtime: device, precision, processes
+
+def keep_memory():
+    """
+    glibc returns large blocks to the system as soon as they are free, and every step gets its
+    activations anew, page by page. If they are kept, the quick start trains 1.8 times as fast.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: take blocks from the heap, however large
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+
+class Runtime:
+    """Where and how a run computes: its device and precision, and which of several processes."""
+
+    def __init__(self, s):
+        self.world_size = int(os.environ.get('WORLD_SIZE', 1))
+        self.rank = int(os.environ.get('RANK', 0)) % self.world_size       # it may be set alone
+        self.is_main = self.rank == 0
+        self.device = sample.find_device(s.device)
+        if self.world_size > 1:
+            if self.device == 'cuda':
+                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))  # what `cuda` means
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device == 'cuda' else 'gloo')
+        if self.device == 'cpu':
+            keep_memory()
+        # Warnings to ignore: that the next call is an old one, that autocast on mps has no float32
+        # (even if it is off), that RMSNorm in 16 bits is slow with float32 weights (--qk_norm).
+        warnings.filterwarnings('ignore', '.*to control TF32|In MPS autocast|Mismatch dtype')
+        tf32 = self.device == 'cuda' and s.dtype != 'float32'  # where autocast leaves float32
+        torch.set_float32_matmul_precision('high' if tf32 else 'highest')
+        self.dtype = self.best_dtype() if s.dtype == 'auto' else getattr(torch, s.dtype)
+        self.scaler = torch.amp.GradScaler(self.device, enabled=self.dtype == torch.float16)
+
+    def best_dtype(self):
+        """bfloat16 where the hardware multiplies in it; float16 on older GPUs; else float32."""
+        if self.device == 'cuda':
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
+        # With AVX512-BF16 a step takes half of the time of float32 at 4 x 128, a third at 6 x 384.
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+    def precision(self):
+        """Inside, products are in self.dtype; an LSTM, the residual stream and the loss are not."""
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def move(self, t):
+        """Copy a tensor from the CPU to the device; a GPU computes other things meanwhile."""
+        if self.device == 'cuda':
+            return t.pin_memory().to(self.device, non_blocking=True)
+        return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
+
+    def sum(self, values):
+        """Add a number or an array over all processes, on the CPU, so that none waits for a GPU."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def average_gradients(self, model):
+        """Average over processes, as one vector; what was averaged before (--adversarial) stays."""
+        if self.world_size > 1:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            mean = parameters_to_vector(gradients) / self.world_size
+            dist.all_reduce(mean)                                          # a sum
+            vector_to_parameters(mean, gradients)
+
+    def print0(self, text):
+        """Print in the main process. If the output is closed, the run goes on without it."""
+        if self.is_main:
+            progress('')
+            try:
+                print(text, flush=True)
+            except OSError:
+                prepare_data.mute_stdout()
+
+# -----------------------------------------------------------------------------
+# What a run costs
+
+# FLOP/s that the makers of cards promise for dense bfloat16 products
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, 'L40S': 362e12, 'RTX 4090': 165e12}
+
+def tokens_per_step(s, data, config):
+    """Tokens in a step; for labelled data, whose rows have many lengths, the mean."""
+    mean = data.lengths.mean() if data.rows else config.block_size
+    return round(s.batch_size * s.gradient_accumulation_steps * mean)
+
+def duration(seconds):
+    return datetime.timedelta(seconds=round(seconds))
+
+def flops_per_token(model):
+    """
+    Of training: 6 per parameter, 2 forward and 4 backward (Kaplan et al. 2020,
+    https://arxiv.org/abs/2001.08361), but 0 for token tables that multiply nothing; for attention
+    12 n_layer C T, as if no key were hidden and H D = C (Chowdhery et al. 2022, appendix B). This
+    is too much if a token uses only some weights (one of two stacks; BERT's output: one token in
+    seven), or if weights are frozen (2 each, below the first weight that is trained).
+    """
+    c = model.config
+    not_multiplied = ((not c.tied) + bool(c.task)) * c.vocab_size * c.n_embd
+    attention = 0 if c.arch == 'lstm' else 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * (num_parameters(model) - not_multiplied) + attention
+
+def dry_run(model, s, data, runtime):
+    """
+    Estimate what a run needs before it is spent. Memory: 0.4 GB for Python and torch; 16 bytes a
+    parameter for weights, gradients and two moments (Muon has one); activations by equation 1 of
+    Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198; the logits with their gradients. This
+    is too much for BERT, encoder-decoders, models with a head, and frozen weights (4 bytes each).
+    """
+    from torch.utils.benchmark import Timer  # slow to import
+    config = model.config
+    T, C, V = config.block_size, config.n_embd, config.vocab_size
+    blocks = config.n_layer * (2 if config.arch == 'encdec' else 1)        # of all stacks
+    parts = [f"{group['name']} {sum(p.numel() for p in group['params']):,}"
+             for group in optimizer_groups(model, s.weight_decay)]         # of what is trained
+    n, tokens = num_parameters(model), tokens_per_step(s, data, config)
+    flops = flops_per_token(model) * (2 if s.adversarial else 1)
+    width = runtime.dtype.itemsize // 2                                    # times 16 bits
+    # equation 1 counts T x S weights, which attention() stores only if it uses the formula
+    fused = runtime.device == 'cuda' or T > 512 or (width == 2 and not config.dropout)
+    scores = 0 if fused else 5 * config.n_head * T
+    activations = s.batch_size * T * (width * blocks * (34 * C + scores) + 12 * V)
+    x = torch.randn(2048, 4 * C, dtype=runtime.dtype, device=runtime.device)
+    timer = Timer('x.T @ x', globals={'x': x}, num_threads=torch.get_num_threads())
+    speed = 2048 * (4 * C) ** 2 / timer.timeit(10).mean                    # half of what it reaches
+    total = tokens * s.max_iters
+    runtime.print0(
+        f"parameters {n:,}: {', '.join(parts)}\n"
+        f"tokens     {tokens:,} a step, {total / 1e6:,.1f} M in {s.max_iters:,} steps: "
+        f"{total / data.counts['tokens']:,.1f} times the data, {total / n:,.1f} a parameter (for a "
+        "GPT on new text about 20 make the best of compute: Hoffmann et al. 2022)\n"
+        f"compute    {flops / 1e6:,.1f} MFLOPs a token, {flops * total / 1e12:,.1f} TFLOPs in all\n"
+        f"memory     about {(0.4e9 + 16 * n + activations) / 1e9:,.2f} GB: weights, gradients and "
+        f"moments {16 * n / 1e9:,.3f}, activations {activations / 1e9:,.3f}\n"
+        f"time       {duration(flops * total / speed / runtime.world_size)} at "
+        f"{speed / 1e9:,.0f} GFLOP/s, half of what a large product reaches")
 
 # -----------------------------------------------------------------------------
 # The script: from flags to a model, its settings and its data
@@ -1122,7 +1133,7 @@ def start(given):
     Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
     Settings override each other in this order, the last wins: defaults, recipe, checkpoint, flags.
     A checkpoint that is resumed or scored gives all of its settings, others only preset and data
-    set. The settings s are made three times: from flags; checkpoint; recipe and objective.
+    set. So s is made three times, of more each time: flags; checkpoint; recipe and objective.
     """
     s, model, checkpoint = make(Settings, given), None, {}
     path, latest = s.init_from, Path(s.out_dir, 'ckpt.pt')
