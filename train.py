@@ -528,7 +528,7 @@ TEXT_TO_TEXT = dict(MUON, max_iters=2000, batch_size=32, learning_rate=3e-3,
 NEW_HEAD = dict(MUON, max_iters=1000, batch_size=32, muon_learning_rate=3e-3, dropout=0.1)
 
 def large(**changes):
-    """Rows for pre-trained models: few steps at low rates (BERT's tasks: lower ones, its A.3)."""
+    """Rows for pre-trained models: few steps at low rates, for tasks above those of BERT's A.3."""
     usual = dict(max_iters=800, batch_size=32, learning_rate=1e-4, min_lr=0.0, lr_schedule='linear',
                  beta2=0.999, weight_decay=0.01, dropout=0.1)
     return dict.fromkeys(('gpt2-124m', 'bert-base', 't5-small', 'llama-7b'), usual | changes)
