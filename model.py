@@ -67,7 +67,7 @@ class Config:
     task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
     n_labels: int = flag(0, 'labels of the task, L; the data says how many')
     # sizes: small enough by default to train in minutes on a laptop
-    vocab_size: int = flag(50257, 'number of different tokens, V', low=1)
+    vocab_size: int = flag(50257, 'number of different tokens, V; the data says', low=1)
     block_size: int = flag(128, 'longest sequence, in tokens', low=1)
     n_layer: int = flag(4, 'blocks in a stack', low=1, high=10_000)
     n_head: int = flag(4, 'attention heads, H', low=1)
@@ -216,9 +216,9 @@ def rotate(x, cos, sin):
     rotated query and key depends on positions only through the distance between them. The channels
     of a pair lie D/2 apart, as in Hugging Face's code; the paper and Meta's LLaMA pair neighbours.
     """
-    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)       # (T, D)
-    partner = x.roll(x.size(-1) // 2, dims=-1)                             # b for a, a for b
-    return torch.addcmul(x * cos.type_as(x), partner, sin.type_as(x))
+    cos, sin = cos.type_as(x), sin.type_as(x)
+    a, b = x.chunk(2, dim=-1)                                              # (B, H, T, D/2)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 def distance_buckets(distance, both_sides, buckets=32, max_distance=128):
     """

@@ -713,7 +713,8 @@ class Trainer:
                     optimizer.load_state_dict(saved)
                 if checkpoint['scaler']:  # it was float16
                     runtime.scaler.load_state_dict(checkpoint['scaler'])
-            if not Path(s.out_dir, 'best.pt').exists():  # ckpt.pt was copied alone
+            # ckpt.pt was copied alone? (Of several machines only the first has best.pt.)
+            if not runtime.sum(Path(s.out_dir, 'best.pt').exists()):
                 self.at.best = Progress.best
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORES.get(data.task, ['loss'])[0]
@@ -1156,6 +1157,8 @@ def start(given):
     values = values | {'out_dir': s.out_dir} | given
     s = make(Settings, values)
     runtime = Runtime(s)
+    require(runtime.sum(resume) in (0, runtime.world_size),
+            f"{latest} is not on all machines: copy it to each")
     folder = find_dataset(s.dataset, runtime)
     data, val = (Data(folder, split, s.seed) for split in SPLITS)
     if s.objective and '' in OBJECTIVES[s.objective].tasks:  # learn labelled data as text
@@ -1184,7 +1187,8 @@ def start(given):
              and model.config.positions in ('learned', 'rotary'))          # others may learn a bias
     torch.backends.cuda.enable_cudnn_sdp(plain)
     check(given, s, model.config, data, val, checkpoint, path, resume)
-    micro_batches(0, s, runtime)  # raises where the processes cannot share a step
+    if not s.eval_only:
+        micro_batches(0, s, runtime)  # raises where the processes cannot share a step
     freeze(model, s)
     return model, s, data, val, checkpoint if resume else None, runtime
 

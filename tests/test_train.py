@@ -1042,6 +1042,16 @@ def test_processes_on_gpus_can_also_add_up_what_lies_on_a_cpu(monkeypatch):
     Runtime(Settings(device='cuda', dtype='float32'))
     assert {*torch.distributed.BackendConfig(groups[0]).device_backend_map} >= {'cpu', 'cuda'}
 
+def test_a_checkpoint_is_on_all_machines_or_on_none(d, tmp_path, monkeypatch):
+    """Else some would go on, and some begin anew. Any number of processes can evaluate."""
+    fit(tmp_path, d, max_iters=1)
+    monkeypatch.setattr(train.dist, 'init_process_group', print)
+    monkeypatch.setattr(train.dist, 'all_reduce', print)  # the others add nothing
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    train.start({'out_dir': tmp_path, 'eval_only': True})
+    with pytest.raises(ValueError, match='is not on all machines: copy it to each'):
+        train.start({'out_dir': tmp_path, 'init_from': 'auto'})
+
 def test_two_processes_train_evaluate_and_resume_like_one(folders, tmp_path):
     """Same weights and losses up to rounding (b1: no_sync, clipping; b17: uneven validation)."""
     sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(len(RUNS) + 2)]

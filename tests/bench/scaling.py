@@ -75,8 +75,7 @@ def describe(what, law, size, loss, figures):
                                   for name, of in figures.items()))
     return fitted
 
-def draw_picture(path, panels, fits):
-    from matplotlib.figure import Figure
+def draw_picture(path, panels, fits, Figure):
     axes = Figure(figsize=(5 * len(panels), 4), layout='constrained').subplots(1, len(panels), sharey=True)
     for ax, (title, label, law, size, loss), fitted in zip(axes, panels, fits):
         ax.scatter(size, loss, color='black', s=15)
@@ -110,6 +109,8 @@ def main(argv):
     parser.add_argument('--plot', default='', help='picture to draw, such as scaling.png')
     parser.add_argument('--quick', action='store_true', help='see in half a minute that all of it works')
     args = parser.parse_args(argv)
+    if args.plot:  # now, not after all trainings: it may be missing
+        from matplotlib.figure import Figure
     if args.quick:
         check_fits()
         args.widths, args.layers, args.steps, args.parts, args.seeds = [16, 32, 48], 1, 20, [1 / 2, 1], 1
@@ -159,7 +160,7 @@ def main(argv):
         print(f'So the best N grows like C^{fits[1][2] / (fits[0][2] + fits[1][2]):.2f}: beta / (alpha + beta), equation 4 '
               'of [2], whose own is 0.46; 0.73 in [1].')
     if args.plot:
-        draw_picture(args.plot, panels, fits)
+        draw_picture(args.plot, panels, fits, Figure)
 
 if __name__ == '__main__':
     prepare_data.run(main)
