@@ -255,10 +255,10 @@ def attention_mask(positions, key_positions, causal, window=0, real=None):
     [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
 
     A rule of your own must be a new argument, passed to Stack.forward as one of `others` (if it is
-    a field of Config, add it to `others` inside of Stack.forward): without one, mask_arguments
-    there often makes no mask, since a kernel knows the causal rule itself. In a CUDA graph (see
-    KVCache) S is the size of the cache, so the shapes of q and k do not say where a query stands:
-    derive distances from these positions.
+    a field of Config, add it to `others` inside of Stack.forward): without one,
+    Stack.mask_arguments often makes no mask, since a kernel knows the causal rule itself. In a CUDA
+    graph (see KVCache) S is the size of the cache, so the shapes of q and k do not say where a
+    query stands: derive distances from positions and key_positions.
     """
     distance = key_positions - positions[None, :, None]                    # (1, T, S), past: < 0
     mask = distance <= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
@@ -327,12 +327,12 @@ class Dropout(nn.Dropout):
 
 def formula_is_better(q, k, mask, p):
     """
-    Whether attention() computes the formula itself. Measured on a CPU with 256 positions: in
-    bfloat16 the backward pass of the fused kernel made a training step 1.3 times slower than the
-    formula did; with dropout p it is slower still. Long sequences need the kernel anyway: the
-    formula stores all T x S weights. On mps the kernel is wrong for tensors that are not contiguous
-    (pytorch#181133 on GitHub); on CUDA its backward pass may crash where only the mask has a
-    gradient (pytorch#148476), as in a T5 that is partly frozen.
+    Whether the formula serves attention() better than the fused kernel. Measured on a CPU with 256
+    positions: in bfloat16 the backward pass of the fused kernel made a training step 1.3 times
+    slower than the formula did; with dropout p it is slower still. Long sequences need the kernel
+    anyway: the formula stores all T x S weights. On mps the kernel is wrong for tensors that are
+    not contiguous (pytorch#181133 on GitHub); on CUDA its backward pass may crash where only the
+    mask has a gradient (pytorch#148476), as in a T5 that is partly frozen.
     """
     trains_on_cpu = q.is_cpu and torch.is_grad_enabled()
     faster = trains_on_cpu and k.size(2) <= 512 and (q.dtype == torch.bfloat16 or p > 0)

@@ -16,9 +16,9 @@ From text to numbers. A data set becomes a folder of plain files, which train.py
     python prepare_data.py --task seq2seq --input en-de.tsv      source<TAB>target
     python prepare_data.py --show "The import statement"         how a text becomes tokens
 
-The theory comes first: byte-pair encoding, tokenizers, and how labelled texts become examples. Then
-come files, built-in data sets, the tokenizers of other models, flags, errors in one line, and the
-script. What train.py and sample.py share with it, they import from here.
+After small helpers comes the theory: byte-pair encoding, tokenizers, and how labelled texts become
+examples. Then come files, tasks, built-in data sets, the tokenizers of other models, flags, errors
+in one line, and the script. What train.py and sample.py share with it, they import from here.
 
     [1] Sennrich et al. 2016, Neural Machine Translation of Rare Words with Subword Units,
         https://arxiv.org/abs/1508.07909
@@ -66,7 +66,7 @@ import numpy as np
 import regex
 import tiktoken
 
-gc.freeze()  # train.py has imported torch: looking for garbage in all of it takes 0.4 s a run
+gc.freeze()  # if train.py has imported torch, looking for garbage in it takes 0.4 s a run
 
 # -----------------------------------------------------------------------------
 # Small helpers
@@ -431,10 +431,10 @@ def render_token(tokenizer, i):
     return render_bytes(tokenizer.token_bytes(i))
 
 # -----------------------------------------------------------------------------
-# Examples of tasks. `..._examples` turns a row, a dict of texts that functions below read, into
+# Examples of tasks. `..._examples` turns a row, a dict that functions below read from a file, into
 # examples: dicts of the arguments of model.forward(), and of `meta`, which only scores and answers
 # need. All four take the same arguments, as encode_rows gives them. Rows from sample.py --start
-# have no label, tags or answers.
+# have no label, tags, answers or target.
 
 IGNORE_INDEX = -100  # a position without a target, as in model.py
 
@@ -1399,7 +1399,7 @@ def mute_stdout():
     """After a broken pipe: what is printed from now on is lost, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-# those that this system has: Windows has no SIGHUP
+# the signals that end a program, as far as the system has them: Windows has no SIGHUP
 STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', 'SIGHUP')]
 
 def run(main):

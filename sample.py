@@ -172,7 +172,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
     new, read = ids[:, -block_size:].tolist(), 0             # new: to read; read: now in cache
     size = (len(new[0]) + max_new_tokens + 15) // 16 * 16    # kernels are fast at multiples of 16
     cache = cache or KVCache(min(block_size, size))
-    as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None
+    as_graph, replay = ids.is_cuda and model.config.arch != 'lstm', None  # see capture (below)
     for i in range(max_new_tokens):
         if read + len(new[0]) > block_size:
             new, read = [text[-max(1, block_size // 2):] for text in batch], 0
@@ -440,7 +440,7 @@ def cjk_apart(text):
 
 def decode_tags(examples, logits, labels):
     """Logits (T, L) of each part of a text -> tags, read at a word's first token; entities."""
-    tokens, tags, ends = [], [], [0]  # ends[i]: where token i - 1 ends in the text
+    tokens, tags, ends = [], [], [0]  # ends[i]: where word i - 1 ends in the text
     for example, row in zip(examples, logits):
         best, meta = row.argmax(dim=-1).tolist(), example['meta']
         tokens += meta['tokens']

@@ -17,8 +17,8 @@ a step does depends only on the checkpoint and on the number of the step: exampl
 (seed, i), the order of an epoch from (seed, epoch), dropout from (seed, number of the first
 example). So no loader is saved, and a resumed run equals an unbroken one, on a CPU bit for bit.
 
-The file goes from objectives and data over optimizers and settings to a step, its evaluation and
-the loop, Trainer.run. Then come precision and processes, the cost of a run, and start(), which
+The file goes from objectives and data over optimizers and settings to a step, evaluation and the
+loop, Trainer.run. Then come precision and processes, the cost of a run, and start(), which
 turns flags into all that the loop needs.
 """
 
@@ -52,8 +52,8 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 
 # -----------------------------------------------------------------------------
 # Objectives: what does the model see, and what must it predict? Each makes one example. Of `data`,
-# a Data (below), window(index, T) is T + 1 tokens of a text, row(index) a row of labelled data, and
-# rng(1, index) the random numbers of example `index`.
+# a Data (below), window(index, T) is T + 1 tokens of a text (fewer at the end of val), row(index) a
+# row of labelled data, and rng(1, index) the generator of random numbers for example `index`.
 
 def causal_lm(data, index, T):
     """
@@ -99,7 +99,7 @@ def sentence_pair(data, rng, room):
     most a random share of the room, a quarter to three quarters. If the texts are too long, A
     loses its beginning and B its end, so that B still begins where A ends.
     """
-    starts, document, followed = data.sentences
+    starts, document, followed = data.sentences                            # see Data
     first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
     low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
@@ -318,8 +318,8 @@ def row_order(data, epoch):
     A random order of all rows of a Data (n,), in which a batch (in brackets) has rows of about one
     length, to need little padding. Only a batch that spans two epochs has rows of any length:
 
-        epoch 0    [9 7 1 2] [6 5 8 0] 4 3          10 rows, in batches of 4
-        epoch 1    6 2 [0 3 7 4] [9 1 5 8]
+        epoch 0    [6 7 8 9] [0 1 2 5] 4 3          10 rows, numbered by length, in batches of 4
+        epoch 1    6 2 [0 1 3 4] [5 7 8 9]
     """
     n, size, rng = len(data.rows), data.batch_size, data.rng(0, epoch)
     order = rng.permutation(n)
@@ -556,7 +556,7 @@ RECIPES = {
 RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
 
 # -----------------------------------------------------------------------------
-# A step
+# A step. `runtime`, a Runtime (below), knows the device, the precision and the other processes
 
 def micro_batches(step, s, runtime):
     """
@@ -573,8 +573,8 @@ def micro_batches(step, s, runtime):
 
 def fgm_perturbation(gradient, distance):
     """
-    Fast gradient method: distance * g / |g|. backward() moves the table of token embeddings so far
-    up its gradient g, and adds the gradient found there. (Miyato et al. 2017,
+    Fast gradient method: distance * g / |g|. By this much backward() moves the table of token
+    embeddings up its gradient g, and then adds the gradient found there. (Miyato et al. 2017,
     https://arxiv.org/abs/1605.07725, move the embeddings of each example.)
     """
     return distance * gradient / gradient.norm().clamp(min=1e-12)
@@ -891,7 +891,7 @@ class Runtime:
         return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
     def move(self, t):
-        """Copy a tensor from the CPU to the device; a GPU computes other things meanwhile."""
+        """Copy a tensor from the CPU to the device. On CUDA it is queued: the CPU does not wait."""
         if self.device == 'cuda':
             return t.pin_memory().to(self.device, non_blocking=True)
         return t.to(self.device)  # mps copies wrong numbers if it need not wait: pytorch#189690
