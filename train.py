@@ -713,8 +713,8 @@ class Trainer:
                     optimizer.load_state_dict(saved)
                 if checkpoint['scaler']:  # it was float16
                     runtime.scaler.load_state_dict(checkpoint['scaler'])
-            # ckpt.pt was copied alone? (Of several machines only the first has best.pt.)
-            if not runtime.sum(Path(s.out_dir, 'best.pt').exists()):
+            # ckpt.pt was copied alone? Of several machines only the first writes best.pt.
+            if not runtime.sum(runtime.is_main and Path(s.out_dir, 'best.pt').exists()):
                 self.at.best = Progress.best
         self.tokens = tokens_per_step(s, data, model.config)
         self.best_by = s.best_by or sample.BEST_SCORES.get(data.task, ['loss'])[0]
