@@ -885,7 +885,7 @@ def encode_rows(tokenizer, task, rows, labels, block_size):
     return examples
 
 # -----------------------------------------------------------------------------
-# Writing a folder
+# Folders, written as a whole or not at all
 
 def write_json(path, data):
     text = json.dumps(data, ensure_ascii=False, indent=1)

@@ -1052,6 +1052,22 @@ def test_a_checkpoint_is_on_all_machines_or_on_none(d, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='is not on all machines: copy it to each'):
         train.start({'out_dir': tmp_path, 'init_from': 'auto'})
 
+@pytest.mark.parametrize('mine, firsts', [(0, 1), (1, 0)])
+def test_the_first_machine_knows_whether_there_is_a_best_checkpoint(
+        d, tmp_path, monkeypatch, mine, firsts):
+    """It alone writes best.pt, and all must know the same score to beat."""
+    fit(tmp_path, d, max_iters=1)
+    (tmp_path / 'best.pt').rename(tmp_path / ('best.pt' if mine else 'gone'))
+    monkeypatch.setattr(train.dist, 'init_process_group', print)
+    monkeypatch.setattr(train.dist, 'all_reduce', lambda total: total.add_(1))  # it has ckpt.pt
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '1')
+    model, s, data, val, checkpoint, runtime = train.start(
+        {'out_dir': tmp_path, 'init_from': 'auto'})
+    monkeypatch.setattr(train.dist, 'all_reduce', lambda total: total.add_(firsts))
+    at = train.Trainer(model, data, val, s, runtime, checkpoint).at
+    assert (at.best > train.Progress.best) == bool(firsts)
+
 def test_two_processes_train_evaluate_and_resume_like_one(folders, tmp_path):
     """Same weights and losses up to rounding (b1: no_sync, clipping; b17: uneven validation)."""
     sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(len(RUNS) + 2)]
