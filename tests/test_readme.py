@@ -75,9 +75,13 @@ def test_the_map_from_theory_to_code_names_what_is_there():
         concept, where, _ = row.strip('| ').split(' | ', 2)
         for name in re.findall('`([^`]+)`', where):
             assert name in ours, f'{concept}: there is no {name}'
+    sources = ''.join((ROOT / f'{name}.py').read_text(encoding='utf-8') for name in SCRIPTS)
     for path in READMES:
-        for name in re.findall(r'`[A-Z]\w+\.(\w+)`', path.read_text(encoding='utf-8')):
+        text = path.read_text(encoding='utf-8')
+        for name in re.findall(r'`[A-Z]\w+\.(\w+)`', text):
             assert name in ours, f'{path.name}: there is no {name}'
+        for title in re.findall(r'(?<!\*)\*([A-Z][^*]+)\*(?!\*)', text):  # of a section
+            assert f'# {title}'.replace('\n', ' ') in sources, f'{path.name}: no section {title}'
 
 def test_every_flag_that_is_named_exists():
     """In either language, also in prose."""
