@@ -9,7 +9,7 @@ The Transformer family in one file, to be read from top to bottom.
     MLP, Block             the feed-forward layer; attention and MLP joined by residuals and norms
     Embedding, Stack       ids -> vectors -> n_layer blocks
     GPT, LSTM, BERT, EncoderDecoder, TaskModel      ids -> (logits, loss)
-    build, save, load, optimizer_groups
+    build, save, load
     FAMILIES               the names that Hugging Face uses for all of this, to load and to export
 
 Letters in the comments on shapes:
@@ -105,7 +105,7 @@ class Config:
     init: str = flag('gpt2', 'see init_weights', ('gpt2', 'normal', 'fan_in', 'zero'))
     dropout: float = flag(0.0, 'probability of zeroing a value in training', high=0.99)
     label_smoothing: float = flag(0.0, 'share of a target spread over all classes', high=0.99)
-    may_change = ('block_size', 'dropout', 'label_smoothing')  # in a trained model; not a field
+    may_change = ('block_size', 'dropout', 'label_smoothing')  # in a trained model; itself no field
 
     def __post_init__(self):
         for f in fields(self):
@@ -588,10 +588,10 @@ class Stack(nn.Module):
     def __init__(self, config, tokens, causal, cross=False):
         super().__init__()
         self.causal, self.config = causal, config
-        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # zip cuts the rest
+        self.windows = [int(n) for n in config.window.split()] * config.n_layer  # repeated
         self.embed = Embedding(config, tokens)
         self.blocks = nn.ModuleList(Block(config, i, cross) for i in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm: in the block
+        self.norm = make_norm(config, config.n_embd, config.norm_first)  # post-norm needs none here
         if config.positions == 'rotary':
             angles = rotary_angles(config.block_size, config.head_size, config.rope_theta,
                                    config.rope_scaling)                    # (block_size, D/2)
@@ -663,7 +663,7 @@ class Stack(nn.Module):
         return {'mask': self.as_numbers(mask, bias)}                       # (1 or B, 1 or H, T, S)
 
     def as_numbers(self, mask, bias=0.0):
-        """What to add to scores: bias where mask is True, else -inf. Equal windows share it."""
+        """What to add to scores: bias where mask is True, else -inf."""
         return torch.where(mask, bias, -math.inf).to(self.embed.tokens.weight.dtype)
 
 # -----------------------------------------------------------------------------
@@ -859,7 +859,7 @@ class EncoderDecoder(LanguageModel):
         """
         memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
         return super().forward(decoder_ids, None, targets, num_targets, memory=memory,
-                               memory_mask=attention_mask)
+                               memory_mask=attention_mask)                  # None: padding is last
 
     def encode(self, ids, attention_mask=None, size=None):
         """Read the source once: a KVCache to decode `size` tokens with (default: block_size)."""
@@ -907,6 +907,22 @@ class TaskModel(nn.Module):
             lowest = torch.finfo(logits.dtype).min  # no answer lies in the padding
             logits = logits.masked_fill(~attention_mask[:, None], lowest)
         return logits, cross_entropy(logits, targets, num_targets)
+
+def optimizer_groups(model, weight_decay):
+    """
+    The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
+    each token, position or label), `matrices` (other weights of two dimensions), and `vectors` (all
+    others, such as biases and norms), which get no weight decay.
+    """
+    tables = r'(\b|_)(tokens|positions|segments|relative_bias|output|head)\.weight'  # add yours
+    groups = {'matrices': [], 'embeddings': [], 'vectors': []}
+    for name, p in model.named_parameters():  # a tied weight comes once
+        kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.ndim == 2 else 'vectors'
+        if p.requires_grad:
+            groups[kind].append(p)
+    return [{'name': kind, 'params': params,
+             'weight_decay': 0.0 if kind == 'vectors' else weight_decay}
+            for kind, params in groups.items() if params]
 
 # -----------------------------------------------------------------------------
 # From a configuration to a model, to a file, and back
@@ -1032,22 +1048,6 @@ def resize(model, path, **changes):
             weights[name] = torch.cat([rows, more])[:len(p)]
     model.load_state_dict(weights)
     return model
-
-def optimizer_groups(model, weight_decay):
-    """
-    The trainable weights in three groups: `embeddings` (tables, output layers and heads: a row for
-    each token, position or label), `matrices` (other weights of two dimensions), and `vectors` (all
-    others, such as biases and norms), which get no weight decay.
-    """
-    tables = r'(\b|_)(tokens|positions|segments|relative_bias|output|head)\.weight'  # add yours
-    groups = {'matrices': [], 'embeddings': [], 'vectors': []}
-    for name, p in model.named_parameters():  # a tied weight comes once
-        kind = 'embeddings' if re.search(tables, name) else 'matrices' if p.ndim == 2 else 'vectors'
-        if p.requires_grad:
-            groups[kind].append(p)
-    return [{'name': kind, 'params': params,
-             'weight_decay': 0.0 if kind == 'vectors' else weight_decay}
-            for kind, params in groups.items() if params]
 
 # =============================================================================
 # The Transformer ends here. What follows is other people's names for it: how Hugging Face writes

@@ -106,7 +106,7 @@ def optional(package):
 # -----------------------------------------------------------------------------
 # Byte-pair encoding: how a tokenizer is learned from text
 
-# GPT-2's pattern [2]: letters, digits, or other signs, with the space before them; white space
+# GPT-2's pattern [2]: 's and the like; letters, digits or signs, with a space before; white space
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def merge(tokens, pair, new):
@@ -162,7 +162,7 @@ def train_bpe(piece_counts, n_tokens):
                 places = [at for at, p in enumerate(itertools.pairwise(piece)) if p == pair]
                 if not places:  # earlier merges have taken its tokens
                     continue
-                here = slice(max(0, places[0] - 1), places[-1] + 3)        # and its neighbours
+                here = slice(max(0, places[0] - 1), places[-1] + 3)      # and a token on each side
                 merged = merge(piece[here], pair, new)
                 for p in itertools.pairwise(piece[here]):
                     counts[p] -= weights[i]
@@ -190,11 +190,12 @@ FORMAT = 'plainformer tokenizer 2'
 
 class Tokenizer:
     """
-    A pattern cuts text into pieces, and a table {bytes: id} says which bytes of a piece are one
-    token. char, byte, bpe and gpt2 differ in pattern and table. bpe and gpt2 start from the bytes
-    of a piece and merge, again and again, the pair of neighbours that was learned first, whose
-    token has the smallest id: explain() shows each step. Special tokens, such as <|endoftext|> and
-    [MASK], have ids of their own: where a text says [MASK], it is text.
+    A pattern cuts text into pieces, and ranks, a table {bytes: id}, says which bytes of a piece are
+    one token. char, byte, bpe and gpt2 differ in pattern and table. bpe and gpt2 start from the
+    bytes of a piece and merge, again and again, the pair of neighbours that was learned first,
+    whose token has the smallest id: explain() shows each step. Special tokens, such as
+    <|endoftext|> and [MASK], have ids of their own: where a text says [MASK], it is text, unless
+    sample.py asks a BERT.
     """
     unknown = None  # the id of the unknown token: there is none (char raises ValueError)
 
@@ -290,52 +291,12 @@ class Tokenizer:
         ranks = {base64.b64decode(token): i for i, token in enumerate(saved['tokens'])}
         return Tokenizer(saved['name'], saved['pattern'], ranks, saved['special'])
 
-    # The next two are for exports. VISIBLE and ROLES: below, at the tokenizers of other models.
-    def hf_engine(self, special, task):
-        """The same tokenizer in the package `tokenizers`, with the tokens of special {text: id}."""
-        require(self.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
-        vocab = {''.join(VISIBLE[b] for b in token): i for token, i in self.ranks.items()}
-        # all pairs of tokens that can be merged into another token
-        merges = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))
-                  if token[:i] in vocab and token[i:] in vocab]
-        hf = optional('tokenizers')
-        engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
-        engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
-                                                           use_regex=self.name != 'byte')
-        if task in WITH_OFFSETS:
-            by_character = hf.pre_tokenizers.Split(hf.Regex(APART), 'isolated')
-            engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
-        engine.decoder = hf.decoders.ByteLevel()
-        engine.add_special_tokens([
-            hf.AddedToken(text, lstrip=self.mask_takes_space and text == '[MASK]')
-            for text in sorted(special, key=special.get)])
-        return engine
-
     def export_files(self, vocab_size, arch, task=''):
         """
         {file name: data} for transformers, with those special tokens whose id is below vocab_size.
         In transformers the tokenizer itself adds [CLS] and the like, as `arch` reads them here.
         """
-        special = {text: i for text, i in self.special.items() if i < vocab_size}
-        engine, source = self.hf_engine(special, task), '<|source|> ' * ('<|source|>' in special)
-        ends = ' [SEP]' * (task == 'seq2seq')  # of a prompt to complete
-        frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
-                  'gpt': (f'{source}$A{ends}', f'{source}$A $B{ends}'),
-                  'encdec': (f'{source}$A <|endoftext|>',
-                             f'{source}$A <|endoftext|> $B <|endoftext|>')}
-        wanted = [*self.source_ids, *self.encode('a')]                      # of a text
-        if arch in frames and (arch != 'gpt' or ends or engine.encode('a').ids != wanted):
-            names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
-                     for text, i in special.items() if text in frames[arch][1]]
-            engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
-                *frames[arch], names)
-        more = {'gpt': {'padding_side': 'left'},  # so that the text follows the prompt
-                'bert': {'model_input_names': ['input_ids', 'token_type_ids', 'attention_mask']}}
-        config = {'tokenizer_class': 'PreTrainedTokenizerFast', **more.get(arch, {})}
-        for name, (key, *_) in ROLES.items():
-            if token := engine.get_added_tokens_decoder().get(special.get(name)):  # else a word
-                config[key] = token.content  # id_to_token may write its normalized form
-        return {'tokenizer.json': json.loads(engine.to_str()), 'tokenizer_config.json': config}
+        return export_tokenizer(self, vocab_size, arch, task)
 
 def char_tokenizer(characters):
     """One token for each character of the text."""
@@ -465,7 +426,7 @@ def classify_examples(tokenizer, row, labels, block_size):
         targets    1                           of the labels negative, positive
     """
     texts = [tokenizer.encode(text).tolist() for text in pick(row, 'text', 'text_b').values()]
-    by_length = sorted(texts, key=len)  # at a tie max() takes the first: what was shorter
+    by_length = sorted(texts, key=len)  # at a tie the text that was shorter is cut
     while sum(map(len, texts)) > block_size - 1 - len(texts):
         max(by_length, key=len).pop()
     ids, segments = add_special_tokens(tokenizer, *texts)
@@ -571,7 +532,7 @@ def qa_examples(tokenizer, row, labels, block_size):
     examples = []
     for begin in sorted(begins):
         window, window_offsets = ids[begin:begin + size].tolist(), offsets[begin:begin + size]
-        low, *_, high = window_offsets.ravel().tolist() or (0, 0)
+        low, *_, high = window_offsets.ravel().tolist() or (0, 0)            # first begin, last end
         framed, segments = add_special_tokens(tokenizer, question, window)
         meta = {'question': row['question'], 'context': context[low:high], 'start': low,
                 'first': place, 'offsets': (window_offsets - low).tolist()}
@@ -1186,12 +1147,6 @@ class HFTokenizer(Tokenizer):
         return {'format': FORMAT, 'name': self.name, 'special': self.special,
                 'end_ids': self.end_ids, 'engine': self.saved}
 
-    def hf_engine(self, special, task):
-        saved = json.loads(self.saved)
-        for token in saved['added_tokens']:
-            token['special'] = token.get('was_special', token['special'])
-        return HFTokenizer(json.dumps(saved), special, self.end_ids).engine
-
 # Our special tokens, and what each may be in a folder: a role (eos_token) or a text (</s>)
 ROLES = {
     '<|endoftext|>': ('eos_token', '</s>', '<|endoftext|>', 'sep_token', '[SEP]'),
@@ -1281,6 +1236,54 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: its tokenizer is damaged or cannot be read here ({why}): "
                          "fetch its tokenizer.json, name its tokenizer_class in "
                          "tokenizer_config.json, or prepare the data, again") from None
+
+def hf_engine(tokenizer, special, task):
+    """The same tokenizer in the package `tokenizers`, with the tokens of special {text: id}."""
+    if tokenizer.name == HFTokenizer.name:
+        saved = json.loads(tokenizer.saved)
+        for token in saved['added_tokens']:
+            token['special'] = token.get('was_special', token['special'])
+        return HFTokenizer(json.dumps(saved), special, tokenizer.end_ids).engine
+    require(tokenizer.name != 'char', "transformers has no tokenizer like char: use byte or bpe")
+    vocab = {''.join(VISIBLE[b] for b in token): i for token, i in tokenizer.ranks.items()}
+    # all pairs of tokens that can be merged into another token
+    merges = [(token[:i], token[i:]) for token in vocab for i in range(1, len(token))
+              if token[:i] in vocab and token[i:] in vocab]
+    hf = optional('tokenizers')
+    engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
+    engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                       use_regex=tokenizer.name != 'byte')
+    if task in WITH_OFFSETS:
+        by_character = hf.pre_tokenizers.Split(hf.Regex(APART), 'isolated')
+        engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
+    engine.decoder = hf.decoders.ByteLevel()
+    engine.add_special_tokens([
+        hf.AddedToken(text, lstrip=tokenizer.mask_takes_space and text == '[MASK]')
+        for text in sorted(special, key=special.get)])
+    return engine
+
+def export_tokenizer(tokenizer, vocab_size, arch, task):
+    """What Tokenizer.export_files returns."""
+    special = {text: i for text, i in tokenizer.special.items() if i < vocab_size}
+    engine, source = hf_engine(tokenizer, special, task), '<|source|> ' * ('<|source|>' in special)
+    ends = ' [SEP]' * (task == 'seq2seq')  # of a prompt to complete
+    frames = {'bert': ('[CLS] $A [SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1'),
+              'gpt': (f'{source}$A{ends}', f'{source}$A $B{ends}'),
+              'encdec': (f'{source}$A <|endoftext|>',
+                         f'{source}$A <|endoftext|> $B <|endoftext|>')}
+    wanted = [*tokenizer.source_ids, *tokenizer.encode('a')]            # of a text
+    if arch in frames and (arch != 'gpt' or ends or engine.encode('a').ids != wanted):
+        names = [{'id': text, 'ids': [i], 'tokens': [engine.id_to_token(i)]}
+                 for text, i in special.items() if text in frames[arch][1]]
+        engine.post_processor = optional('tokenizers').processors.TemplateProcessing(
+            *frames[arch], names)
+    more = {'gpt': {'padding_side': 'left'},  # so that the text follows the prompt
+            'bert': {'model_input_names': ['input_ids', 'token_type_ids', 'attention_mask']}}
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', **more.get(arch, {})}
+    for name, (key, *_) in ROLES.items():
+        if token := engine.get_added_tokens_decoder().get(special.get(name)):  # else a word
+            config[key] = token.content  # id_to_token may write its normalized form
+    return {'tokenizer.json': json.loads(engine.to_str()), 'tokenizer_config.json': config}
 
 # -----------------------------------------------------------------------------
 # Flags. Each field of a dataclass is a flag: --max_iters 10, --max-iters=10, --bias, --no-bias.

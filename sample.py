@@ -138,7 +138,7 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         p = p * (p.cumsum(dim=-1) - p < top_p)  # keep a token if all likelier ones sum to < top_p
     cumulated = p.cumsum(dim=-1)
     threshold = uniform[:, None] * cumulated[:, -1:]  # take the first token whose sum is above
-    index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # first above, or 0
+    index = torch.searchsorted(cumulated, threshold, right=True) % p.size(-1)  # none above: 0
     return (index if order is None else order.gather(1, index))[:, 0]
 
 SAMPLING = 'temperature top_k top_p seed'  # flags that sample_token and generate read
@@ -168,7 +168,7 @@ def generate(model, ids, max_new_tokens, temperature=0.8, *, seed=0, rows=None,
         chosen = sample_token(logits, uniform, temperature, **filters)
         return chosen.where(logits.amax(dim=-1).isfinite(), -1)            # -1 raises below
 
-    texts = batch = ids.tolist()                             # batch: of these, those still read
+    texts = batch = ids.tolist()                             # batch: those of them to go on with
     new, read = ids[:, -block_size:].tolist(), 0             # new: to read; read: now in cache
     size = (len(new[0]) + max_new_tokens + 15) // 16 * 16    # kernels are fast at multiples of 16
     cache = cache or KVCache(min(block_size, size))
@@ -218,7 +218,7 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
     for length in range(1, max_new_tokens + 1):
         logits = next_logits(model, newest, cache, suppressed)  # (B width, V), width: texts per row
         check_finite(logits.amax(dim=-1))
-        V, width, norm = logits.size(-1), len(texts) // len(rows), length ** length_penalty
+        V, width, divisor = logits.size(-1), len(texts) // len(rows), length ** length_penalty
         following = logits.float().log_softmax(dim=-1)
         total = following + following.new_tensor(log_ps)[:, None]
         total = total.view(len(rows), -1)                                  # (B, width V)
@@ -234,11 +234,11 @@ def beam_search(model, ids, beams, max_new_tokens, length_penalty=1.0, suppresse
                 if not ends and length < max_new_tokens:
                     unfinished.append((log_p, parent, text))
                 elif rank < beams and log_p > -math.inf:
-                    found.append((log_p / norm, text))                     # normalised by length
+                    found.append((log_p / divisor, text))                  # normalised by length
             found.sort(reverse=True)
             del found[beams:]
             to_beat = -math.inf if len(found) < beams else found[-1][0]
-            if unfinished and unfinished[0][0] / norm > to_beat:
+            if unfinished and unfinished[0][0] / divisor > to_beat:
                 longer += unfinished[:beams]
                 rest.append(row)
         if not rest:

@@ -52,8 +52,9 @@ from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tok
 
 # -----------------------------------------------------------------------------
 # Objectives: what does the model see, and what must it predict? Each makes one example. Of `data`,
-# a Data (below), window(index, T) is T + 1 tokens of a text (fewer at the end of val), row(index) a
-# row of labelled data, and rng(1, index) the generator of random numbers for example `index`.
+# a Data (below), window(i, T) is window i of a text, T + 1 tokens (fewer at the end of val), row(i)
+# a row of labelled data, rng(1, i) the generator of random numbers for example i, and is_text (V,)
+# false for special tokens.
 
 def causal_lm(data, index, T):
     """
@@ -99,10 +100,11 @@ def sentence_pair(data, rng, room):
     most a random share of the room, a quarter to three quarters. If the texts are too long, A
     loses its beginning and B its end, so that B still begins where A ends.
     """
-    starts, document, followed = data.sentences                            # see Data
+    # of each sentence: its first token, its document; and which sentences another one follows
+    starts, document, followed = data.sentences
     first = rng.choice(followed)                                           # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
-    low, high = np.searchsorted(document, document[first] + [0, 1])        # A's document
+    low, high = np.searchsorted(document, document[first] + [0, 1])        # A's is low:high
     fitting = np.searchsorted(starts[first + 1:high], starts[first] + length, side='right')
     after = first + max(1, fitting)                                        # the sentence after A
     follows = rng.random() < 0.5
@@ -148,7 +150,7 @@ def span_corruption(data, index, T):
     source, target = tokenizer.source_ids, []  # most tokenizers have no source_ids
     tokens = data.window(index, T - len(source))[:-1].tolist()
     n = len(tokens)
-    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # hiding one would make ids T + 1 long
+    hidden = max(1 if n < 3 else 2, round(0.15 * n))  # with one hidden, ids would have T + 1 tokens
     spans = max(1, min(100, round(hidden / 3), n - hidden))  # there are 100 sentinels
 
     def cut(total):
@@ -338,7 +340,7 @@ def get_batch(data, objective, T, first, n):
 # -----------------------------------------------------------------------------
 # Optimizers. Those of torch.optim would do, but they import the compiler, which takes two seconds
 
-GOOD = torch.tensor(1.0)  # a step that moves the weights: see Optimizer.step
+GOOD = torch.tensor(1.0)  # the step may move the weights: see Optimizer.step
 
 class Optimizer:
     """
@@ -379,10 +381,11 @@ class Optimizer:
 class AdamW(Optimizer):
     """
     Adam (Kingma and Ba 2014, https://arxiv.org/abs/1412.6980) with the weight decay of Loshchilov
-    and Hutter 2017, https://arxiv.org/abs/1711.05101. m and v are running means of the gradient and
-    of its square, both divided by 1 - beta^t, since they start at 0. (The decay is multiplied by
-    lr, as in torch, not by the schedule alone, as in the paper.)
+    and Hutter 2017, https://arxiv.org/abs/1711.05101. m and v are running means of the gradient g
+    and of its square. They start at 0, so in step t they are divided by 1 - beta^t before use. (The
+    decay is multiplied by lr, as in torch, not by the schedule alone, as in the paper.)
 
+        m = beta1 * m + (1 - beta1) * g        v = beta2 * v + (1 - beta2) * g^2
         weight -= lr * (m / (sqrt(v) + 1e-8) + weight_decay * weight)
     """
 
@@ -410,8 +413,8 @@ def orthogonal(x):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT                                                    # (n, rows, rows)
-        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, poly, x, beta=3.4445)
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # of gram, without x
+        x = torch.baddbmm(x, poly, x, beta=3.4445)                         # 3.4445 x + poly x
     return x
 
 class Muon(Optimizer):
@@ -458,7 +461,7 @@ def muon(groups, s, dtype):
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon}  # (groups of weights, settings, dtype) -> optimizers
 
-SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # 1: peak, 0: min_lr
+SCHEDULES = {'cosine': lambda done: 0.5 * (1 + math.cos(math.pi * done)),  # from 1 to 0
              'linear': lambda done: 1 - done, 'constant': lambda done: 1.0}
 
 def learning_rate(step, s):
@@ -556,13 +559,14 @@ RECIPES = {
 RECIPES['more text'] = RECIPES['pretrain'] | large(max_iters=400, batch_size=8, learning_rate=3e-5)
 
 # -----------------------------------------------------------------------------
-# A step. `runtime`, a Runtime (below), knows the device, the precision and the other processes
+# A step. `s`, a Settings (above), has the flags; `runtime`, a Runtime (below), knows the device,
+# the precision and the other processes. A lone process has world_size 1, rank 0; sum(x) is x.
 
 def micro_batches(step, s, runtime):
     """
     The share of this process in the examples of a step: the first example of each micro-batch, and
-    how many examples each has: batch_size, or its largest divisor that also divides the share (then
-    dropout draws other values than in one process).
+    how many examples each has: batch_size, or the largest number that divides both it and the share
+    (then dropout draws other values than in one process).
     """
     total, world = s.gradient_accumulation_steps * s.batch_size, runtime.world_size
     require(total % world == 0, f"--gradient_accumulation_steps times --batch_size is {total}, "
@@ -583,7 +587,7 @@ def backward(step, model, forward, data, s, runtime):
     """
     Leave in .grad the gradient of the mean loss over all targets of a step; returns that loss. All
     batches are made first, since the loss of each is divided by the number of targets in all of
-    them. forward: the model, or its compiled form.
+    them, so that their gradients add up. forward: the model, or its compiled form.
     """
     firsts, n = micro_batches(step, s, runtime)
     batches = [get_batch(data, s.objective, model.config.block_size, first, n) for first in firsts]
@@ -602,9 +606,9 @@ def backward(step, model, forward, data, s, runtime):
             with runtime.precision():
                 _, loss = forward(**batch, **numbers)
             del _  # the logits, which may be the largest tensor, before gradients are made
-            runtime.scaler.scale(loss * runtime.world_size).backward()
+            runtime.scaler.scale(loss * runtime.world_size).backward()     # adds to .grad
             total += loss.detach()
-        runtime.average_gradients(model)  # a sum, since the losses had the factor world_size
+        runtime.average_gradients(model)  # of world_size * each gradient: their sum
         return total
 
     loss = add_gradients()
@@ -622,7 +626,8 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
     """
     Clip the gradient and move the weights. If the loss or the gradient is not finite, no weight
     moves and ValueError is raised; but an overflow in float16 only halves the scale of the loss.
-    A check waits for the GPU, so on CUDA a bad step raises only if it is logged, else is left out.
+    A check waits for the GPU, so on CUDA a bad step raises only if it is logged, else just moves
+    nothing.
     """
     for optimizer in optimizers:
         runtime.scaler.unscale_(optimizer)  # before clipping, or the limit would mean another norm
@@ -635,7 +640,7 @@ def optimizer_step(step, loss, model, optimizers, s, runtime):
                          "lower --learning_rate, --muon_learning_rate or --adversarial")
     for optimizer in optimizers:
         optimizer.step(learning_rate(step, s) / s.learning_rate, good)
-    for optimizer in optimizers:  # when all have moved: two may share a weight
+    for optimizer in optimizers:  # when all have moved: those of a fork may share a weight
         optimizer.zero_grad()
     runtime.scaler.update()
 
@@ -692,7 +697,7 @@ class Progress:
     step: int = 0
     due: bool = False    # evaluate before this step, also after a resume
     seconds: float = 0.0
-    best: tuple = (-math.inf, -math.inf)  # score and -loss of the best evaluation
+    best: tuple = (-math.inf, -math.inf)  # of the best evaluation: score (or -loss) and -loss
     best_step: int = 0
     evals_since_best: int = 0
 
@@ -722,7 +727,7 @@ class Trainer:
         self.started = time.perf_counter() - self.at.seconds
         fixed = not OBJECTIVES[s.objective].by_rows                        # all of one shape
         pays = runtime.device == 'cuda' and fixed and s.max_iters >= 1000
-        if pays if s.compile is None else s.compile:
+        if s.compile or (s.compile is None and pays):
             torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
             # without the logits, which would get a gradient of zeros, as large as they are
             self.forward = torch.compile(lambda **batch: (None, model(**batch)[1]))
