@@ -336,29 +336,6 @@ def split_cjk(text):
 
 WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with_offsets
 
-# Where a long text may be cut, since no match of WORDS crosses these places: after a line end, or
-# before the last of several line ends, if no white space follows; before a space, but not after >:
-# if a cut followed <|endoftext|>, MARKER (below) would take it for a whole line, which ends a
-# document. (?r) searches from the end.
-CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
-PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
-
-def safe_pieces(texts, size=PIECE):
-    """
-    Join texts, each of at most `size` characters, and cut the whole into pieces of about `size`
-    characters at places of CUT, where no token is cut. If there is no such place, a piece ends
-    anywhere after 2 * size characters.
-    """
-    rest = ''
-    for text in texts:
-        rest += text
-        found = len(rest) >= size and CUT.search(rest)
-        if found or len(rest) >= 2 * size:
-            cut = found.start() if found else len(rest)
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
-
 def explain(tokenizer, text):
     """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
     ids = tokenizer.encode(text).tolist()
@@ -454,16 +431,16 @@ def tag_examples(tokenizer, row, labels, block_size):
     ids_of = [[] for _ in words]
     for i, owner in zip(ids.tolist(), np.searchsorted(ends, offsets[:, 1])):
         ids_of[owner].append(i)                             # the word in which it ends
-    windows, window = [], []  # windows: (number of the first word, ids, places of first tokens)
+    parts, part = [], []  # parts: (number of the first word, ids, places of first tokens)
     for i, word_ids in enumerate(ids_of):
-        if not windows or len(window) + len(word_ids) > room:
-            window, first = [], []
-            windows.append((i, window, first))
-        first.append(len(window) + 1 if word_ids else -1)
-        window += word_ids[:room]
-    for begin, window, first in windows:
+        if not parts or len(part) + len(word_ids) > room:
+            part, first = [], []
+            parts.append((i, part, first))
+        first.append(len(part) + 1 if word_ids else -1)
+        part += word_ids[:room]
+    for begin, part, first in parts:
         here = slice(begin, begin + len(first))
-        framed, _ = add_special_tokens(tokenizer, window)
+        framed, _ = add_special_tokens(tokenizer, part)
         meta = pick(row, 'text') | {'tokens': words[here], 'first': first}
         example = {'ids': framed, 'meta': meta}
         if 'tags' in row:
@@ -568,6 +545,29 @@ def seq2seq_examples(tokenizer, row, labels, block_size):
 
 # -----------------------------------------------------------------------------
 # Text from files is read a piece at a time, so a corpus may be larger than memory
+
+# Where a long text may be cut, since no match of WORDS crosses these places: after a line end, or
+# before the last of several line ends, if no white space follows; before a space, but not after >:
+# if a cut followed <|endoftext|>, MARKER would take it for a whole line, which ends a
+# document. (?r) searches from the end.
+CUT = regex.compile(r'(?r)(?<=\S\n)(?=\S)|(?<=\n)(?=\n\S)|(?<=[^\s>])(?= \S)')
+PIECE = 100_000  # characters to encode at once: tiktoken fails at a million blanks in a row
+
+def safe_pieces(texts, size=PIECE):
+    """
+    Join texts, each of at most `size` characters, and cut the whole into pieces of about `size`
+    characters at places of CUT, where no token is cut. If there is no such place, a piece ends
+    anywhere after 2 * size characters.
+    """
+    rest = ''
+    for text in texts:
+        rest += text
+        found = len(rest) >= size and CUT.search(rest)
+        if found or len(rest) >= 2 * size:
+            cut = found.start() if found else len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
 
 MARKER = re.compile(r'(?m)^<\|endoftext\|>[ \t]*(?:\n|\Z)')  # on its own line it ends a document
 
