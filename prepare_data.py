@@ -106,8 +106,9 @@ def optional(package):
 # -----------------------------------------------------------------------------
 # Byte-pair encoding: how a tokenizer is learned from text
 
-# GPT-2's pattern [2]: 's and the like; letters, digits or signs, with a space before; white space
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's pattern [2]: 's and the like; letters, digits or signs, with a space before; white space.
+# Marks stay with their letter: GPT-2's own \p{L}+ cuts a word of Hindi at each vowel sign.
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}[\p{L}\p{M}]*| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def merge(tokens, pair, new):
     """
@@ -326,7 +327,8 @@ def gpt2_tokenizer():
                          "choose another --tokenizer") from None
     return Tokenizer('gpt2', base._pat_str, base._mergeable_ranks, base._special_tokens)
 
-CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}]')  # no spaces: each character is a word
+# scripts without spaces between words (Thai and its neighbours, too): each character is a word
+CJK = regex.compile(r'[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]')
 WIDE = '\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65'      # CJK's signs
 APART = f'{CJK.pattern}|[{WIDE}]'  # what split_cjk makes a piece of its own
 
@@ -339,7 +341,8 @@ WITH_OFFSETS = ('tag', 'qa')  # tasks about places in a text, cut by encode_with
 def explain(tokenizer, text):
     """How a text becomes tokens, as lines: the pieces, and in each the merges in their order."""
     ids = tokenizer.encode(text).tolist()
-    for piece in regex.findall(WORDS, text) if tokenizer.name in ('bpe', 'gpt2') else []:
+    has_merges = tokenizer.name in ('bpe', 'gpt2')
+    for piece in regex.findall(tokenizer.pattern, text) if has_merges else []:
         parts, why = [bytes([b]) for b in piece.encode()], 'bytes'
         yield render_bytes(piece.encode())
         while True:
@@ -1251,11 +1254,10 @@ def hf_engine(tokenizer, special, task):
               if token[:i] in vocab and token[i:] in vocab]
     hf = optional('tokenizers')
     engine = hf.Tokenizer(hf.models.BPE(vocab, merges, ignore_merges=True))
-    engine.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False,
-                                                       use_regex=tokenizer.name != 'byte')
-    if task in WITH_OFFSETS:
-        by_character = hf.pre_tokenizers.Split(hf.Regex(APART), 'isolated')
-        engine.pre_tokenizer = hf.pre_tokenizers.Sequence([by_character, engine.pre_tokenizer])
+    patterns = [APART] * (task in WITH_OFFSETS) + [tokenizer.pattern] * (tokenizer.name != 'byte')
+    engine.pre_tokenizer = hf.pre_tokenizers.Sequence([
+        *(hf.pre_tokenizers.Split(hf.Regex(pattern), 'isolated') for pattern in patterns),
+        hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     engine.decoder = hf.decoders.ByteLevel()
     engine.add_special_tokens([
         hf.AddedToken(text, lstrip=tokenizer.mask_takes_space and text == '[MASK]')

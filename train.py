@@ -205,7 +205,7 @@ OBJECTIVES = {  # the first row that fits is the default: put yours last
 SPLITS = {'train': 0, 'val': 1}
 # The end of a sentence and all up to the next one: white space (U+3000 is CJK's), closing marks.
 # It is a pattern of bytes, since a character may be several tokens.
-ENDS, CLOSING = '。|！|？|।|۔|؟', '”|’|）|」|』|】|》|\u3000'
+ENDS, CLOSING = '。|｡|！|？|।|॥|۔|؟|።|։|။|។', '”|’|）|」|』|】|》|\u3000'
 SENTENCE_END = re.compile(
     rf'(\A|\n|[.!?](?=\s)|({ENDS})["\']*)(\s|{ENDS}|{CLOSING})*'.encode())
 

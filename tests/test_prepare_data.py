@@ -146,6 +146,12 @@ def test_train_bpe_is_the_slow_one_and_its_merges_are_applied_in_order(text, n_t
             tokens = joined(tokens, pair)
         assert [tokenizer.token_bytes(i) for i in tokenizer.encode(piece).tolist()] == tokens, piece
 
+@pytest.mark.parametrize('words', [
+    'नई दिल्ली भारत', 'தமிழ் மொழி', 'cafe\u0301 nai\u0308ve', 'שָׁלוֹם'], ids=ascii)
+def test_a_word_keeps_its_marks(words):
+    pieces = regex.findall(prepare_data.WORDS, f'{words}। ै')
+    assert pieces == [*regex.findall(' ?[^ ]+', words), '।', ' ै']
+
 def test_a_tokenizer_survives_json_and_damage_is_refused(tmp_path, bpe):
     for tokenizer in (CHAR('ab世'), BYTE, bpe):
         saved = tokenizer.to_dict()
@@ -179,7 +185,7 @@ def test_an_unknown_character_is_named_with_its_place(before, unknown, after):
 
 @settings(max_examples=40)
 @given(MIXED)
-@example('世界😀 cafe\u0301\r\n <|endoftext|>👩\u200d👩\u200d👧》。')
+@example('世界😀 cafe\u0301\r\n <|endoftext|>👩\u200d👩\u200d👧》。เมือง ເມືອງ မြို့')
 def test_offsets_slice_the_original_text(bpe, gpt2, text):
     """The slice of a token is every character it has a part of, or one sign of CJK; no gaps."""
     owner = [i for i, c in enumerate(text) for _ in c.encode()]  # of every byte, the character
@@ -191,7 +197,7 @@ def test_offsets_slice_the_original_text(bpe, gpt2, text):
             part = tokenizer.token_bytes(i)
             assert (start, end) == (owner[at], owner[at + len(part) - 1] + 1), tokenizer.name
             at += len(part)
-            assert end - start == 1 or not {*'》。'} & {*text[start:end]}
+            assert end - start == 1 or not {*'》。มืມຂခ'} & {*text[start:end]}
         assert at == len(owner), tokenizer.name
 
 @given(MIXED)

@@ -202,8 +202,10 @@ def test_sentences_are_found_in_ids(tmp_path):
     assert [s.strip('|\n ') for s in found[:5]] == ['One.', 'Two?', 'No!', '3.14', 'Four']
     assert document[:7] == [0, 0, 0, 0, 0, 1, 1]
     for tokenizer in ('char', 'byte'):  # one token, or three, for a mark
-        found, document = sentences_of(tmp_path / tokenizer, '狐狸。犬！“好？”\nक।چ؟چ\n', tokenizer)
-        assert found == ['狐狸。', '犬！', '“好？”\n', 'क।', 'چ؟', 'چ\n|'] and set(document) == {0}
+        text = '狐狸。犬！“好？”\nक।چ؟چ\nա։ አ።\n'
+        found, document = sentences_of(tmp_path / tokenizer, text, tokenizer)
+        assert found == ['狐狸。', '犬！', '“好？”\n', 'क।', 'چ؟', 'چ\n', 'ա։ ', 'አ።\n|']
+        assert set(document) == {0}
 
 def test_text_without_two_documents_is_masked_in_plain_windows(d, tmp_path, capsys):
     """There is no next sentence prediction then, which the run says."""
