@@ -985,7 +985,8 @@ def read_start(start):
 # Tokens as in corpora: U.S.; a word without 's and without punctuation at its end; the 's itself;
 # ... and --; any other sign, such as an emoji of several characters
 TOKEN = regex.compile(r"(?:\p{L}\.){2,}(?![-\w])|['’]s\b|[\p{L}\p{N}_@#]"
-                      rf"(?:(?!['’]s\b|\.\.|--)[^\s—…{WIDE}])*(?<=[\p{{L}}\p{{N}}_]\p{{M}}*)"
+                      rf"(?:(?!['’]s\b|\.\.|--)[^\s()\[\]{{}}—…{WIDE}])*"
+                      r"(?<=[\p{L}\p{N}_]\p{M}*)"
                       r"|\.{2,}|-{2,}|(?!\s)\X")
 
 def examples_of(tokenizer, kind, line, block_size):

@@ -623,6 +623,8 @@ MALFORMED = {  # name: (task, {file: text}, further flags, what the line must sa
         f'film {i // 3}\t问 {i}\t{i % 2}\n' for i in range(36))}, [], 'first column'),
     'measurements': ('classify', {'a.tsv': ''.join(
         f'{i % 20 / 5}\t一 {i}\n' for i in range(60))}, [], 'no measurements'),
+    'some measurements are whole': ('classify', {'a.tsv': ''.join(
+        f'{i % 20 / 5:g}\t一 {i}\n' for i in range(60))}, [], 'no measurements'),
     'an unknown label': (
         'classify', {'a.tsv': LABELS, 'v.tsv': '妙\t二\n'}, ['--val', 'v.tsv'], "'妙' is unknown"),
     'one label': ('classify', {'a.tsv': '好\t一\n' * 9}, [], 'two or more'),

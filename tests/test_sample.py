@@ -982,7 +982,7 @@ def test_a_line_in_is_a_line_out_in_order(ask, tmp_path, kind):
     ('(e\u0301!)', '( e\u0301 ! )'), ('@user', '@user'), ('a ||| b', 'a | | | b'),
     ('x中y 3.14，b。', 'x 中 y 3.14 ， b 。'), ('\u06dd中', '\u06dd 中'),
     ('❤\ufe0fx👍🏽 न\u094d', '❤\ufe0f x 👍🏽 न\u094d'),
-    ('ไปเมือง ດີ', 'ไ ป เ ม ื อ ง ດ ີ')], ids=str)
+    ('blast(s) [1] f(x)', 'blast ( s ) [ 1 ] f ( x )'), ('ไปเมือง ດີ', 'ไ ป เ ม ื อ ง ດ ີ')], ids=str)
 def test_a_tagger_answers_with_tokens_tags_and_entities(ask, line, tokens):
     """Punctuation and each CJK character are tokens; an entity is a part of the line."""
     row = ask.lines('tag', '--start', line)[0]
