@@ -702,7 +702,10 @@ class Progress:
     evals_since_best: int = 0
 
 class Trainer:
-    """A run. at: its Progress; log: a row per evaluation. checkpoint: that of a run to resume."""
+    """
+    A run. at: its Progress; log: a row per evaluation. checkpoint: that of a run to resume. The
+    folder s.out_dir must exist.
+    """
 
     def __init__(self, model, data, val, s, runtime, checkpoint=None):
         self.data, self.val, self.s, self.runtime = data, val, s, runtime
@@ -1017,7 +1020,8 @@ def new_model(s, values, data, runtime):
     vocab_size = data.vocab_size
     if runtime.device == 'cuda':  # a multiple of 64 makes its products faster
         vocab_size += -vocab_size % 64
-    sizes = {'vocab_size': vocab_size, 'mlp_dim': width}
+    windows = preset.window.split()[-values.get('n_layer', preset.n_layer):]  # the last sees most
+    sizes = {'vocab_size': vocab_size, 'mlp_dim': width, 'window': ' '.join(windows)}
     with torch.device('meta' if s.dry_run else 'cpu'):  # meta: shapes without memory
         return build(make(Config, asdict(preset) | sizes | values))
 
@@ -1129,6 +1133,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     if resume:
         fixed |= pick(checkpoint['config'] | old, *FIXED)
     for name, value in given.items():
+        require(hasattr(s, name) or hasattr(config, name),
+                f"--{name} belongs to no flag: see --help")
         require(s.optimizer == 'muon' or s.config or not name.startswith('muon'),
                 f"--{name}: only --optimizer muon reads it: leave it out, or choose that one")
         has = fixed.get(name, value)
@@ -1226,8 +1232,10 @@ def claim_folder(folder, flags, resumed, runtime):
             old.replace(new)
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     if not resumed:
+        text = '# All choices of one preset: for another, begin without this file.\n'
+        text += write_config(flags)
         write_file(folder / 'config.toml', lambda f: f.write(
-            write_config(flags).encode(errors='replace')))  # of a name that is not UTF-8
+            text.encode(errors='replace')))  # of a name that is not UTF-8
 
 def main(argv):
     groups = {"training (in brackets: the defaults; RECIPES has others for most presets)": Settings,

@@ -800,6 +800,7 @@ def test_what_counts_more_comes_later(folders, tmp_path):
     recipe = train.RECIPES['pretrain']['nano']
     assert (s['batch_size'], s['beta1'], s['n_layer']) == (3, 0.5, 1)
     assert s['mlp_dim'] == 64  # 256 for 128 channels
+    assert s['window'] == '0'  # of 2 4 8 0: the last block sees all, however many there are
     assert {s[name] == recipe[name] for name in ('optimizer', 'learning_rate', 'beta2')} == {True}
     assert s['log_interval'] == Settings().log_interval
 
@@ -817,6 +818,10 @@ def test_a_run_has_the_recipe_of_its_task_and_preset(folders, tmp_path, dataset,
     given = {'max_iters', 'eval_iters'}
     assert {k: s[k] for k in expected if k not in given} == {
         k: v for k, v in expected.items() if k not in given}
+
+def test_a_name_that_is_no_flag_is_refused_in_python_too(d):
+    with pytest.raises(ValueError, match='--n_layers belongs to no flag'):
+        train.start({'dataset': d, 'device': 'cpu', 'n_layers': 3})
 
 def test_every_recipe_is_made_of_good_flags():
     """Every value is allowed, for presets that there are."""

@@ -29,8 +29,7 @@ RECIPES = {
             '--warmup_iters 100 --learning_rate 1e-3 --beta2 0.99 --dropout 0 --no-bias --eval_interval 250',
     'nano': '--preset nano --block_size 64 --max_iters 64', 'quick start': '',
     'context 256': '--preset nano --n_layer 6 --n_embd 192 --n_head 3 --mlp_dim 512 --block_size 256 --batch_size 16 '
-                   '--window "2 4 8 16 32 0" --max_iters 800 --learning_rate 1e-2 --muon_learning_rate 0.04 '
-                   '--muon_momentum 0.9 --beta1 0.8 --weight_decay 0.1 --eval_interval 200',
+                   '--window "2 4 8 16 32 0" --max_iters 800 --weight_decay 0.1 --eval_interval 200',
 }
 NANOGPT = ('train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 '
            '--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 '
