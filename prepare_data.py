@@ -1243,7 +1243,7 @@ def load_tokenizer(folder):
 
 def hf_engine(tokenizer, special, task):
     """The same tokenizer in the package `tokenizers`, with the tokens of special {text: id}."""
-    if tokenizer.name == HFTokenizer.name:
+    if isinstance(tokenizer, HFTokenizer):
         saved = json.loads(tokenizer.saved)
         for token in saved['added_tokens']:
             token['special'] = token.get('was_special', token['special'])

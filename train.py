@@ -413,7 +413,7 @@ def orthogonal(x):
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT                                                    # (n, rows, rows)
-        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # of gram, without x
+        poly = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)  # of gram and gram^2
         x = torch.baddbmm(x, poly, x, beta=3.4445)                         # 3.4445 x + poly x
     return x
 
@@ -1020,10 +1020,11 @@ def new_model(s, values, data, runtime):
     vocab_size = data.vocab_size
     if runtime.device == 'cuda':  # a multiple of 64 makes its products faster
         vocab_size += -vocab_size % 64
-    windows = preset.window.split()[-values.get('n_layer', preset.n_layer):]  # the last sees most
-    sizes = {'vocab_size': vocab_size, 'mlp_dim': width, 'window': ' '.join(windows)}
+    config = make(Config, asdict(preset) | {'vocab_size': vocab_size, 'mlp_dim': width} | values)
+    if 'window' not in values:  # with fewer blocks the last ones stay: they see most
+        config.window = ' '.join(config.window.split()[-config.n_layer:])
     with torch.device('meta' if s.dry_run else 'cpu'):  # meta: shapes without memory
-        return build(make(Config, asdict(preset) | sizes | values))
+        return build(config)
 
 def adapt_model(model, checkpoint, path, data, runtime):
     """Keep the trunk, add rows for special tokens that it lacks, replace a head of another task."""
@@ -1232,10 +1233,9 @@ def claim_folder(folder, flags, resumed, runtime):
             old.replace(new)
             runtime.print0(f"{old} is of an earlier run: moved to {new}")
     if not resumed:
-        text = '# All choices of one preset: for another, begin without this file.\n'
-        text += write_config(flags)
-        write_file(folder / 'config.toml', lambda f: f.write(
-            text.encode(errors='replace')))  # of a name that is not UTF-8
+        head = '# All choices of one preset: for another, begin without this file.\n'
+        text = (head + write_config(flags)).encode(errors='replace')  # of a name that is not UTF-8
+        write_file(folder / 'config.toml', lambda f: f.write(text))
 
 def main(argv):
     groups = {"training (in brackets: the defaults; RECIPES has others for most presets)": Settings,

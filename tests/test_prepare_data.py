@@ -189,7 +189,8 @@ def test_an_unknown_character_is_named_with_its_place(before, unknown, after):
 def test_offsets_slice_the_original_text(bpe, gpt2, text):
     """The slice of a token is every character it has a part of, or one sign of CJK; no gaps."""
     owner = [i for i, c in enumerate(text) for _ in c.encode()]  # of every byte, the character
-    for tokenizer in (CHAR(set(text) | {'x'}), BYTE, bpe, gpt2):
+    across = Tokenizer('bpe', prepare_data.WORDS, BYTE.ranks | {'มื'.encode()[2:4]: 256})
+    for tokenizer in (CHAR(set(text) | {'x'}), BYTE, bpe, gpt2, across):
         ids, offsets = tokenizer.encode_with_offsets(text)
         assert offsets.shape == (len(ids), 2)
         at = 0

@@ -822,6 +822,8 @@ def test_a_run_has_the_recipe_of_its_task_and_preset(folders, tmp_path, dataset,
 def test_a_name_that_is_no_flag_is_refused_in_python_too(d):
     with pytest.raises(ValueError, match='--n_layers belongs to no flag'):
         train.start({'dataset': d, 'device': 'cpu', 'n_layers': 3})
+    with pytest.raises(ValueError, match=r'n_layer=3\.0 must be of type int'):
+        train.start({'dataset': d, 'device': 'cpu', 'n_layer': 3.0})
 
 def test_every_recipe_is_made_of_good_flags():
     """Every value is allowed, for presets that there are."""
