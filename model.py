@@ -55,7 +55,7 @@ def flag(default, help, choices=(), low=0, high=2 ** 31):
     """A field that describes itself: train.py makes a flag of it, and --help prints its text."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
-TASKS = ('classify', 'tag', 'qa')  # those with a head; TASKS of prepare_data.py has seq2seq, too
+TASKS = ('classify', 'tag', 'qa')  # what TaskModel knows; to add one, see Task in prepare_data.py
 
 @dataclass
 class Config:
@@ -64,7 +64,7 @@ class Config:
     computation must be a field here, so that an export can refuse what transformers cannot express.
     """
     arch: str = flag('gpt', 'kind of model', ('gpt', 'bert', 'encdec', 'lstm'))
-    task: str = flag('', 'task of the head on top; the data says which', ('', *TASKS))
+    task: str = flag('', f"task of the head: {', '.join(TASKS)} or yours; the data says which")
     n_labels: int = flag(0, 'labels of the task, L; the data says how many')
     # sizes: small enough by default to train in minutes on a laptop
     vocab_size: int = flag(50257, 'number of different tokens, V; the data says', low=1)
@@ -443,8 +443,7 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, D, config.qk_norm)
         self.k_norm = make_norm(config, D, config.qk_norm)
         self.drop, self.layer = Dropout(config.dropout), layer
-        self.scale = None if config.scale_attention else 1.0
-        self.head_size = D
+        self.config = config
         self.recorded = None  # set to a list, it collects the weights (B, H, T, S) of each call
 
     def project(self, x, source):
@@ -452,7 +451,7 @@ class Attention(nn.Module):
         return self.q(x), self.k(source), self.v(source)
 
     def split_heads(self, t):
-        return t.unflatten(-1, (-1, self.head_size)).transpose(1, 2)       # (B, H, T, D)
+        return t.unflatten(-1, (-1, self.config.head_size)).transpose(1, 2)  # (B, H, T, D)
 
     def forward(self, x, memory=None, newest=0, rotary=None, cache=None, **scoring):
         """
@@ -473,7 +472,7 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)[..., -newest:, :]    # newest=0: all
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
-        scoring['scale'] = self.scale
+        scoring['scale'] = None if self.config.scale_attention else 1.0
         if self.recorded is not None:
             self.recorded.append(attention_weights(q, k, **scoring))
         y = attention(q, k, v, self.drop, **scoring).to(dtype)             # (B, H, T, D)

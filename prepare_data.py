@@ -796,14 +796,15 @@ def tag_names(labels):
 
 class Task(NamedTuple):
     """
-    One kind of labelled data. To add one, put its name into TASKS of model.py, if it needs a head,
-    and a row into DECODERS and SCORES of sample.py. There BEST_SCORES (with LOWER_IS_BETTER) names
-    the scores that choose best.pt; examples_of reads what a user writes, if more than a text.
+    One kind of labelled data. To add one, put a row into DECODERS and SCORES of sample.py, too.
+    There BEST_SCORES (with LOWER_IS_BETTER) names the scores that choose best.pt, and examples_of
+    reads what a user writes, if more than a text. TaskModel reads a text as for classify.
     """
     read: Callable                          # path -> rows
     examples: Callable                      # (tokenizer, row, labels, block_size) -> examples
     labels_of: Callable = lambda row: []    # row -> its labels
     label_names: Callable = sorted          # the labels of all rows -> a list to choose from
+    has_head: bool = True                   # False: the model writes text
 
 TASKS = {
     'classify': Task(lambda path: read_columns(path, 'label', 'text', 'text_b'),
@@ -811,7 +812,8 @@ TASKS = {
     'tag': Task(read_tagged, tag_examples, lambda row: row['tags'], tag_names),
     'qa': Task(read_questions, qa_examples,
                lambda row: [] if row['answers'] else ['no answer']),
-    'seq2seq': Task(lambda path: read_columns(path, 'source', 'target'), seq2seq_examples),
+    'seq2seq': Task(lambda path: read_columns(path, 'source', 'target'), seq2seq_examples,
+                    has_head=False),
 }
 
 def split_rows(rows, val_fraction):

@@ -45,8 +45,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import prepare_data
 import sample
-from model import (IGNORE_INDEX, PRESETS, TASKS, Config, TaskModel, build,
-                   num_parameters, optimizer_groups, reading, require, resize, save, write_file)
+from model import (IGNORE_INDEX, PRESETS, Config, TaskModel, build, num_parameters,
+                   optimizer_groups, reading, require, resize, save, write_file)
 from prepare_data import (STOPS, add_special_tokens, check_flags, flag, load_tokenizer, pick,
                           progress, read_flags, run, shell_word, to_stderr, write_config)
 
@@ -190,11 +190,12 @@ class Objective:
     by_rows: bool = True  # takes labelled data row by row, not as one text
     shortest: int = 1    # block_size that has room for an example
 
+HEADS = [name for name, task in prepare_data.TASKS.items() if task.has_head]
 OBJECTIVES = {  # the first row that fits is the default: put yours last
     'causal_lm': Objective(causal_lm, ('gpt', 'lstm'), by_rows=False),
     'masked_lm': Objective(masked_lm, ('bert',), shortest=5),
     'span_corruption': Objective(span_corruption, ('encdec',), by_rows=False, shortest=4),
-    'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), TASKS),
+    'supervised': Objective(supervised, ('gpt', 'bert', 'lstm'), HEADS),
     'text_to_text': Objective(supervised, ('encdec',), ('seq2seq',)),
     'completion': Objective(completion, ('gpt', 'lstm'), ('seq2seq',)),
 }
@@ -1036,7 +1037,7 @@ def adapt_model(model, checkpoint, path, data, runtime):
         runtime.print0(f"{path}: {added} rows added to its vocabulary, for special tokens")
         model = resize(model, path, vocab_size=data.vocab_size)
     trunk = getattr(model, 'trunk', model)
-    if data.task not in TASKS:
+    if data.task not in HEADS:
         return trunk
     if (model.config.task, checkpoint.get('labels')) != (data.task, data.labels):
         runtime.print0(f"new: a head for {data.task}, of {len(data.labels)} labels: "
@@ -1119,7 +1120,7 @@ def check(given, s, config, data, val, checkpoint, path, resume):
     require(not resume or ('optimizer' in checkpoint and checkpoint['data'] == data.fingerprint),
             f"{path} has no optimizer, or learned from other data than {folder} has now: start a "
             f"new run with --init_from {path}")
-    head = data.task if data.task in TASKS else ''
+    head = data.task if data.task in HEADS else ''
     require(not s.eval_only or (config.task, old_labels) == (head, data.labels),
             f"{folder} is for {data.task or 'text'} with the labels {data.labels[:10]}, {path} for "
             f"{config.task or 'text'} with {old_labels[:10]}")

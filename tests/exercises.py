@@ -70,7 +70,6 @@ def masked_lm('''),
         mask ='''),
     ]),
     'several labels': ('--dataset rows --preset gpt2', [
-        ('model.py', "TASKS = ('classify',", "TASKS = ('topics', 'classify',"),
         ('model.py', "        if task == 'qa':\n            logits =", '''
         if task == 'topics':  # no or yes, for each label
             logits = torch.stack([-logits, logits], dim=-1)                # (B, L, 2)
