@@ -1210,6 +1210,8 @@ def config_to(kind, config):
                                'window': int(config.window.split()[0])}
     theirs = {'model_type': kind, 'architectures': classes[:1]}
     theirs |= {name: values[ours] for name, ours in family.fields.items()}
+    if config.n_labels:
+        theirs['num_labels'] = config.n_labels
     if 'rope_theta' in theirs:
         rope_type, *numbers = config.rope_scaling.split() or ['default']
         theirs['rope_scaling'] = dict(zip(ROPE, [rope_type, *map(json.loads, numbers)]))

@@ -66,8 +66,6 @@ import numpy as np
 import regex
 import tiktoken
 
-gc.freeze()  # if train.py has imported torch, looking for garbage in it takes 0.4 s a run
-
 # -----------------------------------------------------------------------------
 # Small helpers
 
@@ -1315,9 +1313,10 @@ def check_flags(settings):
             continue
         value = f.type(value)
         setattr(settings, f.name, value)
-        given, choices = f"--{f.name} {value}", ', '.join(filter(None, rules['choices']))
+        given, choices = f"--{f.name} {value}", rules['choices']
         require(value != '' or f.default == '', f"{given}is empty: give a value, or leave it out")
-        require(not choices or value in rules['choices'], f"{given}: choose one of {choices}")
+        require(not choices or not value or value in choices,
+                f"{given}: choose one of {', '.join(choices)}")
         require(not isinstance(value, float) or math.isfinite(value), f"{given}: must be finite")
         limits = LIMITS.get(f.type, {}) | rules
         for bound, (words, holds) in BOUNDS.items():
@@ -1358,7 +1357,7 @@ def read_flags(argv, description, groups):
         for f in dataclasses.fields(cls):
             kind, about = f.type, f.metadata['help']
             if f.metadata['choices']:
-                about += ': ' + ' | '.join(filter(None, f.metadata['choices']))
+                about += ': ' + ' | '.join(f.metadata['choices'])
             if f.default not in (None, '', dataclasses.MISSING):
                 about += f' [{f.default}]'
             kinds[f'--{f.name}'] = kind
@@ -1412,6 +1411,7 @@ STOPS = [stop for stop in signal.Signals if stop.name in ('SIGINT', 'SIGTERM', '
 
 def run(main):
     """Call main(argv). An error that the user can fix is one line, exit status 2, no traceback."""
+    gc.freeze()  # looking for garbage in what was imported, such as torch, takes 0.4 s a run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # neither closed nor a notebook's
             stream.reconfigure(encoding='utf-8', errors='replace')  # Windows has other defaults
@@ -1455,11 +1455,11 @@ BPE_SAMPLE = 5_000_000  # bpe learns from at most so many characters, in pieces 
 @dataclasses.dataclass
 class Settings:
     """The flags of this script."""
-    dataset: str = flag('', 'built in; py*, recall and numbers need no network', ('', *DATASETS))
+    dataset: str = flag('', 'built in; py*, recall and numbers need no network', DATASETS)
     input: list = flag([], 'files, folders: UTF-8 text, .jsonl with a "text" a row, rows of a task')
     val: list = flag([], 'files to validate on, instead of a share of --input')
     task: str = flag('', 'what the data is for: lm to pre-train, the others to fine-tune '
-                         '[lm, or that of the data set]', ('', 'lm', *TASKS))
+                         '[lm, or that of the data set]', ('lm', *TASKS))
     tokenizer: str = flag('bpe', 'char | byte | bpe | gpt2 | a data, out or Hugging Face folder '
                                  'whose tokenizer is to be used')
     vocab_size: int = flag(4096, 'of bpe: all tokens, special ones included', low=1)

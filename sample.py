@@ -78,13 +78,14 @@ def collate(examples, pad_id, device='cpu'):
 @contextlib.contextmanager
 def evaluating(model):
     """No dropout and no gradients inside the `with` block; afterwards both are as they were."""
-    was_training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for m, training in modes:
+            m.training = training
 
 def device_of(model):
     return next(model.parameters()).device

@@ -489,7 +489,7 @@ class Settings:
     config: str = flag('', 'TOML file of flags; a flag on the command line counts more')
     eval_only: bool = flag(False, 'print the scores of the whole validation split, write nothing')
     dry_run: bool = flag(False, 'print what the run would cost, and end')
-    objective: str = flag('', 'what is learned [what suits the preset and data]', ('', *OBJECTIVES))
+    objective: str = flag('', 'what is learned [what suits the preset and data]', OBJECTIVES)
     best_by: str = flag('', 'score of the task that chooses best.pt [accuracy, F1, else the loss]')
     # how much
     batch_size: int = flag(16, 'examples in a micro-batch', low=1)
@@ -1144,7 +1144,8 @@ def check(given, s, config, data, val, checkpoint, path, resume):
 
 def start(given):
     """
-    Flags -> (model, settings, train data, val data, checkpoint of a run that goes on, runtime).
+    Flags (read_flags adds those of a --config) -> (model, settings, train data, val data,
+    checkpoint of a run that goes on, runtime).
     Settings override each other in this order, the last wins: defaults, recipe, checkpoint, flags.
     A checkpoint that is resumed or scored gives all of its settings, others only preset and data
     set. So s is made three times, of more each time: flags; checkpoint; recipe and objective.

@@ -221,6 +221,7 @@ def test_every_head_of_bert_answers_as_in_transformers(name, place):
         again, info = type(theirs).from_pretrained(back, output_loading_info=True)
         close(*answers(again, load(back)[0]), 1e-4)
         assert not any(info.values()) and load(back)[1]['labels'] == labels, info
+        export_huggingface(model, place() / 'x')  # without the names of its labels
 
 EMBEDDINGS = {'gpt2': 'transformer.wte.weight', 'bert': 'bert.embeddings.word_embeddings.weight',
               't5': 'shared.weight', 'llama': 'model.embed_tokens.weight'}

@@ -468,9 +468,10 @@ def test_an_answer_depends_neither_on_padding_nor_on_neighbours(task, preset, le
     """Answers come in the order of the examples; losses are sums over targets. b1 b2 b3"""
     model = tiny(preset, 30, 12, task=task, n_labels=len(TASKS[task]), dropout=0.5)
     examples = random_examples(task, lengths, np.random.default_rng(seed))
-    model.train()
+    model.train().trunk.eval()
     found, totals = predict(model, examples, 29, lambda e, logits: (e, logits), batch_size=size)
-    assert model.training, 'the mode was not restored'
+    assert (model.training, model.head.training) == (True, True) and not any(
+        m.training for m in model.trunk.modules()), 'the modes were not restored'
     nats, n, right = 0.0, 0, 0
     model.eval()
     for made, (same, logits) in zip(examples, found, strict=True):

@@ -78,6 +78,13 @@ def within(count, n, p):
     """Whether a count is within 5 standard deviations of a binomial distribution."""
     assert abs(count - n * p) <= 5 * math.sqrt(n * p * (1 - p)), f'{count} of {n}, expected {p}'
 
+def test_a_row_added_to_a_table_is_a_choice(monkeypatch):
+    """Of your own objective, from Python, too."""
+    monkeypatch.setitem(OBJECTIVES, 'mine', OBJECTIVES['causal_lm'])
+    assert Settings(objective='mine').objective == 'mine' and Settings().objective == ''
+    with pytest.raises(ValueError, match=r'causal_lm, masked_lm.* mine'):
+        Settings(objective='yours')
+
 # -----------------------------------------------------------------------------
 # Windows
 
