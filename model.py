@@ -1236,16 +1236,18 @@ def hf_layout(name, t):
 
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
-    paths, tensors = [Path(folder, 'model.safetensors')], {}
-    index = Path(folder, 'model.safetensors.index.json')
-    if index.exists() and not paths[0].exists():  # there may be other files, of an earlier save
+    path, tensors = Path(folder, 'model.safetensors'), {}
+    index, older = Path(folder, f'{path.name}.index.json'), Path(folder, 'pytorch_model.bin')
+    paths = [path] if path.exists() or not older.exists() else [older]
+    if index.exists() and not path.exists():  # there may be other files, of an earlier save
         with reading(index, "fetch it again"):
             names = json.loads(index.read_bytes())['weight_map'].values()
             paths = [Path(folder, name) for name in {*names}]
     for path in paths:
         require(path.exists(), f"there is no {path}: fetch it, or if there is only a "
                 "pytorch_model.bin, save that as safetensors, by save_pretrained of transformers")
-        with reading(path, "fetch it again, and pip install safetensors"), open(path, 'rb'):
+        with reading(path, "fetch it again, or save it as safetensors, by save_pretrained of "
+                     "transformers, and pip install safetensors"), open(path, 'rb'):
             from safetensors.torch import load_file
             for name, t in load_file(path).items():
                 name = name.removeprefix(family.prefix).replace('.gamma', '.weight')

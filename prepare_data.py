@@ -617,7 +617,8 @@ def read_text(path, size=None):
 def read_lines(path):
     """(number, line) of every line of a text file, counted from 1."""
     for n, line in enumerate(read_text(path), 1):
-        yield n, line.removesuffix('\n').lstrip('\ufeff')  # byte order marks of joined files
+        # without the byte order marks of joined files (alone, U+FEFF may be a token)
+        yield n, re.sub('^\ufeff+(?![\ufeff \t])', '', line.removesuffix('\n'))
 
 def is_json_lines(path):
     """
@@ -772,7 +773,7 @@ def read_questions(path):
                         if start < 0 or not (context.startswith(answer, start) and answer.strip()):
                             wrong.append(f"{answer[:40]!r} of {where}")
     except Exception as e:
-        raise ValueError(f"{where}: not as in SQuAD's JSON ({e!r}): an object, data > paragraphs > "
+        raise ValueError(f"{where}: not as in SQuAD's JSON ({e}): an object, data > paragraphs > "
                          "context and qas, each with a list of answers, maybe empty") from None
     if wrong:
         raise ValueError(f"{len(wrong)} answers are not at their answer_start, first {wrong[0]}: "

@@ -635,7 +635,7 @@ def text_scores(nats, predictions, text_bytes):
 def masked_accuracy(model, tokenizer, ids):
     """The share of ids (n,) that BERT guesses, each hidden alone; at most 1024, evenly spaced."""
     room, examples = model.config.block_size - 2, []
-    for i in range(0, len(ids), 1 + len(ids) // 1024):
+    for i in np.linspace(0, len(ids) - 1, min(1024, len(ids)), dtype=int):
         shown, segments = add_special_tokens(tokenizer, ids[i // room * room:][:room].tolist())
         place, targets = i % room + 1, [IGNORE_INDEX] * len(shown)
         targets[place], shown[place] = shown[place], tokenizer.id('[MASK]')
@@ -1108,7 +1108,8 @@ def print_answers(model, tokenizer, prompt, kind, labels, settings, block_size):
             raise ValueError(f"line {n}: {e}") from None
     # A thousand at a time: whatever ends the program, the answers before are printed.
     answers = (answer for i in range(0, len(rows), 1000) for answer in answer_rows(
-        model, tokenizer, rows[i:i + 1000], kind, labels, settings)[0])
+        model, tokenizer, rows[i:i + 1000], kind, labels,
+        replace(settings, seed=settings.seed + i))[0])                     # not the draws of before
     for line in lines:
         if not line:
             print()

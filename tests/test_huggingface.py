@@ -370,6 +370,10 @@ def test_files_that_are_not_there_are_named(whole, place, monkeypatch):
     refuses(folder, 'there is no', 'model.safetensors')
     put(folder, 'pytorch_model.bin', '')
     refuses(folder, 'pytorch_model.bin', 'safetensors')
+    (folder / 'model.safetensors.index.json').unlink()
+    refuses(folder, 'pytorch_model.bin', 'safetensors')
+    put(folder, 'pytorch_model.bin', pointer)
+    refuses(folder, 'pytorch_model.bin is a git-LFS')
     (folder / 'tokenizer.json').rename(folder / 'tokenizer.model')
     refuses(folder, 'tokenizer.json', opens=prepare_data.load_tokenizer)
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, allow_patterns: {

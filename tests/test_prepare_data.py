@@ -593,6 +593,8 @@ def test_tagged_files_of_all_kinds_are_read(tmp_path, capsys):
     assert prepare_data.tag_names({'B-x', 'O', 'I-a'}) == ['O', 'B-a', 'I-a', 'B-x', 'I-x']
     assert rows_of('tag', write(tmp_path / 'c', 'EU \tO\n')) == [{'tokens': ['EU'], 'tags': ['O']}]
     assert 'b.conll: each of 12 texts has one token' in capsys.readouterr().err
+    rows = rows_of('tag', write(tmp_path / 'd', 'a\tO\n\ufeff\tO\n\ufeffb\tO\n\ufeff\nc O\n'))
+    assert [row['tokens'] for row in rows] == [['a', '\ufeff', 'b'], ['c']]
 
 ANSWER = '"id": "q1", "question": "谁", "answers": [{"answer_start": 1, "text": "月"}]'
 QUESTION = ('{"data": [{"paragraphs": [\n{"context": "明月", "qas": [\n{' + ANSWER + '}]},\n'

@@ -888,6 +888,9 @@ def test_a_seed_fixes_the_text_and_the_first_sample_does_not_depend_on_the_other
     assert text('--seed', 0) == text('--seed', 0) != text('--seed', 2)
     assert text('--seed', 1, '--num_samples', 3).startswith(text('--seed', 1) + '---\n')
     assert len({text('--temperature', 5) for _ in range(3)}) == 3 and len(text('--seed', 1)) > 5
+    flags = ['--seed', 1, '--temperature', 2, '--max_new_tokens', 9]  # equal lines have own draws
+    lines = ask('seq2seq', '--start', '人之\n' * 1002, *flags).out.splitlines()
+    assert len({lines[0], lines[1], lines[1000], lines[1001]}) == 4
 
 @pytest.mark.parametrize('kind', ['text', 'seq2seq', 'seq2seq-gpt'])
 def test_a_text_is_cut_before_a_stop(ask, kind):
@@ -1070,8 +1073,14 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
     assert found == [{'masked_accuracy': pytest.approx(np.mean(right))}]
     assert 0.1 < np.mean(right) < 0.9, 'the test would not notice'
     model.output.bias.data[0] += 999                       # it says a; of 2,000 half is right
+    places = set()  # all of a window, also where a text has 1,024 windows
+    model.register_forward_pre_hook(with_kwargs=True, hook=lambda model, _, inputs: places.update(
+        (inputs['ids'] == mask).nonzero()[:, 1].tolist()))
     found = sample.masked_accuracy(model, tokenizer, np.arange(2000) // 1000)
     assert found == {'masked_accuracy': 0.5}
+    places.clear()
+    sample.masked_accuracy(model, tokenizer, np.arange(room * 1024 - 500) % 2)
+    assert places == {*range(1, room + 1)}
 
 QUESTIONS = {'data': [{'paragraphs': [{
     'context': '北京的小狗 😀 won the race.', 'qas': [{'id': '2', 'question': '?', 'answers': []},
