@@ -546,7 +546,7 @@ RECIPES = {
                           batch_size=12, gradient_accumulation_steps=40, eval_interval=2000,
                           eval_iters=200),
         'nano': dict(MUON, max_iters=132, batch_size=24, eval_interval=66, eval_iters=5,
-                     warmup_iters=0, learning_rate=3e-2, muon_learning_rate=0.09, weight_decay=0.0,
+                     warmup_iters=0, learning_rate=3e-2, muon_learning_rate=0.09, weight_decay=0.03,
                      beta1=0.7, beta2=0.95, muon_momentum=0.75, grad_clip=0.0),
         # one token in seven has a target, so many steps; and a rate that post-norm survives
         'bert': dict(MUON, max_iters=2500, batch_size=64, learning_rate=6e-3,
