@@ -641,7 +641,10 @@ class Stack(nn.Module):
         return self.norm(x)
 
     def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
-        """Which keys are seen, as arguments of Attention.forward. real: Stack's attention_mask."""
+        """
+    Which keys are seen, as arguments of Attention.forward. real: Stack's attention_mask. For a bias
+    of your own, `relative` must be true.
+    """
         T, S = positions.size(0), key_positions.size(0)
         relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. A single new token needs no mask: it sees the newest
@@ -694,7 +697,7 @@ def init_weights(model):
     normal   0.02 everywhere (BERT; LLaMA as in Hugging Face's code)
     fan_in   1 / sqrt(columns); token embeddings 1 if not scale_embedding: section 5 of [5]
     zero     fan_in, but 0 where a layer writes to the stream or (untied) the logits: at first,
-             blocks add nothing
+             blocks add nothing (a factor of your own there must not be 0, too: nothing would learn)
     """
     config = model.config
     for name, p in model.named_parameters():
@@ -873,6 +876,8 @@ class TaskModel(nn.Module):
                the only one that saw all of it
     tag        one label for every token
     qa         two places in a text: where does the answer begin, where does it end?
+
+    If you read or answer otherwise, call it a task of your own: an export of these would be wrong.
     """
 
     def __init__(self, config, trunk):

@@ -597,7 +597,7 @@ def rouge(guess, right):
     return [f1(*count_ngrams(guess, right, 1)), f1(*count_ngrams(guess, right, 2)),
             f1(row[-1], len(guess), len(right))]
 
-# The scores of text to text, and with how many digits each is printed
+# The scores of text to text (see LOWER_IS_BETTER), and with how many digits each is printed
 TARGET_SCORES = {'bleu': 2, 'rouge1': 4, 'rouge2': 4, 'rougeL': 4, 'exact_match': 4}
 
 def target_scores(answers, golds):

@@ -1054,7 +1054,7 @@ def sort_head(model, checkpoint, data):
     labels = checkpoint.get('labels', [])
     if data.task == 'qa':
         checkpoint['labels'] = data.labels
-    elif labels and sorted(labels) == sorted(data.labels):
+    elif labels != data.labels and sorted(labels) == sorted(data.labels):
         for p in model.head.parameters():
             p.data = p.data[[labels.index(label) for label in data.labels]]
         checkpoint['labels'] = data.labels
