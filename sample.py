@@ -626,11 +626,14 @@ def task_scores(model, tokenizer, examples, task, labels, settings=None):
         scores = {'loss': nats / max(1, n)} | scores
     return scores
 
-def text_scores(nats, predictions, text_bytes):
-    """Loss (nats per token), perplexity = exp(loss), bits per byte to compare across tokenizers."""
+def text_scores(nats, predictions, counts):
+    """
+    Loss (nats per token), perplexity = exp(loss), bits per byte to compare across tokenizers.
+    counts: those of the text, as in meta.json.
+    """
     loss = nats / predictions
     return {'loss': loss, 'perplexity': math.exp(min(loss, 700)),
-            'bits_per_byte': nats / math.log(2) / text_bytes}
+            'bits_per_byte': nats / math.log(2) / counts['bytes']}
 
 def masked_accuracy(model, tokenizer, ids):
     """The share of ids (n,) that BERT guesses, each hidden alone; at most 1024, evenly spaced."""
@@ -662,7 +665,7 @@ def score_text(model, tokenizer, path, kind):
     windows = [{'ids': inputs[i:i + T], 'targets': targets[i:i + T]}
                for i in range(0, len(inputs), T)]
     nats, n, _ = predict(model, windows, tokenizer.pad_id)[1]['targets']
-    return text_scores(nats, n, counts['bytes'])
+    return text_scores(nats, n, counts)
 
 def score_rows(model, tokenizer, path, task, labels, settings, block_size, ours=False):
     """Scores on rows, read as prepare_data.py reads them. ours: train.py made the model."""

@@ -675,7 +675,7 @@ def evaluate(model, data, s, runtime, limit=None):
             nats, count, right = runtime.sum(totals.get(kind, np.zeros(3)))
             # a whole text
             if kind == 'targets' and 'rows' not in data.counts and count == len(data.tokens) - 1:
-                scores |= sample.text_scores(nats, count, data.counts['bytes'])
+                scores |= sample.text_scores(nats, count, data.counts)
             elif count:
                 scores['loss'] += nats / count
                 scores.setdefault(kind.replace('targets', 'accuracy'), right / count)

@@ -81,7 +81,7 @@ def count_ngrams(order, data, val):
     model = KneserNey(data.tokens.tolist(), order, data.vocab_size)
     seconds, ids = time.perf_counter() - began, val.tokens.tolist()
     model.check(ids)
-    scores = sample.text_scores(model.nats(ids), len(ids) - 1, val.counts['bytes'])
+    scores = sample.text_scores(model.nats(ids), len(ids) - 1, val.counts)
     size = sum(len(counts) for counts, *_ in model.levels)
     return [f'{order}-gram', f'{size:,} counts', '', seconds, *shown(scores.values())]
 
