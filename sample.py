@@ -84,8 +84,8 @@ def evaluating(model):
         with torch.no_grad():
             yield
     finally:
-        for m, training in modes:
-            m.training = training
+        for model, was_training in modes:  # a module comes before those in it
+            model.train(was_training)
 
 def device_of(model):
     return next(model.parameters()).device
