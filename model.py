@@ -642,9 +642,9 @@ class Stack(nn.Module):
 
     def mask_arguments(self, positions, key_positions, window, real, fixed, **others):
         """
-    Which keys are seen, as arguments of Attention.forward. real: Stack's attention_mask. For a bias
-    of your own, `relative` must be true.
-    """
+        Which keys are seen, as arguments of Attention.forward. real: Stack's attention_mask. For a
+        bias of your own, `relative` must be true.
+        """
         T, S = positions.size(0), key_positions.size(0)
         relative = self.config.positions == 'relative'
         # Kernels are faster without a mask. A single new token needs no mask: it sees the newest
@@ -1241,12 +1241,13 @@ def hf_layout(name, t):
 
 def read_tensors(folder, family):
     """{name without prefix: tensor} of a folder. GPT-2's c_attn is split into q, k and v."""
-    path, tensors = Path(folder, 'model.safetensors'), {}
-    index, older = Path(folder, f'{path.name}.index.json'), Path(folder, 'pytorch_model.bin')
-    paths = [path] if path.exists() or not older.exists() else [older]
-    if index.exists() and not path.exists():  # there may be other files, of an earlier save
-        with reading(index, "fetch it again"):
-            names = json.loads(index.read_bytes())['weight_map'].values()
+    names = 'model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin'
+    files, tensors = [Path(folder, name) for name in names], {}
+    first = next(filter(Path.exists, files), files[0])  # the others may be of an earlier save
+    paths = [first]
+    if first.suffix == '.json':
+        with reading(first, "fetch it again"):
+            names = json.loads(first.read_bytes())['weight_map'].values()
             paths = [Path(folder, name) for name in {*names}]
     for path in paths:
         require(path.exists(), f"there is no {path}: fetch it, or if there is only a "

@@ -636,9 +636,13 @@ def text_scores(nats, predictions, counts):
             'bits_per_byte': nats / math.log(2) / counts['bytes']}
 
 def masked_accuracy(model, tokenizer, ids):
-    """The share of ids (n,) that BERT guesses, each hidden alone; at most 1024, evenly spaced."""
-    room, examples = model.config.block_size - 2, []
-    for i in np.linspace(0, len(ids) - 1, min(1024, len(ids)), dtype=int):
+    """
+    The share of ids (n,) that BERT guesses, each hidden alone; at most 1024, one drawn in each of
+    so many equal parts of the text: a fixed step might meet the same place in all windows.
+    """
+    room, examples, k = model.config.block_size - 2, [], min(1024, len(ids))
+    draws = np.random.default_rng(0).random(k)
+    for i in ((np.arange(k) + draws) * len(ids) / k).astype(int):
         shown, segments = add_special_tokens(tokenizer, ids[i // room * room:][:room].tolist())
         place, targets = i % room + 1, [IGNORE_INDEX] * len(shown)
         targets[place], shown[place] = shown[place], tokenizer.id('[MASK]')

@@ -190,6 +190,7 @@ class Objective:
     by_rows: bool = True  # takes labelled data row by row, not as one text
     shortest: int = 1    # block_size that has room for an example
 
+# tasks for which the model gets a head
 HEADS = [name for name, task in prepare_data.TASKS.items() if task.has_head]
 OBJECTIVES = {  # the first row that fits is the default: put yours last
     'causal_lm': Objective(causal_lm, ('gpt', 'lstm'), by_rows=False),

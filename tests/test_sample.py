@@ -1078,9 +1078,10 @@ def test_bert_is_scored_by_its_masked_accuracy(ask, tmp_path):
         (inputs['ids'] == mask).nonzero()[:, 1].tolist()))
     found = sample.masked_accuracy(model, tokenizer, np.arange(2000) // 1000)
     assert found == {'masked_accuracy': 0.5}
-    places.clear()
-    sample.masked_accuracy(model, tokenizer, np.arange(room * 1024 - 500) % 2)
-    assert places == {*range(1, room + 1)}
+    for n in (room * 1024 - 500, room * 1023 + 1):
+        places.clear()
+        sample.masked_accuracy(model, tokenizer, np.arange(n) % 2)
+        assert places == {*range(1, room + 1)}
 
 QUESTIONS = {'data': [{'paragraphs': [{
     'context': '北京的小狗 😀 won the race.', 'qas': [{'id': '2', 'question': '?', 'answers': []},
