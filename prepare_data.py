@@ -1451,7 +1451,7 @@ def run(main):
 # -----------------------------------------------------------------------------
 # The script
 
-BPE_SAMPLE = 5_000_000  # bpe learns from at most so many characters, in pieces all over a text
+BPE_SAMPLE = 5_000_000  # bpe learns from about so many characters, in pieces all over a text
 
 @dataclasses.dataclass
 class Settings:
@@ -1520,7 +1520,8 @@ def prepare_text(settings, task, folder, files, val_files):
     if not val_files:
         cut = int(size * (1 - settings.val_fraction))  # train: the text before it, val: after
     texts = filter(None, part(read_pieces(files), 0, cut))
-    texts = itertools.islice(texts, 0, None, 1 + cut // BPE_SAMPLE)
+    # a share of the pieces, at no fixed distance, since a text may have a rhythm of its own
+    texts = (text for i, text in enumerate(texts) if i * 0.6180339887 % 1 * cut < BPE_SAMPLE)
     tokenizer = choose_tokenizer(settings, characters, texts)
     dtype = 'uint16' if tokenizer.n_vocab <= 2 ** 16 else 'uint32'
     counts = {}

@@ -370,9 +370,9 @@ def write_targets(model, tokenizer, examples, settings):
         seeds = [row // repeat + (row % repeat << 32) for row in rows]     # source + sample * 2^32
         for row, texts in zip(rows, write_batch(model, tokenizer, prompts, batch, seeds, settings)):
             results[row // repeat] += texts
-            cut += sum(len(prompts[0]) + len(text.ids) >= size for text in texts)
+            cut += sum(len(text.ids) >= min(200, size - len(prompts[0])) for text in texts)
     if cut and not settings.max_new_tokens:
-        to_stderr(f"{cut} texts fill block_size={size}: they may be cut")
+        to_stderr(f"{cut} texts fill block_size={size} or 200 tokens: they may be cut")
     return results
 
 # -----------------------------------------------------------------------------

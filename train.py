@@ -501,7 +501,8 @@ class Settings:
     log_interval: int = flag(20, 'steps between lines of the log', low=1)
     sample_tokens: int = flag(60, 'tokens of the sample at each evaluation; 0: none')
     patience: int = flag(0, 'stop after so many evaluations without a better one; 0: never')
-    target_loss: float = flag(0.0, 'stop when the validation split has this loss; 0: never')
+    target_loss: float = flag(0.0, 'stop when the validation split has this loss, for which each '
+                              'evaluation takes all of it; 0: never')
     # how
     optimizer: str = flag('adamw', 'muon: Muon for matrices, AdamW for the rest', OPTIMIZERS)
     learning_rate: float = flag(2e-3, 'of AdamW, at its peak', above=0, high=1e6)
@@ -757,14 +758,12 @@ class Trainer:
         s, at, runtime, reason = self.s, self.at, self.runtime, ''
         limit = s.eval_iters * s.batch_size
         train_loss = evaluate(self.model, self.data, s, runtime, limit)['loss']
-        scores = evaluate(self.model, self.val, s, runtime, limit)
+        scores = evaluate(self.model, self.val, s, runtime, None if s.target_loss else limit)
         runtime.print0(f"step {at.step}: train loss {train_loss:.4f}, val "
                        f"{sample.format_scores(scores)}")
-        if s.target_loss and scores['loss'] <= s.target_loss:  # of some examples: now of all
-            scores = evaluate(self.model, self.val, s, runtime)
-            if scores['loss'] <= s.target_loss:
-                reason = (f"target loss {s.target_loss} reached after {at.seconds:.1f} seconds, at "
-                          f"step {at.step}: {sample.format_scores(scores)} over the whole split")
+        if s.target_loss and scores['loss'] <= s.target_loss:
+            reason = (f"target loss {s.target_loss} reached after {at.seconds:.1f} seconds, at "
+                      f"step {at.step}: {sample.format_scores(scores)} over the whole split")
         loss = float(scores['loss'])
         found = (self.sign * float(scores[self.best_by]), -loss)           # ties: the lower loss
         at.evals_since_best += 1

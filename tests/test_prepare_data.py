@@ -561,6 +561,11 @@ def test_bpe_learns_from_all_over_a_large_text(tmp_path, monkeypatch):
     prepare(Settings(input=[str(tmp_path / 'a.jsonl')], out_dir=str(tmp_path / 'out')))
     ranks = prepare_data.load_tokenizer(tmp_path / 'out').ranks
     assert {b'aaaa', b'zzzz'} <= ranks.keys()
+    monkeypatch.setattr(prepare_data, 'BPE_SAMPLE', 400)  # of 900: every second row of a language
+    write(tmp_path / 'a.jsonl', '{"text": "aaaa"}\n{"text": "zzzz"}\n' * 90)
+    prepare(Settings(input=[str(tmp_path / 'a.jsonl')], out_dir=str(tmp_path / 'out')))
+    ranks = prepare_data.load_tokenizer(tmp_path / 'out').ranks
+    assert {b'aaaa', b'zzzz'} <= ranks.keys()
 
 def test_labels_may_have_a_second_text_and_be_numbers(tmp_path, capsys):
     """label<TAB>text[<TAB>text]; in JSON lines a number is taken as its text (U6)."""

@@ -904,6 +904,17 @@ def test_a_text_is_cut_before_a_stop(ask, kind):
     said = ask(kind, '--start', 'ab' * 9, '--temperature', 0).err  # it writes until it is full
     assert said.startswith('1 texts fill block_size=40') == (kind != 'text'), said
 
+@pytest.mark.parametrize('cut', [True, False])
+def test_a_target_of_the_default_length_is_said_to_be_cut(capsys, cut):
+    """That is 200 tokens, of a model that would write more."""
+    tokenizer = byte_tokenizer()
+    model = tiny('t5', tokenizer.n_vocab, 300, seed=2)
+    model.output.bias = torch.nn.Parameter(torch.zeros(tokenizer.n_vocab))
+    model.output.bias.data[tokenizer.end_id] = -999 if cut else 999
+    [[text]] = sample.write_targets(model, tokenizer, [{'ids': [97, tokenizer.end_id]}], Settings())
+    assert len(text.ids) == 200 * cut
+    assert ('1 texts fill' in capsys.readouterr().err) == cut
+
 @pytest.mark.parametrize('kind', ['text', 'bytes', 'seq2seq', 'seq2seq-gpt'])
 def test_beams_give_the_likeliest_texts_best_first(ask, kind):
     """--num_samples of them, with scores in JSON; without it, the best one comes first."""
