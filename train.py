@@ -758,7 +758,9 @@ class Trainer:
         s, at, runtime, reason = self.s, self.at, self.runtime, ''
         limit = s.eval_iters * s.batch_size
         train_loss = evaluate(self.model, self.data, s, runtime, limit)['loss']
-        scores = evaluate(self.model, self.val, s, runtime, None if s.target_loss else limit)
+        if s.target_loss:
+            limit = math.inf  # all of it, but text to text is not written, as without a limit
+        scores = evaluate(self.model, self.val, s, runtime, limit)
         runtime.print0(f"step {at.step}: train loss {train_loss:.4f}, val "
                        f"{sample.format_scores(scores)}")
         if s.target_loss and scores['loss'] <= s.target_loss:
