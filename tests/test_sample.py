@@ -1309,6 +1309,7 @@ def test_the_command_itself_writes_utf8_and_ends_with_status_2(checkpoints, tmp_
     assert '--top_p 1.5' in refused('sample.py', '--top_p', 1.5, cwd=tmp_path)
     out = command('sample.py', '--help', cwd=tmp_path).stdout
     assert {f.name for f in dataclasses.fields(Settings)} <= {*re.findall(r'--(\w+)', out)}
-    words = f'{sys.executable} {ROOT}/sample.py --init_from {checkpoints}/bytes.pt | true'
-    found = subprocess.run(['bash', '-c', f'{words}; exit ${{PIPESTATUS[0]}}'], capture_output=True)
+    words = [sys.executable, ROOT / 'sample.py', '--init_from', checkpoints / 'bytes.pt']
+    found = subprocess.run(['bash', '-c', '"$@" | true; exit ${PIPESTATUS[0]}', 'bash', *words],
+                           capture_output=True)
     assert found.returncode == 0 and b'Error' not in found.stderr, 'a reader that leaves early'
