@@ -743,7 +743,7 @@ class LanguageModel(nn.Module):
         """ids (B, T) -> (B, T, C). The inputs are those of Stack."""
         return self.decoder(ids, **inputs)
 
-    def forward(self, ids, attention_mask=None, targets=None, num_targets=None, **inputs):
+    def forward(self, ids, *, attention_mask=None, targets=None, num_targets=None, **inputs):
         """
         ids (B, T) -> logits (B, T, V), and the loss where targets (B, T) are given: targets[b, t]
         is the token after ids[b, t], so they are shifted already. Other inputs go to the stack.
@@ -860,8 +860,8 @@ class EncoderDecoder(LanguageModel):
         Other inputs go to the encoder alone.
         """
         memory = self.encoder(ids, attention_mask=attention_mask, **inputs)  # (B, S, C)
-        return super().forward(decoder_ids, None, targets, num_targets, memory=memory,
-                               memory_mask=attention_mask)                  # None: padding is last
+        return super().forward(decoder_ids, targets=targets, num_targets=num_targets,
+                               memory=memory, memory_mask=attention_mask)  # its padding is last
 
     def encode(self, ids, attention_mask=None, size=None):
         """Read the source once: a KVCache to decode `size` tokens with (default: block_size)."""

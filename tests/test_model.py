@@ -545,6 +545,12 @@ def test_cross_entropy_by_hand(ignored, smoothing, num_targets):
     if len(nats) and not num_targets:
         close(loss, F.cross_entropy(logits.mT, targets, label_smoothing=smoothing))
 
+@pytest.mark.parametrize('name', ['gpt2', 'lstm'])
+def test_targets_are_given_by_name(name):
+    """nanoGPT's model(X, Y) would take Y for a mask."""
+    with pytest.raises(TypeError, match='positional'):
+        build(tiny(name))(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))
+
 @every_model
 @pytest.mark.parametrize('training', [True, False])
 def test_the_loss_of_a_model_is_that_of_its_logits_against_the_targets(name, training):
