@@ -8,6 +8,7 @@ b10 to b15 are families of bugs that users of similar projects met.
 """
 
 import collections
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -18,6 +19,7 @@ import re
 import string
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -32,6 +34,8 @@ from seqeval.metrics import precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 from model import IGNORE_INDEX, PRESETS, Attention, KVCache, build, save
@@ -194,6 +198,69 @@ def test_cached_text_of_a_batch_is_the_uncached_text_of_each_row(preset, prompt,
         assert other == [alone], f'row {i} by its number: {other}, not {alone}'
     lengths = [next((t + 1 for t, x in enumerate(row) if x in end_ids), n) for row in found]
     assert len(found[0]) == max(lengths), 'it goes on although all rows have ended, or stops early'
+
+def tensors(tree):
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+class Graph(TorchDispatchMode):
+    """
+    What torch.cuda.CUDAGraph is, on a CPU: it records operations and repeats them with the same
+    tensors, so what Python computed in between stays as it was. Recording leaves all tensors as
+    they were. An operation that waits for the GPU, or copies to it, is an error.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before = [], {}
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        waits = r'scalar_dense|nonzero|masked_select|equal$|lift_fresh'
+        assert not re.search(waits, call._schema.name), call
+        for storage in (t.untyped_storage() for t in tensors((args, kwargs))):
+            self.before.setdefault(storage._cdata, (storage, storage.clone()))
+        self.calls.append((call, args, kwargs or {}, call(*args, **kwargs or {})))
+        return self.calls[-1][-1]
+
+    def replay(self):
+        for call, args, kwargs, results in self.calls:
+            for old, new in zip(tensors(results), tensors(call(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+@contextlib.contextmanager
+def recording(graph, stream):
+    with graph:
+        yield
+    for storage, old in graph.before.values():
+        storage.copy_(old)
+
+@pytest.mark.parametrize('how', [{'temperature': 0}, {'temperature': 2.0, 'top_k': 4},
+                                 {'temperature': 2.0, 'top_p': 0.8, 'end_ids': (0, 4)}])
+@pytest.mark.parametrize('preset', [*WRITERS, 'llama windows', 'gpt2 relative'])
+def test_a_recorded_step_writes_what_steps_write(preset, how, monkeypatch):
+    """A step as a CUDA graph, but on a CPU: see test_gpu.py. Beyond block_size, too."""
+    name, *more = preset.split()
+    changes = {'windows': {'window': '3 0'}, 'relative': {'positions': 'relative'}}
+    model = arrange_weights(tiny(name, 7, 20, **changes.get(more[0], {}) if more else {}))
+    sources, n = [[3, 1, 4], [1, 5], [2, 6, 5, 3]], 18
+    if name not in ('transformer', 't5'):
+        sources, n = [None] * 3, 50
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    run = lambda: written(model, ids, n, seed=3, cache=encoded(model, sources), **how)
+    texts, to, graphs = run(), torch.Tensor.to, []
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    stream.record_event = lambda: stream
+    for owner, name, value in [
+            (torch.Tensor, 'is_cuda', property(lambda t: True)),
+            (torch.Tensor, 'to', lambda t, *a, **k: to(t, *a, **k).clone() if 'cpu' in a
+             else to(t, *a, **k)),                         # to a CPU it always makes a copy
+            (sample, 'capture_stream', lambda: stream),
+            (torch.cuda, 'current_stream', lambda: stream),
+            (torch.cuda, 'stream', contextlib.nullcontext), (torch.cuda, 'graph', recording),
+            (torch.cuda, 'CUDAGraph', lambda: graphs.append(Graph()) or graphs[-1])]:
+        monkeypatch.setattr(owner, name, value)
+    assert run() == texts
+    assert len(graphs) == (preset != 'lstm'), 'one graph serves a call, or an LSTM has one'
 
 def test_arranged_weights_leave_the_layers_of_a_fork_alone():
     """Such as LoRA, which adds to the product of nn.Linear, also if that is little."""
