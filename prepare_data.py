@@ -268,7 +268,7 @@ class Tokenizer:
 
     def text_of(self, ids):
         """ids (T,) without the tokens that begin and end documents."""
-        return ids[~np.isin(ids, [self.start_id, self.end_id])]
+        return ids[(ids != self.start_id) & (ids != self.end_id)]
 
     def token_bytes(self, i):
         """What one token adds to a text."""

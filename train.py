@@ -102,7 +102,7 @@ def sentence_pair(data, rng, room):
     """
     # of each sentence: its first token, its document; and which sentences another one follows
     starts, document, followed = data.sentences
-    first = rng.choice(followed)                                           # A's first sentence
+    first = followed[rng.integers(len(followed))]                          # A's first sentence
     length = rng.integers(room // 4, 3 * room // 4 + 1)                    # of A, at most
     low, high = np.searchsorted(document, document[first] + [0, 1])        # A's is low:high
     fitting = np.searchsorted(starts[first + 1:high], starts[first] + length, side='right')
