@@ -312,8 +312,8 @@ def bpe_tokenizer(texts, vocab_size):
             f"tokens: choose at least {least}")
     counts = collections.Counter()
     for text in texts:  # a long piece, such as DNA, is cut: a merge searches whole pieces
-        for piece in regex.findall(WORDS, text):
-            counts.update(piece[i:i + 100] for i in range(0, len(piece), 100))
+        counts.update(piece[i:i + 100] for piece in regex.findall(WORDS, text)
+                      for i in range(0, len(piece), 100))
     return Tokenizer('bpe', WORDS, train_bpe(counts, vocab_size - len(SPECIALS)))
 
 def gpt2_tokenizer():
