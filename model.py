@@ -338,18 +338,22 @@ def formula_is_better(q, k, mask, p):
     faster = trains_on_cpu and k.size(2) <= 512 and (q.dtype == torch.bfloat16 or p > 0)
     return faster or q.is_mps or (mask is not None and mask.requires_grad and not q.requires_grad)
 
-def attention(q, k, v, drop, mask=None, causal=False, scale=None, **others):
+def attention(q, k, v, drop, mask=None, causal=False, scale=None, recorded=None, **others):
     """
     attention_weights(q, k) @ v, by a fused kernel, or by the formula where that is better. Both
-    agree up to rounding. others: arguments that you added to attention_weights; then the formula is
-    used. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of the weights.
+    agree up to rounding. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of
+    the weights. The formula is used, too, if there is a list to which they are added, `recorded`,
+    or if there are others: arguments that you added to attention_weights.
     """
     p = drop.p if drop.training else 0.0
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))          # (B, H, S, D)
-    if others or formula_is_better(q, k, mask, p):
-        return drop(attention_weights(q, k, mask, causal, scale, **others)) @ v
+    if others or recorded is not None or formula_is_better(q, k, mask, p):
+        weights = attention_weights(q, k, mask, causal, scale, **others)
+        if recorded is not None:
+            recorded.append(weights)
+        return drop(weights) @ v
     return F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale)
 
 def make_norm(config, channels, wanted=True):
@@ -474,7 +478,7 @@ class Attention(nn.Module):
         dtype, q = q.dtype, q.type_as(k)                                   # a cache may be float32
         scoring['scale'] = None if self.config.scale_attention else 1.0
         if self.recorded is not None:
-            self.recorded.append(attention_weights(q, k, **scoring))
+            scoring['recorded'] = self.recorded
         y = attention(q, k, v, self.drop, **scoring).to(dtype)             # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))                     # heads side by side
 

@@ -324,6 +324,16 @@ def test_qk_norm_bounds_the_scores(cross):
         spread[qk_norm] = (weights.amax(dim=-1) / weights.amin(dim=-1)).log().max().item()
     assert 0.1 < spread[True] <= 2 * 8 ** 0.5 < spread[False], spread
 
+@pytest.mark.parametrize('preset', ['gpt2', 'llama', 't5'])
+def test_recorded_weights_are_those_that_make_the_output(preset):
+    """So they have a gradient, and recording changes nothing but rounding."""
+    layer, x = awake(Attention(tiny(preset), 0)).double(), torch.randn(2, 5, C, dtype=torch.double)
+    plain, layer.recorded = layer(x, causal=True), []
+    y = layer(x, causal=True)
+    close(y, plain, 1e-9)
+    gradient, = torch.autograd.grad(y.sum(), layer.recorded)
+    assert gradient.shape == (2, layer.config.n_head, 5, 5) and gradient.abs().min() > 0
+
 @given(st.sampled_from([1e-3, 1.0, 100.0]), st.sampled_from([1e-5, 1e-1]), st.booleans())
 def test_norms_are_the_formulas_of_the_papers(size, eps, bias):
     """LayerNorm has the biased variance and eps inside the root (b5); RMSNorm subtracts no mean."""
