@@ -850,7 +850,7 @@ def join_projections(attention):
 
 @torch.no_grad()
 def arrange_weights(model):
-    """Speed up products with one token. Afterwards do not train, move or convert the model."""
+    """Products with one token, faster. Afterwards do not train, move, convert or hook the model."""
     for p in model.parameters():
         p.data = by_columns(p.data)
     for name, m in model.named_modules():
