@@ -342,8 +342,8 @@ def attention(q, k, v, drop, mask=None, causal=False, scale=None, recorded=None,
     """
     attention_weights(q, k) @ v, by a fused kernel, or by the formula where that is better. Both
     agree up to rounding. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). drop: the Dropout of
-    the weights. The formula is used, too, if there is a list to which they are added, `recorded`,
-    or if there are others: arguments that you added to attention_weights.
+    the weights. recorded: a list to which they are added. others: arguments that you added to
+    attention_weights. With either, the formula is used.
     """
     p = drop.p if drop.training else 0.0
     if mask is not None and mask.is_floating_point():
