@@ -206,7 +206,8 @@ class Graph(TorchDispatchMode):
     """
     What torch.cuda.CUDAGraph is, on a CPU: it records operations and repeats them with the same
     tensors, so what Python computed in between stays as it was. Recording leaves all tensors as
-    they were. An operation that waits for the GPU, or copies to it, is an error.
+    they were. An operation that reads a number or makes a tensor of a list is an error: on a GPU
+    the first waits, and the second copies what will have changed.
     """
 
     def __init__(self):
